@@ -1,0 +1,58 @@
+"""Every error type of the package.
+
+A message says what was got, what was expected and what to do. Errors that a wrong argument causes are also `ValueError`,
+so callers that catch the builtin keep working.
+"""
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigurationError",
+    "GroupAssemblyError",
+    "GroupError",
+    "MediaError",
+    "MRRewardError",
+    "NonFiniteScoreError",
+    "OverLengthError",
+    "PeerRankError",
+]
+
+
+class MRRewardError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class GroupError(MRRewardError, ValueError):
+    """A `ResponseGroup` contradicts itself: no responses, mismatched lengths, rankings that are not ranks."""
+
+
+class MediaError(MRRewardError, ValueError):
+    """An image or video is missing, unreadable, or does not match the prompt's placeholders."""
+
+
+class ConfigurationError(MRRewardError, ValueError):
+    """An option has a value that does not exist or does not fit the others (layout, template, loss, sizes)."""
+
+
+class BackendError(MRRewardError, ValueError):
+    """The attention backend cannot express the layout, or an argument would silently break it."""
+
+
+class OverLengthError(MRRewardError, ValueError):
+    """A group does not fit the token budget and the policy is not to change it."""
+
+
+class CheckpointError(MRRewardError, ValueError):
+    """A checkpoint folder is incomplete, has unknown keys, or was trained with another template."""
+
+
+class GroupAssemblyError(MRRewardError, ValueError):
+    """The rows handed over by the trainer cannot be cut into groups of `num_generations`."""
+
+
+class NonFiniteScoreError(MRRewardError, RuntimeError):
+    """The reward model produced NaN or infinity; the run must not go on with it."""
+
+
+class PeerRankError(MRRewardError, RuntimeError):
+    """Another rank failed inside the reward; the message names the rank, the group and the cause."""

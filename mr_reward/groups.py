@@ -1,0 +1,208 @@
+"""`ResponseGroup`: one prompt, its media and N responses. The one currency of the package.
+
+Data loaders and benchmarks make groups, the GRPO adapter makes them, the packer eats them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from mr_reward.errors import GroupError, MediaError
+
+__all__ = ["ResponseGroup", "dense_ranks"]
+
+_MEDIA_TYPES = ("image", "video")
+Message = dict[str, Any]
+
+
+def dense_ranks(values: Sequence[float]) -> tuple[int, ...]:
+    """Ranks with ties sharing one rank and no gaps, 1 = smallest value.
+
+    Args:
+        values: N numbers, the smallest is the best.
+
+    Returns:
+        N ranks from 1 on.
+
+    Example:
+        >>> dense_ranks([3.0, 1.0, 3.0])
+        (2, 1, 2)
+    """
+    ranks = {value: rank for rank, value in enumerate(sorted(set(values)), start=1)}
+    return tuple(ranks[value] for value in values)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ResponseGroup:
+    """One prompt with its media and N candidate responses, ranked or not.
+
+    Args:
+        prompt: a string, or chat messages (`{"role": ..., "content": str | list of blocks}`). A block is
+            `{"type": "text", "text": ...}`, `{"type": "image"}` or `{"type": "video"}`; a media block may carry its
+            medium under the key of its type.
+        responses: N >= 1 response texts. The empty text is a response.
+        images: PIL images, paths or encoded bytes, in the order of the prompt's image placeholders. A prompt without
+            placeholders gets one for each image at the start of its first user turn (as TRL does).
+        videos: the same for videos; a video is a sequence of frames (PIL images, paths or bytes), one frame a second.
+        rankings: N ranks, 1 = best, ties share a rank; dense (1, 2, 2, 3) or competition (1, 2, 2, 4) counting.
+        id: a name for messages and logs.
+
+    Raises:
+        GroupError: no responses, wrong types, mismatched lengths, rankings that are not ranks.
+        MediaError: the number of media differs from the number of placeholders.
+
+    Example:
+        >>> group = ResponseGroup(prompt="2 + 2?", responses=["4", "5"], rankings=[1, 2])
+        >>> group.num_responses
+        2
+    """
+
+    prompt: str | Sequence[Mapping[str, Any]]
+    responses: Sequence[str]
+    images: Sequence[Any] = ()
+    videos: Sequence[Sequence[Any]] = ()
+    rankings: Sequence[int] | None = None
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "responses", self._checked_responses())
+        messages, embedded = _normalise_messages(self.prompt, self.name)
+        media = {}
+        for kind, given in (("image", self.images), ("video", self.videos)):
+            media[kind] = _match_media(messages, kind, given or (), embedded[kind], self.name)
+        object.__setattr__(self, "images", media["image"])
+        object.__setattr__(self, "videos", media["video"])
+        object.__setattr__(self, "_messages", messages)
+        if self.rankings is not None:
+            object.__setattr__(self, "rankings", self._checked_rankings())
+
+    @property
+    def name(self) -> str:
+        """The id, quoted, or a stand-in, for error messages."""
+        return f"group {self.id!r}" if self.id is not None else "group (no id)"
+
+    @property
+    def num_responses(self) -> int:
+        """N."""
+        return len(self.responses)
+
+    @cached_property
+    def messages(self) -> list[Message]:
+        """The prompt as chat messages whose content is always a list of blocks; media blocks carry no media."""
+        return self._messages  # type: ignore[attr-defined]  # set in __post_init__
+
+    def select(self, indices: Sequence[int]) -> ResponseGroup:
+        """The same prompt with the responses at `indices`, in that order, re-ranked densely.
+
+        Args:
+            indices: positions in `responses`; a permutation reorders, fewer make a smaller group.
+
+        Returns:
+            A new group.
+        """
+        rankings = None
+        if self.rankings is not None:
+            rankings = dense_ranks([self.rankings[i] for i in indices])
+        return replace(
+            self, prompt=self.messages, responses=[self.responses[i] for i in indices], rankings=rankings
+        )
+
+    def _checked_responses(self) -> tuple[str, ...]:
+        if isinstance(self.responses, str) or not isinstance(self.responses, Sequence):
+            raise GroupError(
+                f"{self.name}: responses is {type(self.responses).__name__}, expected a list of N strings; "
+                "wrap a single response in a list"
+            )
+        if not self.responses:
+            raise GroupError(f"{self.name}: got 0 responses, expected at least 1; drop the group before scoring it")
+        for i, response in enumerate(self.responses):
+            if not isinstance(response, str):
+                raise GroupError(
+                    f"{self.name}: response {i} is {type(response).__name__}, expected str; "
+                    "pass the text of the completion"
+                )
+        return tuple(self.responses)
+
+    def _checked_rankings(self) -> tuple[int, ...]:
+        ranks = tuple(self.rankings or ())
+        if len(ranks) != self.num_responses:
+            raise GroupError(
+                f"{self.name}: got {len(ranks)} rankings for {self.num_responses} responses, expected one each"
+            )
+        if any(isinstance(rank, bool) or int(rank) != rank for rank in ranks):
+            raise GroupError(f"{self.name}: rankings {list(ranks)} are not whole numbers; 1 = best, ties share a rank")
+        dense = dense_ranks(ranks)
+        competition = tuple(1 + sum(other < rank for other in ranks) for rank in ranks)
+        if ranks not in (dense, competition):
+            raise GroupError(
+                f"{self.name}: {list(ranks)} are not ranks, expected 1 = best without gaps, here {list(dense)} or "
+                f"{list(competition)}; turn scores into ranks with mr_reward.groups.dense_ranks (smallest is best)"
+            )
+        return tuple(int(rank) for rank in ranks)
+
+
+def _normalise_messages(
+    prompt: str | Sequence[Mapping[str, Any]], name: str
+) -> tuple[list[Message], dict[str, list[Any]]]:
+    """Copy the prompt into messages of content blocks and take the media out of them."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, Sequence) or not prompt:
+        raise GroupError(f"{name}: prompt is {prompt!r}, expected a string or a non-empty list of chat messages")
+    embedded: dict[str, list[Any]] = {kind: [] for kind in _MEDIA_TYPES}
+    messages = []
+    for i, message in enumerate(prompt):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise GroupError(f"{name}: message {i} is {message!r}, expected a dict with 'role' and 'content'")
+        content = message["content"]
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, Sequence):
+            raise GroupError(
+                f"{name}: content of message {i} is {type(content).__name__}, expected a string or a list of blocks"
+            )
+        messages.append(
+            {"role": message["role"], "content": [_normalise_block(block, i, name, embedded) for block in content]}
+        )
+    return messages, embedded
+
+
+def _normalise_block(block: Any, index: int, name: str, embedded: dict[str, list[Any]]) -> dict[str, Any]:
+    kind = block.get("type") if isinstance(block, Mapping) else None
+    if kind == "text" and isinstance(block.get("text"), str):
+        return {"type": "text", "text": block["text"]}
+    if kind in _MEDIA_TYPES:
+        if block.get(kind) is not None:
+            embedded[kind].append(block[kind])
+        return {"type": kind}
+    raise GroupError(
+        f"{name}: a content block of message {index} is {block!r}, expected "
+        "{'type': 'text', 'text': str}, {'type': 'image'} or {'type': 'video'}"
+    )
+
+
+def _match_media(
+    messages: list[Message], kind: str, given: Sequence[Any], embedded: list[Any], name: str
+) -> tuple[Any, ...]:
+    """Pair the media with the placeholders; add placeholders to a prompt that has none."""
+    placeholders = sum(block["type"] == kind for message in messages for block in message["content"])
+    if embedded and given:
+        raise MediaError(
+            f"{name}: {len(given)} {kind}s were passed and {len(embedded)} more sit inside the prompt's blocks; "
+            "pass them in one place only"
+        )
+    media = tuple(embedded or given)
+    if media and not placeholders:
+        turn = next((message for message in messages if message["role"] == "user"), None)
+        if turn is None:
+            raise MediaError(f"{name}: {len(media)} {kind}s but no user turn in the prompt to show them in")
+        turn["content"][:0] = [{"type": kind} for _ in media]
+    elif len(media) != placeholders:
+        raise MediaError(
+            f"{name}: the prompt has {placeholders} {kind} placeholders but {len(media)} {kind}s came with it; "
+            "give one for each placeholder, in order"
+        )
+    return media
