@@ -1,7 +1,7 @@
 """Every error type of the package.
 
-A message says what was got, what was expected and what to do. Errors that a wrong argument causes are also `ValueError`,
-so callers that catch the builtin keep working.
+A message says what was got, what was expected and what to do. Errors that a wrong argument causes are also
+`ValueError`, so callers that catch the builtin keep working.
 """
 
 __all__ = [

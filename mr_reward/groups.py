@@ -106,9 +106,7 @@ class ResponseGroup:
         rankings = None
         if self.rankings is not None:
             rankings = dense_ranks([self.rankings[i] for i in indices])
-        return replace(
-            self, prompt=self.messages, responses=[self.responses[i] for i in indices], rankings=rankings
-        )
+        return replace(self, prompt=self.messages, responses=[self.responses[i] for i in indices], rankings=rankings)
 
     def _checked_responses(self) -> tuple[str, ...]:
         if isinstance(self.responses, str) or not isinstance(self.responses, Sequence):

@@ -1,0 +1,35 @@
+"""One adapter per backbone family, chosen by the configuration's `model_type`."""
+
+from types import MappingProxyType
+
+from transformers import PreTrainedConfig
+
+from mr_reward.backbones.base import BackboneAdapter, TextAdapter
+from mr_reward.backbones.qwen_vl import QwenVLAdapter
+from mr_reward.errors import ConfigurationError
+
+__all__ = ["BackboneAdapter", "get_adapter"]
+
+ADAPTERS = MappingProxyType({"qwen2_5_vl": QwenVLAdapter, "qwen3_vl": QwenVLAdapter})
+
+
+def get_adapter(config: PreTrainedConfig) -> BackboneAdapter:
+    """The adapter of a backbone.
+
+    Args:
+        config: the backbone's configuration.
+
+    Returns:
+        The family's adapter; `TextAdapter` for any text-only decoder.
+
+    Raises:
+        ConfigurationError: a multimodal family without an adapter; treating it as text would ignore its media.
+    """
+    if config.model_type in ADAPTERS:
+        return ADAPTERS[config.model_type]()
+    if getattr(config, "vision_config", None) is not None:
+        raise ConfigurationError(
+            f"backbone family {config.model_type!r} is multimodal and has no adapter, expected one of "
+            f"{', '.join(ADAPTERS)} or a text-only decoder; add one in mr_reward/backbones"
+        )
+    return TextAdapter()

@@ -1,0 +1,158 @@
+"""Layouts: which token of a row sees which, at which position, and where each score is read. Pure tensors, no model.
+
+One row holds one group: the prompt, then for each response its text and its readout tokens.
+
+    causal, isolated    P  r_1 s  r_2 s  ...  r_N s        the score is read at each s
+    set                 P  r_1 s c  r_2 s c  ...  r_N s c  the score is read at each c
+
+Legend: B rows, N responses, L tokens of a row, P tokens of the prompt. A token is described by its `segment`
+(-1 padding, 0 prompt, i = 1..N the i-th response with its readout tokens) and its `kind` (`TokenKind`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from mr_reward.errors import ConfigurationError
+
+__all__ = [
+    "LAYOUTS",
+    "PADDING_SEGMENT",
+    "PROMPT_SEGMENT",
+    "RowPlan",
+    "TokenKind",
+    "check_layout",
+    "plan_row",
+    "visible",
+]
+
+LAYOUTS = ("causal", "isolated", "set")
+PADDING_SEGMENT = -1
+PROMPT_SEGMENT = 0
+
+
+class TokenKind(IntEnum):
+    """What a token is: text (or media) of the row, or one of the two learned readout vectors."""
+
+    TEXT = 0
+    SUMMARY = 1
+    COMPARISON = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlan:
+    """Where everything of one row is.
+
+    Args:
+        segments: (L,) int64, 0 = prompt, i = the i-th response.
+        kinds: (L,) int64, a `TokenKind`.
+        offsets: (L,) int64, position of a response's token counted from the end of the prompt; 0 in the prompt.
+        spans: N half-open token ranges of the response texts, without readout tokens; an empty text has start == end.
+        score_sites: N token indices where the scores are read.
+    """
+
+    segments: Tensor
+    kinds: Tensor
+    offsets: Tensor
+    spans: tuple[tuple[int, int], ...]
+    score_sites: tuple[int, ...]
+
+
+def check_layout(layout: str) -> str:
+    """Return `layout` if it exists.
+
+    Args:
+        layout: a name.
+
+    Returns:
+        The same name.
+
+    Raises:
+        ConfigurationError: the layout does not exist.
+    """
+    if layout not in LAYOUTS:
+        raise ConfigurationError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    return layout
+
+
+def readout_kinds(layout: str) -> tuple[TokenKind, ...]:
+    """The readout tokens that follow each response; the score is read at the last of them."""
+    return (TokenKind.SUMMARY, TokenKind.COMPARISON) if layout == "set" else (TokenKind.SUMMARY,)
+
+
+def plan_row(layout: str, num_prompt_tokens: int, num_response_tokens: Sequence[int]) -> RowPlan:
+    """Lay out one group; spans and sites are computed here and never searched for.
+
+    Args:
+        layout: `causal`, `isolated` or `set`.
+        num_prompt_tokens: P, media tokens included.
+        num_response_tokens: N lengths of the response texts; 0 is allowed.
+
+    Returns:
+        The plan of the row of L = P + sum(lengths) + N * (number of readout tokens) tokens.
+
+    Raises:
+        ConfigurationError: unknown layout.
+
+    Example:
+        >>> plan_row("set", 2, [1, 0]).segments.tolist()
+        [0, 0, 1, 1, 1, 2, 2]
+        >>> plan_row("set", 2, [1, 0]).score_sites
+        (4, 6)
+    """
+    kinds_after_text = readout_kinds(check_layout(layout))
+    segments = [PROMPT_SEGMENT] * num_prompt_tokens
+    kinds = [TokenKind.TEXT] * num_prompt_tokens
+    offsets = [0] * num_prompt_tokens
+    spans, score_sites = [], []
+    running = 0
+    for segment, length in enumerate(num_response_tokens, start=1):
+        size = length + len(kinds_after_text)
+        spans.append((len(segments), len(segments) + length))
+        segments += [segment] * size
+        kinds += [TokenKind.TEXT] * length + list(kinds_after_text)
+        first = running if layout == "causal" else 0
+        offsets += range(first, first + size)
+        running += size
+        score_sites.append(len(segments) - 1)
+    return RowPlan(
+        segments=torch.tensor(segments),
+        kinds=torch.tensor(kinds),
+        offsets=torch.tensor(offsets),
+        spans=tuple(spans),
+        score_sites=tuple(score_sites),
+    )
+
+
+def visible(layout: str, segments: Tensor, kinds: Tensor) -> Tensor:
+    """Who sees whom, as a dense boolean mask: the reference of every faster form.
+
+    `isolated` is a causal mask in which a response sees the prompt and itself only. `set` adds that the comparison
+    token of every response sees the summary tokens of all responses, as in Set-Encoder (arXiv 2404.06912). A padding
+    token sees itself, so that no row of the mask is empty, and nobody sees it.
+
+    Args:
+        layout: `causal`, `isolated` or `set`.
+        segments: (B, L) int64.
+        kinds: (B, L) int64.
+
+    Returns:
+        (B, L, L) bool, [b, query, key] is True where the query sees the key.
+
+    Example:
+        >>> plan = plan_row("set", 1, [1, 1])
+        >>> visible("set", plan.segments[None], plan.kinds[None])[0, 3].int().tolist()  # c of the first response
+        [1, 1, 1, 1, 0, 1, 0]
+    """
+    query, key = segments[:, :, None], segments[:, None, :]
+    length = segments.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    if check_layout(layout) != "causal":
+        mask = mask & ((key == PROMPT_SEGMENT) | (key == query))
+    if layout == "set":
+        mask = mask | ((kinds == TokenKind.COMPARISON)[:, :, None] & (kinds == TokenKind.SUMMARY)[:, None, :])
+    mask = mask & (query != PADDING_SEGMENT) & (key != PADDING_SEGMENT)
+    return mask | torch.eye(length, dtype=torch.bool, device=segments.device)

@@ -1,0 +1,206 @@
+"""Losses over the scores of whole groups: best-of-N cross-entropy, Plackett-Luce, pairwise Bradley-Terry.
+
+Pure functions of three tensors. Legend: B groups, N responses (the largest group of the batch; smaller groups have
+padding slots).
+
+All of them depend on differences of scores within a group only, so adding a constant to a group changes nothing. They
+are computed in float32 whatever the dtype of the scores, and what a padding slot holds, NaN included, reaches neither
+the loss nor a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from mr_reward.errors import ConfigurationError
+
+__all__ = [
+    "LOSSES",
+    "LossFunction",
+    "best_of_n_cross_entropy",
+    "get_loss",
+    "pairwise_bradley_terry",
+    "plackett_luce",
+]
+
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(scores, rankings, mask) -> scalar loss."""
+
+
+def best_of_n_cross_entropy(scores: Tensor, rankings: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy over the N scores of a group; the best response is the class to be picked.
+
+    Cross-entropy over N scores is the loss of "You Only Judge Once" (arXiv 2604.10966). Sharing the target equally
+    among tied best responses is ours: with T of them the loss of the group cannot fall below log(T), which it nears
+    as their scores become equal and leave the others behind. A group of one response has loss 0.
+
+    Args:
+        scores: (B, N) any float dtype; cast to float32.
+        rankings: (B, N) integers, 1 = best, ties share a rank; padding slots are ignored (0 by convention).
+        mask: (B, N) bool, True where there is a response.
+
+    Returns:
+        () float32, the mean over the B groups.
+
+    Raises:
+        ConfigurationError: wrong shapes or dtypes, a group without responses, a response without a rank.
+
+    Example:
+        >>> best_of_n_cross_entropy(torch.zeros(1, 2), torch.tensor([[1, 2]]), torch.tensor([[True, True]]))
+        tensor(0.6931)
+    """
+    scores, rankings = _checked(scores, rankings, mask)
+    best_rank = rankings.masked_fill(~mask, torch.iinfo(rankings.dtype).max).amin(dim=-1, keepdim=True)
+    best = mask & (rankings == best_rank)
+    target = best / best.sum(dim=-1, keepdim=True)
+    log_probs = scores.masked_fill(~mask, -torch.inf).log_softmax(dim=-1)
+    # 0 * -inf is NaN: the padding's log-probabilities must be gone before the target weighs them.
+    return -(target * log_probs.masked_fill(~mask, 0.0)).sum(dim=-1).mean()
+
+
+def plackett_luce(scores: Tensor, rankings: Tensor, mask: Tensor) -> Tensor:
+    """Negative log-likelihood of the whole ranking, per response.
+
+    Luce (1959) and Plackett (1975): the best response is drawn with softmax probability, then the second best from
+    those left, and so on; as a loss over scores this is ListMLE (Xia et al., 2008). Ties by Breslow's rule (1974):
+    responses that share a rank are each drawn from the same set, which holds all of them. Response i contributes
+    `logsumexp(s_j for j with rank_j >= rank_i) - s_i`.
+
+    The group's loss is the mean, not the sum, of these contributions, so that it does not grow with N. The negative
+    log-likelihood of a group is therefore N times its loss; for N = 2 without a tie the loss is half of
+    `best_of_n_cross_entropy` and of `pairwise_bradley_terry`. A group of one response has loss 0.
+
+    Args:
+        scores: (B, N) any float dtype; cast to float32.
+        rankings: (B, N) integers, 1 = best, ties share a rank; padding slots are ignored (0 by convention).
+        mask: (B, N) bool, True where there is a response.
+
+    Returns:
+        () float32, the mean over the B groups.
+
+    Raises:
+        ConfigurationError: wrong shapes or dtypes, a group without responses, a response without a rank.
+
+    Example:
+        >>> plackett_luce(torch.zeros(1, 3), torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool))
+        tensor(0.5973)
+    """
+    scores, rankings = _checked(scores, rankings, mask)
+    # Rank 0 in the padding: no row of candidates is then empty, and no logsumexp over -inf alone gives a NaN gradient.
+    rankings = rankings.masked_fill(~mask, 0)
+    candidates = mask.unsqueeze(-2) & (rankings.unsqueeze(-2) >= rankings.unsqueeze(-1))
+    # (B, N, N) rather than a sort and a running logsumexp: ties need no special case, and N is small.
+    nll = _gaps(scores).masked_fill(~candidates, -torch.inf).logsumexp(dim=-1)
+    return (nll.masked_fill(~mask, 0.0).sum(dim=-1) / mask.sum(dim=-1)).mean()
+
+
+def pairwise_bradley_terry(scores: Tensor, rankings: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `softplus(-(s_i - s_j))` over the pairs where response i is ranked strictly before response j.
+
+    Bradley and Terry (1952), the usual loss of reward models (Ouyang et al., arXiv 2203.02155), over all pairs of a
+    group. Tied pairs say nothing and are left out; a group without an ordered pair does not count in the mean over
+    groups.
+
+    Args:
+        scores: (B, N) any float dtype; cast to float32.
+        rankings: (B, N) integers, 1 = best, ties share a rank; padding slots are ignored (0 by convention).
+        mask: (B, N) bool, True where there is a response.
+
+    Returns:
+        () float32, the mean over a group's pairs, then over the groups that have any; 0, still connected to `scores`,
+        if none has.
+
+    Raises:
+        ConfigurationError: wrong shapes or dtypes, a group without responses, a response without a rank.
+
+    Example:
+        >>> pairwise_bradley_terry(torch.zeros(1, 2), torch.tensor([[1, 2]]), torch.tensor([[True, True]]))
+        tensor(0.6931)
+    """
+    scores, rankings = _checked(scores, rankings, mask)
+    ordered = mask.unsqueeze(-1) & mask.unsqueeze(-2) & (rankings.unsqueeze(-1) < rankings.unsqueeze(-2))
+    pair_losses = torch.nn.functional.softplus(_gaps(scores)).masked_fill(~ordered, 0.0)
+    num_pairs = ordered.sum(dim=(-2, -1))
+    group_losses = pair_losses.sum(dim=(-2, -1)) / num_pairs.clamp(min=1)
+    return group_losses.sum() / (num_pairs > 0).sum().clamp(min=1)
+
+
+LOSSES: Mapping[str, LossFunction] = MappingProxyType(
+    {
+        "best_of_n": best_of_n_cross_entropy,
+        "plackett_luce": plackett_luce,
+        "bradley_terry": pairwise_bradley_terry,
+    }
+)
+"""The losses by the name that configurations use."""
+
+
+def get_loss(name: str) -> LossFunction:
+    """The loss called `name`.
+
+    Args:
+        name: a key of `LOSSES`.
+
+    Returns:
+        A function (scores, rankings, mask) -> scalar loss.
+
+    Raises:
+        ConfigurationError: there is no such loss.
+
+    Example:
+        >>> get_loss("plackett_luce") is plackett_luce
+        True
+    """
+    if name not in LOSSES:
+        raise ConfigurationError(
+            f"got loss {name!r}, expected one of {', '.join(map(repr, LOSSES))}; choose one of them"
+        )
+    return LOSSES[name]
+
+
+def _gaps(scores: Tensor) -> Tensor:
+    """(B, N) -> (B, N, N), s_j - s_i at [i, j]. Gaps, so that a large common offset does not cost precision."""
+    return scores.unsqueeze(-2) - scores.unsqueeze(-1)
+
+
+def _checked(scores: Tensor, rankings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Check the arguments; the scores in float32 with 0 in the padding, and the rankings in int64."""
+    if scores.dim() != 2 or 0 in scores.shape:
+        raise ConfigurationError(
+            f"got scores of shape {tuple(scores.shape)}, expected (B groups, N responses), neither 0; "
+            "add a group dimension to the scores of a single group"
+        )
+    for name, tensor in (("rankings", rankings), ("mask", mask)):
+        if tensor.shape != scores.shape:
+            raise ConfigurationError(
+                f"got {name} of shape {tuple(tensor.shape)} with scores of shape {tuple(scores.shape)}, "
+                "expected the same shape; pad rankings with 0 and mask with False"
+            )
+    if not scores.is_floating_point():
+        raise ConfigurationError(
+            f"got scores of dtype {scores.dtype}, expected a float dtype; pass the model's scores"
+        )
+    if rankings.is_floating_point() or rankings.is_complex() or rankings.dtype == torch.bool:
+        raise ConfigurationError(
+            f"got rankings of dtype {rankings.dtype}, expected int64; 1 = best, ties share a rank"
+        )
+    if mask.dtype != torch.bool:
+        raise ConfigurationError(f"got a mask of dtype {mask.dtype}, expected torch.bool; use mask.bool()")
+    # One host sync each. Both mistakes would otherwise train on a wrong target, or give NaN, without a word.
+    empty = ~mask.any(dim=-1)
+    if empty.any():
+        raise ConfigurationError(
+            f"got groups {empty.nonzero().flatten().tolist()} without a response, expected at least one True in every "
+            "row of mask; drop the empty groups"
+        )
+    unranked = (mask & (rankings < 1)).any(dim=-1)
+    if unranked.any():
+        raise ConfigurationError(
+            f"got responses with a rank below 1 in groups {unranked.nonzero().flatten().tolist()}, expected 1 = best; "
+            "mask padding slots and give every response of a training group a rank"
+        )
+    return scores.float().masked_fill(~mask, 0.0), rankings.long()

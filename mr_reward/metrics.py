@@ -1,0 +1,388 @@
+"""How well scores order the responses of a group, with every tie rule named.
+
+Pure functions: one sequence of numbers per group in, groups of any sizes, plain floats out. Legend: B groups, N
+responses (its own for each group).
+
+Throughout: higher scores are better, lower ranks are better, ties share a rank. Ranks count by their order only, so
+dense (1, 2, 2, 3) and competition (1, 2, 2, 4) counting agree. The accuracies are strict: where the ranks differ and
+the scores do not, the model did not tell the responses apart and is wrong. A group or pair for which a metric has no
+value is left out of its mean, and a mean over nothing is NaN, never 0.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+from scipy.stats import kendalltau, rankdata
+from sklearn.metrics import ndcg_score
+
+from mr_reward.errors import ConfigurationError, NonFiniteScoreError
+
+__all__ = [
+    "GroupNumbers",
+    "KendallTau",
+    "best_of_n_accuracy",
+    "kendall_tau_b",
+    "mean_score_spread",
+    "ndcg",
+    "order_flip_rate",
+    "pairwise_accuracy",
+    "pairwise_calibration_error",
+    "ranking_metrics",
+    "score_length_correlation",
+]
+
+logger = logging.getLogger(__name__)
+
+GroupNumbers = Sequence[Sequence[float] | NDArray[Any]]
+"""B sequences of N numbers each; N may differ from group to group."""
+
+_NUM_CALIBRATION_BINS = 10
+
+
+class KendallTau(NamedTuple):
+    """Kendall's tau-b over groups.
+
+    Args:
+        mean: mean over the groups where it is defined; NaN if there is none.
+        undefined_groups: how many groups were left out.
+    """
+
+    mean: float
+    undefined_groups: int
+
+
+def best_of_n_accuracy(scores: GroupNumbers, rankings: GroupNumbers) -> float:
+    """Share of groups whose highest score belongs to a best response.
+
+    Tie rules: picking any of several tied best responses is right. Where a best and a worse response share the highest
+    score the group is wrong. A group whose responses are all tied best (N = 1 included) is right, as no pick is wrong.
+
+    Args:
+        scores: B sequences of N floats, higher is better.
+        rankings: B sequences of N whole numbers from 1 on, 1 = best, ties share a rank.
+
+    Returns:
+        A share from 0 to 1. Random scores give 1/N with one best response.
+
+    Raises:
+        ConfigurationError: the numbers of groups or responses differ, or a rank is not one.
+        NonFiniteScoreError: a score is NaN or infinite.
+
+    Example:
+        >>> best_of_n_accuracy([[0.9, 0.1], [0.2, 0.2]], [[1, 2], [1, 2]])
+        0.5
+    """
+    groups = _checked_groups(scores, rankings)
+    return _mean(float(np.all(ranks[values == values.max()] == ranks.min())) for values, ranks in groups)
+
+
+def pairwise_accuracy(scores: GroupNumbers, rankings: GroupNumbers) -> float:
+    """Share of strictly ordered pairs whose better response has the higher score.
+
+    Tie rules: pairs that share a rank are left out; an ordered pair with equal scores is wrong. The pairs of all
+    groups are pooled, so a group counts with its number of ordered pairs.
+
+    Args:
+        scores: B sequences of N floats, higher is better.
+        rankings: B sequences of N whole numbers from 1 on, 1 = best, ties share a rank.
+
+    Returns:
+        A share from 0 to 1; NaN without an ordered pair. Random scores give 0.5.
+
+    Raises:
+        ConfigurationError: the numbers of groups or responses differ, or a rank is not one.
+        NonFiniteScoreError: a score is NaN or infinite.
+
+    Example:
+        >>> pairwise_accuracy([[3.0, 2.0, 2.0]], [[1, 2, 3]])
+        0.6666666666666666
+    """
+    return _mean(margin > 0 for margin in _pair_margins(scores, rankings))
+
+
+def kendall_tau_b(scores: GroupNumbers, rankings: GroupNumbers) -> KendallTau:
+    """Kendall's tau-b between scores and ranking, averaged over groups.
+
+    Kendall (1945): concordant minus discordant pairs, with the ties on either side taken out of the denominator. It is
+    undefined where all scores or all ranks of a group are equal. Read `undefined_groups` beside the mean: a model that
+    gives one score to everything is left out here, while the accuracies count it as wrong.
+
+    Args:
+        scores: B sequences of N floats, higher is better.
+        rankings: B sequences of N whole numbers from 1 on, 1 = best, ties share a rank.
+
+    Returns:
+        The mean, from -1 to 1, and the number of groups left out. Random scores give 0.
+
+    Raises:
+        ConfigurationError: the numbers of groups or responses differ, or a rank is not one.
+        NonFiniteScoreError: a score is NaN or infinite.
+
+    Example:
+        >>> kendall_tau_b([[3.0, 2.0, 1.0], [0.5, 0.5]], [[1, 2, 3], [1, 2]])
+        KendallTau(mean=1.0, undefined_groups=1)
+    """
+    groups = _checked_groups(scores, rankings)
+    defined = [(values, ranks) for values, ranks in groups if not _constant(values) and not _constant(ranks)]
+    taus = (float(kendalltau(values, -ranks, variant="b").statistic) for values, ranks in defined)
+    return KendallTau(_mean(taus), len(groups) - len(defined))
+
+
+def ndcg(scores: GroupNumbers, rankings: GroupNumbers) -> float:
+    """Normalised discounted cumulative gain, averaged over groups.
+
+    Järvelin and Kekäläinen (2002) with linear gain and log2 discount: the gain of a response is the number of distinct
+    ranks after its own, 0 for the worst. Tie rules: responses with equal scores share the mean gain of the places they
+    fill; groups with one rank only (N = 1 included) have no gain to order and are left out.
+
+    Args:
+        scores: B sequences of N floats, higher is better.
+        rankings: B sequences of N whole numbers from 1 on, 1 = best, ties share a rank.
+
+    Returns:
+        From 0 to 1, NaN without a group to order. Random scores are far from 0: compare with a random baseline.
+
+    Raises:
+        ConfigurationError: the numbers of groups or responses differ, or a rank is not one.
+        NonFiniteScoreError: a score is NaN or infinite.
+
+    Example:
+        >>> ndcg([[3.0, 2.0, 1.0]], [[1, 2, 3]])
+        1.0
+    """
+    groups = [(values, ranks) for values, ranks in _checked_groups(scores, rankings) if not _constant(ranks)]
+    return _mean(float(ndcg_score([_gains(ranks)], [values])) for values, ranks in groups)
+
+
+def order_flip_rate(scores_a: GroupNumbers, scores_b: GroupNumbers, atol: float = 1e-6) -> float:
+    """Share of groups whose winner differs between two orders of the same responses.
+
+    Tie rule: the winners of a group are all responses within `atol` of its highest score; it has flipped if the two
+    orders have no winner in common. 0 for a permutation-equivariant model.
+
+    Args:
+        scores_a: B sequences of N floats, the scores under one order.
+        scores_b: B sequences of N floats under the other order, **put back into the order of `scores_a`**: entry i of
+            both is the same response.
+        atol: scores that differ by at most this much are tied; 0 or more.
+
+    Returns:
+        A share from 0 to 1. Independent random scores give 1 - 1/N.
+
+    Raises:
+        ConfigurationError: the numbers of groups or responses differ, or `atol` is negative.
+        NonFiniteScoreError: a score is NaN or infinite.
+
+    Example:
+        >>> order_flip_rate([[1.0, 0.0], [1.0, 0.0]], [[0.9, 0.1], [0.1, 0.9]])
+        0.5
+    """
+    if not atol >= 0:
+        raise ConfigurationError(f"got atol={atol}, expected 0 or more; it is how far apart tied scores may be")
+    first = _checked_scores(scores_a, "scores_a")
+    second = _checked_scores(scores_b, "scores_b")
+    _check_sizes(first, second, "scores_a", "scores_b")
+    return _mean(
+        float(not np.any((a >= a.max() - atol) & (b >= b.max() - atol))) for a, b in zip(first, second, strict=True)
+    )
+
+
+def pairwise_calibration_error(scores: GroupNumbers, rankings: GroupNumbers) -> float:
+    """Expected calibration error of sigmoid(s_i - s_j) as the probability that response i beats response j.
+
+    Guo et al. (arXiv 1706.04599): mean gap between predicted and observed frequency over 10 equal bins of [0, 1],
+    weighted by the bins' counts. Every strictly ordered pair enters twice, as (i, j) and (j, i), since an arbitrary
+    choice of one would change the result; tied pairs are left out. The pairs of all groups are pooled. Unlike the
+    accuracies, tau-b and NDCG this depends on the scale of the scores.
+
+    Args:
+        scores: B sequences of N floats, higher is better.
+        rankings: B sequences of N whole numbers from 1 on, 1 = best, ties share a rank.
+
+    Returns:
+        From 0 (calibrated) to 1; NaN without an ordered pair. Constant scores give 0: they claim nothing.
+
+    Raises:
+        ConfigurationError: the numbers of groups or responses differ, or a rank is not one.
+        NonFiniteScoreError: a score is NaN or infinite.
+
+    Example:
+        >>> round(pairwise_calibration_error([[2.0, 0.0]], [[1, 2]]), 4)
+        0.1192
+    """
+    margins = _pair_margins(scores, rankings)
+    if not margins.size:
+        return float("nan")
+    predicted = np.concatenate([expit(margins), expit(-margins)])
+    observed = np.repeat([1.0, 0.0], margins.size)
+    bins = np.minimum((predicted * _NUM_CALIBRATION_BINS).astype(np.int64), _NUM_CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, weights=predicted - observed, minlength=_NUM_CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / predicted.size)
+
+
+def score_length_correlation(scores: GroupNumbers, lengths: GroupNumbers) -> float:
+    """Spearman correlation of score and length within a group, averaged over groups.
+
+    Spearman, not Pearson: one rambling response must not decide it. Within groups, since prompts that call for long
+    answers say nothing about a preference for length. Groups whose scores or lengths are all equal are left out.
+
+    Args:
+        scores: B sequences of N floats.
+        lengths: B sequences of N lengths in any one unit (tokens, characters).
+
+    Returns:
+        From -1 to 1; NaN if it is undefined in every group. Random scores give 0.
+
+    Raises:
+        ConfigurationError: the numbers of groups or responses differ.
+        NonFiniteScoreError: a score is NaN or infinite.
+
+    Example:
+        >>> round(score_length_correlation([[0.1, 0.2, 0.9]], [[5, 6, 700]]), 6)
+        1.0
+    """
+    values = _checked_scores(scores, "scores")
+    sizes = [_as_vector(group, index, "lengths") for index, group in enumerate(lengths)]
+    _check_sizes(values, sizes, "scores", "lengths")
+    defined = [(v, n) for v, n in zip(values, sizes, strict=True) if not _constant(v) and not _constant(n)]
+    return _mean(float(np.corrcoef(rankdata(v), rankdata(n))[0, 1]) for v, n in defined)
+
+
+def mean_score_spread(scores: GroupNumbers) -> float:
+    """Standard deviation of the scores within a group, averaged over groups.
+
+    The population's (division by N), so that a group of one response has spread 0. It falls to 0 when a model stops
+    telling responses apart, and grows without bound when it overfits.
+
+    Args:
+        scores: B sequences of N floats.
+
+    Returns:
+        0 or more.
+
+    Raises:
+        ConfigurationError: no groups, or a group without responses.
+        NonFiniteScoreError: a score is NaN or infinite.
+
+    Example:
+        >>> mean_score_spread([[1.0, -1.0], [5.0]])
+        0.5
+    """
+    return _mean(float(values.std()) for values in _checked_scores(scores, "scores"))
+
+
+def ranking_metrics(scores: GroupNumbers, rankings: GroupNumbers) -> dict[str, float]:
+    """All metrics that need scores and rankings only, under fixed keys.
+
+    Args:
+        scores: B sequences of N floats, higher is better.
+        rankings: B sequences of N whole numbers from 1 on, 1 = best, ties share a rank.
+
+    Returns:
+        best_of_n_accuracy, pairwise_accuracy, kendall_tau_b, ndcg, pairwise_calibration_error, mean_score_spread; NaN
+        where the function of that name gives it.
+
+    Raises:
+        ConfigurationError: the numbers of groups or responses differ, or a rank is not one.
+        NonFiniteScoreError: a score is NaN or infinite.
+
+    Example:
+        >>> ranking_metrics([[1.0, -1.0]], [[1, 2]])["kendall_tau_b"]
+        1.0
+    """
+    tau = kendall_tau_b(scores, rankings)
+    if tau.undefined_groups:
+        logger.info("kendall_tau_b leaves out %d of %d groups: constant", tau.undefined_groups, len(scores))
+    return {
+        "best_of_n_accuracy": best_of_n_accuracy(scores, rankings),
+        "pairwise_accuracy": pairwise_accuracy(scores, rankings),
+        "kendall_tau_b": tau.mean,
+        "ndcg": ndcg(scores, rankings),
+        "pairwise_calibration_error": pairwise_calibration_error(scores, rankings),
+        "mean_score_spread": mean_score_spread(scores),
+    }
+
+
+def _mean(values: Any) -> float:
+    """Mean of an iterable of numbers; NaN, without numpy's warning, if there are none."""
+    array = np.fromiter(values, dtype=np.float64)
+    return float(array.mean()) if array.size else float("nan")
+
+
+def _constant(values: NDArray[Any]) -> bool:
+    return bool(np.all(values == values[0]))
+
+
+def _gains(ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+    levels, level = np.unique(ranks, return_inverse=True)
+    return len(levels) - 1 - level
+
+
+def _pair_margins(scores: GroupNumbers, rankings: GroupNumbers) -> NDArray[np.float64]:
+    """Score of the better minus score of the worse response, for the strictly ordered pairs of all groups."""
+    margins = []
+    for values, ranks in _checked_groups(scores, rankings):
+        better, worse = np.nonzero(ranks[:, None] < ranks[None, :])
+        margins.append(values[better] - values[worse])
+    return np.concatenate(margins)
+
+
+def _as_vector(group: Any, index: int, name: str) -> NDArray[np.float64]:
+    vector = np.asarray(group, dtype=np.float64)
+    if vector.ndim != 1 or not vector.size:
+        raise ConfigurationError(
+            f"{name} of group {index} have shape {vector.shape}, expected (N,) with N of at least 1; "
+            "pass one sequence of numbers per group and drop empty groups"
+        )
+    return vector
+
+
+def _checked_scores(scores: GroupNumbers, name: str) -> list[NDArray[np.float64]]:
+    vectors = [_as_vector(group, index, name) for index, group in enumerate(scores)]
+    if not vectors:
+        raise ConfigurationError(f"got {name} of 0 groups, expected at least 1; check what the data was filtered by")
+    for index, vector in enumerate(vectors):
+        if not np.isfinite(vector).all():
+            raise NonFiniteScoreError(
+                f"{name} of group {index} are {vector.tolist()}, expected finite numbers; "
+                "look for an overflow in the model (try float32) before measuring it"
+            )
+    return vectors
+
+
+def _check_sizes(first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]], name: str, other: str) -> None:
+    if len(first) != len(second):
+        raise ConfigurationError(
+            f"got {name} of {len(first)} groups and {other} of {len(second)}, expected as many; "
+            "pass both for all groups"
+        )
+    for index, (a, b) in enumerate(zip(first, second, strict=True)):
+        if a.size != b.size:
+            raise ConfigurationError(
+                f"group {index} has {a.size} {name} and {b.size} {other}, expected one each per response; "
+                "leave padding slots out"
+            )
+
+
+def _checked_groups(
+    scores: GroupNumbers, rankings: GroupNumbers
+) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+    values = _checked_scores(scores, "scores")
+    numbers = [_as_vector(group, index, "rankings") for index, group in enumerate(rankings)]
+    _check_sizes(values, numbers, "scores", "rankings")
+    ranks = []
+    for index, vector in enumerate(numbers):
+        # Not `vector < 1`: a NaN must not pass.
+        if not np.all((vector >= 1) & (vector == np.floor(vector))):
+            raise ConfigurationError(
+                f"rankings of group {index} are {vector.tolist()}, expected whole numbers from 1 (best) on; "
+                "leave padding slots out, and turn values into ranks with mr_reward.groups.dense_ranks"
+            )
+        ranks.append(vector.astype(np.int64))
+    return list(zip(values, ranks, strict=True))
