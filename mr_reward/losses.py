@@ -90,9 +90,9 @@ def plackett_luce(scores: Tensor, rankings: Tensor, mask: Tensor) -> Tensor:
         tensor(0.5973)
     """
     scores, rankings = _checked(scores, rankings, mask)
-    # Rank 0 in the padding: no row of candidates is then empty, and no logsumexp over -inf alone gives a NaN gradient.
+    # Rank 0 takes the padding out of every response's candidates, as real ranks start at 1.
     rankings = rankings.masked_fill(~mask, 0)
-    candidates = mask.unsqueeze(-2) & (rankings.unsqueeze(-2) >= rankings.unsqueeze(-1))
+    candidates = rankings.unsqueeze(-2) >= rankings.unsqueeze(-1)
     # (B, N, N) rather than a sort and a running logsumexp: ties need no special case, and N is small.
     nll = _gaps(scores).masked_fill(~candidates, -torch.inf).logsumexp(dim=-1)
     return (nll.masked_fill(~mask, 0.0).sum(dim=-1) / mask.sum(dim=-1)).mean()
