@@ -130,7 +130,7 @@ class MultiResponseRewardModel(PreTrainedModel):
         self.head = ValueHead(hidden_size, config.head_hidden_size or hidden_size, config.head_activation)
         self.processor: Any = None
         self._no_split_modules = getattr(self.backbone, "_no_split_modules", None)
-        # The parts initialise themselves and a given backbone is trained: nothing may be drawn again. On the meta device
+        # The parts initialise themselves and a given backbone is trained: nothing is drawn again. On the meta device
         # (from_pretrained) transformers has to fill buffers that are not saved, such as rotary frequencies.
         if self.readouts.summary.device.type != "meta":
             for module in self.modules():

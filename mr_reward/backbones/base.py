@@ -18,11 +18,11 @@ class BackboneAdapter(Protocol):
     Args:
         media_keys: names of the media tensors that the family's processor makes and its forward takes, concatenated
             over the groups of a batch along the first dimension.
-        lora_targets: names of the linear layers of the language part, for peft.
+        lora_targets: linear layers of the language part, as `target_modules` of peft (regular expression or keyword).
     """
 
     media_keys: tuple[str, ...]
-    lora_targets: tuple[str, ...]
+    lora_targets: str
 
     def position_ids(
         self, backbone: nn.Module, input_ids: Tensor, segments: Tensor, offsets: Tensor, media: dict[str, Tensor]
@@ -60,7 +60,7 @@ class TextAdapter:
     """Any text-only decoder: one position per token."""
 
     media_keys: tuple[str, ...] = ()
-    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets = "all-linear"
 
     def position_ids(
         self, backbone: nn.Module, input_ids: Tensor, segments: Tensor, offsets: Tensor, media: dict[str, Tensor]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mr_reward.backbones.base import TextAdapter, continue_positions
+from mr_reward.backbones.base import continue_positions
 from mr_reward.layouts import PADDING_SEGMENT
 
 __all__ = ["QwenVLAdapter"]
@@ -21,7 +21,8 @@ class QwenVLAdapter:
         "video_grid_thw",
         "second_per_grid_ts",
     )
-    lora_targets = TextAdapter.lora_targets
+    # The vision tower of Qwen2.5-VL has layers of the same names.
+    lora_targets = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
     def position_ids(
         self, backbone: nn.Module, input_ids: Tensor, segments: Tensor, offsets: Tensor, media: dict[str, Tensor]

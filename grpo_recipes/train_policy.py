@@ -1,0 +1,119 @@
+"""Train a policy with GRPO; a multi-response reward model compares the rollouts of each prompt.
+
+    accelerate launch grpo_recipes/train_policy.py --config grpo_recipes/policy_tiny_handwriting_cpu.yaml
+
+Every field of TRL's `GRPOConfig` and `ModelConfig` can stand in the YAML file or on the command line.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_kbit_device_map, get_peft_config
+
+from mr_reward import MultiResponseReward
+from mr_reward.data.handwriting import make_policy_rows, make_tasks
+from mr_reward.errors import ConfigurationError
+from mr_reward.evaluation.handwriting import handwriting_accuracy
+
+
+@dataclass
+class PolicyArguments:
+    """The reward model and the prompts.
+
+    Args:
+        reward_model: folder or hub id of a reward model written by `pretrain_rm.py`.
+        reward: centred, raw, rank or win_rate.
+        reward_dtype: dtype of the reward model's backbone (bfloat16 on a GPU); None for the checkpoint's.
+        reward_max_tokens: token budget of one forward pass of the reward model.
+        reward_over_length: drop_group, truncate_responses or error.
+        reward_num_orders: response orders to average over (layout causal).
+        dataset: a data set with `prompt` (text or messages) and optional `image(s)`, local file or hub id; or
+            "handwriting".
+        dataset_split: its split.
+        num_prompts: number of handwriting prompts.
+        num_digits: digits per image of the handwriting world.
+        questions: questions of the handwriting world.
+    """
+
+    reward_model: str | None = field(default=None, metadata={"help": "Folder or hub id of the reward model"})
+    reward: str = field(default="centred", metadata={"help": "centred, raw, rank or win_rate"})
+    reward_dtype: str | None = field(default=None, metadata={"help": "dtype of the reward model's backbone"})
+    reward_max_tokens: int = field(default=16384, metadata={"help": "Token budget of one reward forward"})
+    reward_over_length: str = field(default="drop_group", metadata={"help": "drop_group, truncate_responses, error"})
+    reward_num_orders: int = field(default=1, metadata={"help": "Orders to average over (layout causal)"})
+    dataset: str = field(default="handwriting", metadata={"help": "Data set with prompts, or handwriting"})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the data set"})
+    num_prompts: int = field(default=4096, metadata={"help": "Number of handwriting prompts"})
+    num_digits: int = field(default=3, metadata={"help": "Digits per image of the handwriting world"})
+    questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "Handwriting questions"})
+
+
+def load_prompts(arguments: PolicyArguments, seed: int) -> Dataset:
+    """The prompts as a data set that `GRPOTrainer` takes."""
+    if arguments.dataset == "handwriting":
+        tasks = make_tasks(
+            arguments.dataset_split,
+            arguments.num_prompts,
+            num_digits=arguments.num_digits,
+            questions=arguments.questions,
+            seed=seed,
+        )
+        return Dataset.from_list(make_policy_rows(tasks))
+    if arguments.dataset.endswith((".json", ".jsonl")):
+        return load_dataset("json", data_files=arguments.dataset, split="train")
+    return load_dataset(arguments.dataset, split=arguments.dataset_split)
+
+
+def make_reward(arguments: PolicyArguments, num_generations: int) -> MultiResponseReward:
+    """The reward function; a broken folder shows here, before the policy is loaded."""
+    if arguments.reward_model is None:
+        raise ConfigurationError("reward_model is missing; give the folder that pretrain_rm.py wrote")
+    return MultiResponseReward(
+        arguments.reward_model,
+        num_generations=num_generations,
+        reward=arguments.reward,
+        dtype=getattr(torch, arguments.reward_dtype) if arguments.reward_dtype else None,
+        max_tokens_per_batch=arguments.reward_max_tokens,
+        over_length=arguments.reward_over_length,
+        num_orders=arguments.reward_num_orders,
+    )
+
+
+def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: ModelConfig) -> GRPOTrainer:
+    """Train, write the policy to `args.output_dir`, and return the trainer with its history."""
+    if not model_config.model_name_or_path:
+        raise ConfigurationError("model_name_or_path is missing; give the policy's folder or hub id")
+    reward_funcs: list[Any] = [make_reward(arguments, args.num_generations)]
+    if arguments.dataset == "handwriting":
+        # The truth watches with weight 0: it is logged, and the policy never learns from it.
+        reward_funcs.append(handwriting_accuracy)
+        args.reward_weights = [1.0, 0.0]
+    load_options = {
+        "dtype": model_config.dtype,
+        "attn_implementation": model_config.attn_implementation,
+        "revision": model_config.model_revision,
+        "trust_remote_code": model_config.trust_remote_code,
+        "device_map": get_kbit_device_map() if model_config.load_in_4bit or model_config.load_in_8bit else None,
+    }
+    args.model_init_kwargs = {
+        **{key: value for key, value in load_options.items() if value is not None},
+        **(args.model_init_kwargs or {}),
+    }
+    trainer = GRPOTrainer(
+        model=model_config.model_name_or_path,
+        reward_funcs=reward_funcs,
+        args=args,
+        train_dataset=load_prompts(arguments, args.seed),
+        peft_config=get_peft_config(model_config),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(str(args.output_dir))
+    return trainer
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    train_policy(*TrlParser((PolicyArguments, GRPOConfig, ModelConfig)).parse_args_and_config())
