@@ -1,0 +1,153 @@
+"""The only file with collectives: small objects from every rank to every rank, and failures that reach all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from mr_reward.errors import PeerRankError
+
+__all__ = ["Exchange", "Phase"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    rank: int
+    at: str | None
+    cause: str
+
+    def __str__(self) -> str:
+        where = f" at {self.at}" if self.at else ""
+        return f"rank {self.rank}{where}: {self.cause}"
+
+
+class Exchange:
+    """Exchanges picklable objects between all ranks, over a gloo group of its own.
+
+    The group is made on first use, by all ranks together; NCCL traffic of the training is not touched. In a single
+    process, or without `torch.distributed`, everything is the identity and no group is made. Send strings and numbers,
+    never images.
+
+    Args:
+        timeout: how long a rank waits for the others. It covers the slowest rank's scoring, not a failing one's:
+            `fail_together` reports failures at once, and a process that dies closes its connections.
+
+    Example:
+        >>> Exchange().all_gather_objects("hello")
+        ['hello']
+    """
+
+    def __init__(self, *, timeout: timedelta = timedelta(minutes=30)) -> None:
+        self._timeout = timeout
+        self._group: dist.ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        """This process's global rank; 0 without `torch.distributed`."""
+        return dist.get_rank() if self._is_distributed() else 0
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes; 1 without `torch.distributed`."""
+        return dist.get_world_size() if self._is_distributed() else 1
+
+    def all_gather_objects(self, obj: Any) -> list[Any]:
+        """Send an object to every rank. Every rank has to call this.
+
+        Args:
+            obj: anything that can be pickled.
+
+        Returns:
+            The objects of all ranks, rank 0 first.
+
+        Raises:
+            PeerRankError: another rank died or did not come within the timeout.
+        """
+        if self.world_size == 1:
+            return [obj]
+        gathered: list[Any] = [None] * self.world_size
+        try:
+            if self._group is None:
+                self._group = dist.new_group(backend="gloo", timeout=self._timeout, group_desc="mr_reward")
+            dist.all_gather_object(gathered, obj, group=self._group)
+        except RuntimeError as error:
+            raise PeerRankError(
+                f"rank {self.rank} waited for the other {self.world_size - 1} ranks in the reward and lost one: it "
+                f"died, or did not come within {self._timeout}; read the other ranks' logs for the first error "
+                f"(out of memory, for instance). The exchange said: {error}"
+            ) from error
+        return gathered
+
+    def fail_together(self, description: str) -> Phase:
+        """A phase of work that succeeds on all ranks or raises on all ranks. Every rank has to enter and leave it.
+
+        Args:
+            description: what is done, for messages ("scoring").
+
+        Returns:
+            A context manager, see `Phase`.
+
+        Example:
+            >>> with Exchange().fail_together("adding") as phase:
+            ...     phase.payload = 1 + 1
+            >>> phase.gathered
+            [2]
+        """
+        return Phase(self, description)
+
+    @staticmethod
+    def _is_distributed() -> bool:
+        return dist.is_available() and dist.is_initialized()
+
+
+class Phase:
+    """What `Exchange.fail_together` returns. Set `payload` inside the block, read `gathered` after it.
+
+    Leaving the block gathers every rank's payload or failure in one collective, so no rank waits for one that has
+    failed. The rank that failed raises its own exception, with a note that names rank and work; the others raise
+    `PeerRankError`. As this is done in `__exit__`, nothing has to catch exceptions that nobody knows.
+
+    Args:
+        exchange: the ranks to talk to.
+        description: what is done, for messages.
+
+    Attributes:
+        at: what this rank is working on right now ("step 12 group 3"), for messages.
+        payload: what this rank sends to the others.
+        gathered: the payloads of all ranks, rank 0 first; filled when the block ends well.
+    """
+
+    def __init__(self, exchange: Exchange, description: str) -> None:
+        self._exchange = exchange
+        self._description = description
+        self.at: str | None = None
+        self.payload: Any = None
+        self.gathered: list[Any] = []
+
+    def __enter__(self) -> Phase:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if exc is not None and not isinstance(exc, Exception):
+            return  # Ctrl-C or sys.exit: this process ends now, and the others notice the closed connection
+        failure = None
+        if exc is not None:
+            failure = _Failure(self._exchange.rank, self.at, f"{type(exc).__name__}: {exc}")
+            exc.add_note(f"mr_reward: failed while {self._description}, {failure}")
+        records = self._exchange.all_gather_objects((failure, None if failure else self.payload))
+        if exc is not None:
+            return  # Python goes on raising it
+        failures = [other for other, _ in records if other is not None]
+        if failures:
+            raise PeerRankError(
+                f"rank {self._exchange.rank} stops because {len(failures)} of {len(records)} ranks failed while "
+                f"{self._description}; fix the cause below, this rank had none of its own.\n"
+                + "\n".join(str(other) for other in failures)
+            )
+        self.gathered = [payload for _, payload in records]

@@ -1,0 +1,241 @@
+"""`MultiResponseReward`: a reward function for TRL's `GRPOTrainer` and `RLOOTrainer` that scores whole groups."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mr_reward.errors import ConfigurationError
+from mr_reward.groups import ResponseGroup
+from mr_reward.grpo.exchange import Exchange
+from mr_reward.grpo.groups import PlannedGroup, plan_groups
+from mr_reward.grpo.loading import build_scorer, default_device
+from mr_reward.grpo.rows import Completion, Prompt, read_rollouts
+from mr_reward.grpo.telemetry import GroupOutcome, measure
+from mr_reward.packing import OVER_LENGTH_POLICIES
+
+if TYPE_CHECKING:
+    import torch
+
+    from mr_reward.modeling import MultiResponseRewardModel
+
+__all__ = ["REWARD_TRANSFORMS", "MultiResponseReward"]
+
+logger = logging.getLogger(__name__)
+
+
+def _centred(scores: Sequence[float]) -> list[float]:
+    mean = statistics.fmean(scores)
+    return [score - mean for score in scores]
+
+
+def _rank(scores: Sequence[float]) -> list[float]:
+    """Share of the other responses that are beaten, ties half."""
+    if len(scores) == 1:
+        return [0.5]
+    wins = [sum((other < score) + 0.5 * (other == score) for other in scores) - 0.5 for score in scores]
+    return [win / (len(scores) - 1) for win in wins]
+
+
+def _win_rate(scores: Sequence[float]) -> list[float]:
+    """Mean Bradley-Terry chance to win against each of the others."""
+    if len(scores) == 1:
+        return [0.5]
+    # sigmoid(x) = (1 + tanh(x / 2)) / 2 does not overflow; minus 0.5 takes out the comparison with itself
+    chances = [sum(0.5 + 0.5 * math.tanh((score - other) / 2) for other in scores) - 0.5 for score in scores]
+    return [chance / (len(scores) - 1) for chance in chances]
+
+
+REWARD_TRANSFORMS: Mapping[str, Callable[[Sequence[float]], list[float]]] = {
+    "centred": _centred,
+    "raw": list,
+    "rank": _rank,
+    "win_rate": _win_rate,
+}
+
+
+class MultiResponseReward:
+    """Rewards from a multi-response reward model: all rollouts of a prompt are compared in one forward pass.
+
+    A group may be spread over ranks. The texts are gathered, each group is scored once, by a rank that holds its
+    prompt and images, and each rank gets its own rows' rewards back: the same as a single process would give, for any
+    number of processes and any per-device batch. Every rank has to call it at the same time, as `GRPOTrainer` does. If
+    one rank fails, all raise, naming rank and group.
+
+    What GRPO does with the rewards: it subtracts the group's mean, and with `scale_rewards="group"` divides by
+    the group's standard deviation. So, as the only reward, `"centred"` and `"raw"` give the same advantages, and with
+    `"group"` the scale of the scores is cancelled too; `"rank"` and `"win_rate"` do differ, as they bend the scores.
+    The mean matters in logs, and in whatever is not centred per group (`scale_rewards="batch"`, RLOO's
+    batch normalisation): there the arbitrary offset of a group's raw scores becomes noise, which is why `"centred"` is
+    the default. The scale matters in weighting against other rewards and with `scale_rewards="none"` or `"batch"`.
+
+    Metrics (`mr_reward.grpo.telemetry.METRIC_KEYS`) and two columns of the completions table, `mr_reward_score`
+    (before the transform; None if dropped) and `mr_reward_truncated`, are logged at every call. TRL tells reward
+    functions apart by name only, so use one `MultiResponseReward` per trainer.
+
+    What is judged: the content of the assistant turns, without tool calls, tool results or reasoning that was parsed
+    into a key of its own. A plain-text prompt counts as one user turn.
+
+    Args:
+        model: folder or hub id of a checkpoint, or a loaded `MultiResponseRewardModel`. A checkpoint is loaded now.
+        num_generations: rollouts per prompt; the trainer's `num_generations`, and its `num_generations_eval` too.
+        reward: `"centred"` (score minus group mean), `"raw"` (score), `"rank"` (0 = worst to 1 = best, ties averaged)
+            or `"win_rate"` (mean probability to beat each of the others).
+        device: where the model runs. Default: `cuda:LOCAL_RANK` if CUDA is available, else the CPU.
+        dtype: dtype of the backbone; the head always computes in float32.
+        max_tokens_per_batch: token budget of one forward pass.
+        over_length: what to do with a group that does not fit: `"drop_group"` gives its rollouts the reward None,
+            hence no advantage from this reward; `"truncate_responses"` cuts them; `"error"` ends the training.
+        num_orders: response orders that the scores are averaged over; see `GroupScorer`.
+
+    Raises:
+        ConfigurationError: an option has a value that does not exist.
+        CheckpointError: the checkpoint cannot be loaded.
+
+    Example:
+        ```python
+        reward = MultiResponseReward("path/to/reward-model", num_generations=8)
+        trainer = GRPOTrainer(model, reward_funcs=[reward], args=GRPOConfig(num_generations=8), train_dataset=data)
+        ```
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | MultiResponseRewardModel,
+        num_generations: int,
+        *,
+        reward: str = "centred",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        max_tokens_per_batch: int = 16384,
+        over_length: str = "drop_group",
+        num_orders: int = 1,
+    ) -> None:
+        if isinstance(num_generations, bool) or not isinstance(num_generations, int) or num_generations < 1:
+            raise ConfigurationError(
+                f"num_generations is {num_generations!r}, expected a whole number from 1 on; pass the trainer's "
+                "num_generations"
+            )
+        if reward not in REWARD_TRANSFORMS:
+            raise ConfigurationError(f"reward is {reward!r}, expected one of {', '.join(REWARD_TRANSFORMS)}")
+        if over_length not in OVER_LENGTH_POLICIES:  # known before the checkpoint is loaded, which takes a while
+            raise ConfigurationError(
+                f"over_length is {over_length!r}, expected one of {', '.join(OVER_LENGTH_POLICIES)}"
+            )
+        self.__name__ = "multi_response_reward"  # TRL names metrics after it
+        self.num_generations = num_generations
+        self.reward = reward
+        options: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "max_tokens_per_batch": max_tokens_per_batch,
+            "over_length": over_length,
+            "num_orders": num_orders,
+        }
+        self._arguments = (model, num_generations), {"reward": reward, **options}
+        self._scorer = build_scorer(model, **{**options, "device": device if device is not None else default_device()})
+        self._exchange = Exchange()
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Pickle the arguments: a copy loads the checkpoint again, and has its own device and process group."""
+        args, kwargs = self._arguments
+        return functools.partial(type(self), **kwargs), args
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion], **kwargs: Any
+    ) -> list[float | None]:
+        """Score this rank's rollouts, together with all other ranks.
+
+        Args:
+            prompts: M prompts (text or chat messages with content blocks), each prompt `num_generations` times in a
+                row in the global, rank-major batch.
+            completions: M completions, text or chat messages.
+            **kwargs: the rest of what TRL passes; `image`, `images`, `trainer_state`, `log_extra` and `log_metric` are
+                used if there.
+
+        Returns:
+            M rewards; None for the rollouts of a dropped group.
+
+        Raises:
+            GroupAssemblyError: the global batch cannot be cut into groups of `num_generations`.
+            GroupError: a prompt or completion has a shape that TRL does not produce.
+            MediaError: media are missing or unreadable.
+            PeerRankError: another rank failed.
+        """
+        state = kwargs.get("trainer_state")
+        prefix = f"step {state.global_step} " if state is not None else ""
+        with self._exchange.fail_together("reading the rollouts") as phase:
+            local, phase.payload = read_rollouts(prompts, completions, kwargs)
+        rows_by_rank = phase.gathered
+        plan = plan_groups(rows_by_rank, self.num_generations)
+
+        rank = self._exchange.rank
+        with self._exchange.fail_together("scoring") as phase:
+            own = [group for group in plan if group.owner == rank]
+            phase.at = _name_groups(prefix, own)
+            phase.payload = self._score(own, local, prefix)
+        outcomes: dict[int, GroupOutcome] = {}
+        for scored, _ in phase.gathered:
+            outcomes.update(scored)
+        ordered = [outcomes[group.index] for group in plan]
+
+        if (log_metric := kwargs.get("log_metric")) is not None:
+            for key, value in measure(plan, ordered, math.fsum(seconds for _, seconds in phase.gathered)).items():
+                log_metric(key, value)
+        start = sum(len(rows) for rows in rows_by_rank[:rank])
+        mine = slice(start, start + len(local))
+        if (log_extra := kwargs.get("log_extra")) is not None:
+            log_extra("mr_reward_score", self._per_row(ordered, list)[mine])
+            log_extra("mr_reward_truncated", [flag for outcome in ordered for flag in outcome.truncated][mine])
+        return self._per_row(ordered, REWARD_TRANSFORMS[self.reward])[mine]
+
+    def _score(
+        self, own: Sequence[PlannedGroup], local: Sequence[ResponseGroup], prefix: str
+    ) -> tuple[dict[int, GroupOutcome], float]:
+        """Score the groups that this rank owns; their outcomes by group index, and the seconds it took."""
+        if not own:
+            return {}, 0.0
+        groups = []
+        for planned in own:
+            prompt = local[planned.owner_row]
+            groups.append(
+                ResponseGroup(
+                    prompt=prompt.messages,
+                    responses=planned.responses,
+                    images=prompt.images,
+                    videos=prompt.videos,
+                    id=f"{prefix}group {planned.index}",
+                )
+            )
+        started = time.perf_counter()
+        results = self._scorer.score_detailed(groups)
+        seconds = time.perf_counter() - started
+        for group, result in zip(groups, results, strict=True):
+            if result.scores is None:
+                logger.warning("%s gets no reward: %s", group.id, result.drop_reason)
+        outcomes = [GroupOutcome(result.scores, result.truncated) for result in results]
+        return {planned.index: outcome for planned, outcome in zip(own, outcomes, strict=True)}, seconds
+
+    def _per_row(
+        self, outcomes: Sequence[GroupOutcome], transform: Callable[[Sequence[float]], list[float]]
+    ) -> list[float | None]:
+        """Spread the groups' values over all rows of the global batch."""
+        values: list[float | None] = []
+        for outcome in outcomes:
+            values.extend([None] * self.num_generations if outcome.scores is None else transform(outcome.scores))
+        return values
+
+
+def _name_groups(prefix: str, groups: Sequence[PlannedGroup]) -> str | None:
+    """As in "step 12 group 3" or "step 12 groups 3, 4, 5"; at most eight are listed."""
+    if not groups:
+        return None
+    listed = ", ".join(str(group.index) for group in groups[:8])
+    more = f" and {len(groups) - 8} more" if len(groups) > 8 else ""
+    return f"{prefix}group{'s' if len(groups) > 1 else ''} {listed}{more}"

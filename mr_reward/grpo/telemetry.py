@@ -1,0 +1,90 @@
+"""Metrics of one reward call. Every rank computes them from the same gathered data, so all ranks log the same."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mr_reward.grpo.groups import PlannedGroup
+
+__all__ = ["METRIC_KEYS", "GroupOutcome", "measure"]
+
+METRIC_KEYS = (
+    "mr_reward/score_mean",
+    "mr_reward/score_spread",
+    "mr_reward/zero_spread_groups",
+    "mr_reward/straddling_groups",
+    "mr_reward/dropped_groups",
+    "mr_reward/truncated_responses",
+    "mr_reward/duplicate_responses",
+    "mr_reward/score_length_correlation",
+    "mr_reward/ms_per_group",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOutcome:
+    """What the owner of a group tells all ranks.
+
+    Args:
+        scores: N scores in row order; None if the group was dropped.
+        truncated: N flags, whether the response was cut before scoring.
+    """
+
+    scores: tuple[float, ...] | None
+    truncated: tuple[bool, ...]
+
+
+def measure(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome], seconds: float) -> dict[str, float]:
+    """Compute all metrics of one call.
+
+    `score_mean` is over all scored responses, before any transform. `score_spread` is the mean within-group standard
+    deviation (with Bessel's correction, as TRL's `reward_std`). `zero_spread_groups` is the share of scored groups
+    whose scores are all equal: they teach GRPO nothing. `straddling_groups` is the share of groups spread over ranks.
+    `dropped_groups` and `truncated_responses` are counts. `duplicate_responses` is the share of responses that
+    repeat an earlier one of their group. `score_length_correlation` is the mean within-group Pearson correlation of
+    score and length in characters, over the groups where both vary. `ms_per_group` is the scoring time in
+    milliseconds of one group on the rank that owns it.
+
+    Args:
+        plan: all groups of the global batch.
+        outcomes: their outcomes, same order.
+        seconds: time spent scoring, summed over ranks.
+
+    Returns:
+        `METRIC_KEYS` -> value, always all of them. NaN where nothing is defined; TRL (1.16) leaves NaN out when it
+        averages over the steps of a log, and logs None if there is nothing else.
+
+    Example:
+        >>> measure([], [], 0.0)["mr_reward/dropped_groups"]
+        0.0
+    """
+    scored = [
+        (group, outcome.scores) for group, outcome in zip(plan, outcomes, strict=True) if outcome.scores is not None
+    ]
+    values = (
+        _mean(score for _, scores in scored for score in scores),
+        _mean(statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in scored),
+        _mean(float(min(scores) == max(scores)) for _, scores in scored),
+        _mean(float(group.straddles) for group in plan),
+        float(len(plan) - len(scored)),
+        float(sum(sum(outcome.truncated) for outcome in outcomes)),
+        _mean(1.0 - len(set(group.responses)) / len(group.responses) for group in plan),
+        _mean(_length_correlations(scored)),
+        1000.0 * seconds / len(plan) if plan else math.nan,
+    )
+    return dict(zip(METRIC_KEYS, values, strict=True))
+
+
+def _length_correlations(scored: Iterable[tuple[PlannedGroup, tuple[float, ...]]]) -> Iterable[float]:
+    for group, scores in scored:
+        lengths = [len(response) for response in group.responses]
+        if min(lengths) != max(lengths) and min(scores) != max(scores):
+            yield statistics.correlation(scores, lengths)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return statistics.fmean(values) if values else math.nan

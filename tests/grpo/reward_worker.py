@@ -1,0 +1,164 @@
+"""One rank of the distributed reward tests, and the fake scorer that they share.
+
+Run as `python reward_worker.py SCENARIO RENDEZVOUS_FILE RESULT_FOLDER [REWARD_MODEL_FOLDER]` with RANK and WORLD_SIZE
+set. Without a reward model folder the scorer is a fake one. Writes `rank{RANK}.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch.distributed as dist
+from PIL import Image
+
+import mr_reward.grpo.reward as reward_module
+from mr_reward.errors import MRRewardError
+from mr_reward.groups import ResponseGroup
+from mr_reward.grpo.reward import MultiResponseReward
+
+ROWS_PER_RANK = (2, 3, 4, 6)
+GROUP_SIZES = (4, 6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeScores:
+    """The fields of `mr_reward.scoring.GroupScores` that the reward reads."""
+
+    scores: tuple[float, ...] | None
+    truncated: tuple[bool, ...]
+    drop_reason: str | None = None
+
+
+class WholeGroupScorer:
+    """Deterministic scores that change if any response, their order, the prompt or an image changes."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[ResponseGroup]] = []
+
+    def score_detailed(self, groups: list[ResponseGroup]) -> list[FakeScores]:
+        self.calls.append(list(groups))
+        return [self._score(group) for group in groups]
+
+    def _score(self, group: ResponseGroup) -> FakeScores:
+        flags = tuple(response.endswith("cut") for response in group.responses)
+        if "drop" in group.responses:
+            return FakeScores(scores=None, truncated=flags, drop_reason="too long")
+        images = [(image.mode, image.size, image.tobytes()) for image in group.images]
+        context = repr((group.messages, images, group.responses))
+        scores = tuple(_unit(context + response) + i for i, response in enumerate(group.responses))
+        return FakeScores(scores=scores, truncated=flags)
+
+
+class FailingScorer(WholeGroupScorer):
+    """Raises on one rank, or ends its process without a word."""
+
+    def __init__(self, rank: int, *, die: bool = False) -> None:
+        super().__init__()
+        self.rank, self.die = rank, die
+
+    def score_detailed(self, groups: list[ResponseGroup]) -> list[FakeScores]:
+        if int(os.environ["RANK"]) == self.rank:
+            if self.die:
+                os._exit(7)
+            raise ZeroDivisionError("the scorer broke")
+        return super().score_detailed(groups)
+
+
+def _unit(text: str) -> float:
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little") / 2**64
+
+
+def make_rows(num_rows: int, group_size: int) -> tuple[list[Any], list[Any]]:
+    """A global batch in TRL's shapes: groups 0 and 1 share the prompt, later ones have others."""
+    prompts, completions = [], []
+    for row in range(num_rows):
+        index = max(row // group_size - 1, 0)
+        image = Image.new("RGB", (28, 28), (index, 0, 0))  # equal content, another object in every row
+        blocks = [{"type": "image", "image": image}, {"type": "text", "text": f"Which digit? ({index})"}]
+        prompts.append([{"role": "user", "content": blocks}])
+        text = "the same" if row % group_size in (1, 2) else f"row {row} " + "\ud800" * (row % 3)
+        completions.append([{"role": "assistant", "content": text}])
+    return prompts, completions
+
+
+def call(reward: MultiResponseReward, prompts: list[Any], completions: list[Any], **columns: Any) -> dict[str, Any]:
+    """Call a reward as TRL does; the rewards, or the error, and everything that it logged."""
+    metrics: dict[str, float] = {}
+    extra: dict[str, list[Any]] = {}
+    started = time.monotonic()
+    record: dict[str, Any] = {"metrics": metrics, "extra": extra}
+    try:
+        record["rewards"] = reward(
+            prompts=prompts,
+            completions=completions,
+            completion_ids=[[0]] * len(prompts),
+            trainer_state=SimpleNamespace(global_step=12),
+            log_metric=metrics.__setitem__,
+            log_extra=extra.__setitem__,
+            **columns,
+        )
+    except (MRRewardError, ZeroDivisionError) as error:
+        record["error"] = type(error).__name__
+        record["message"] = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    record["seconds"] = time.monotonic() - started
+    return record
+
+
+def use_scorer(scorer: WholeGroupScorer) -> None:
+    """Make every reward built from now on use this scorer."""
+    reward_module.build_scorer = lambda model, **options: scorer
+
+
+def run(scenario: str, model: str | None) -> dict[str, Any]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    records = {}
+    if scenario == "die":
+        use_scorer(FailingScorer(1, die=True))
+        cases = [(4, 4)]
+    elif scenario == "fail":
+        use_scorer(FailingScorer(1))
+        cases = [(4, 4)]
+    else:
+        if model is None:
+            use_scorer(WholeGroupScorer())
+        cases = [(rows, size) for rows in ROWS_PER_RANK for size in GROUP_SIZES]
+    for rows, size in cases:
+        prompts, completions = make_rows(rows * world_size, size)
+        mine = slice(rank * rows, (rank + 1) * rows)
+        reward = MultiResponseReward(model or "fake", size, device="cpu")
+        records[f"{rows}x{size}"] = call(reward, prompts[mine], completions[mine])
+        if scenario == "fail":
+            # a rollout that cannot be read, on the last rank only; and after two failures a call that works
+            broken = [[{"role": "assistant", "content": [{"type": "image"}]}]] * rows
+            last = rank == world_size - 1
+            use_scorer(WholeGroupScorer())
+            reward = MultiResponseReward("fake", size)
+            records["unreadable"] = call(reward, prompts[mine], broken if last else completions[mine])
+            records["recovered"] = call(reward, prompts[mine], completions[mine])
+    return records
+
+
+def main() -> None:
+    scenario, rendezvous, folder, *model = sys.argv[1:]
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+    )
+    records = run(scenario, model[0] if model else None)
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(records))
+    if scenario != "die":
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Rollouts -> rows -> groups, without processes."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mr_reward.errors import GroupAssemblyError, GroupError, MediaError
+from mr_reward.groups import ResponseGroup
+from mr_reward.grpo.groups import plan_groups
+from mr_reward.grpo.rows import RolloutRow, completion_text, prompt_fingerprint, read_rollouts
+
+
+def _rows(*fingerprints: str, response: str = "r") -> list[RolloutRow]:
+    return [RolloutRow(fingerprint, f"{response}{i}") for i, fingerprint in enumerate(fingerprints)]
+
+
+def test_neighbours_with_the_same_prompt_stay_two_groups() -> None:
+    plan = plan_groups([_rows("p", "p", "p"), _rows("p", "p", "p")], 2)
+    assert [group.responses for group in plan] == [("r0", "r1"), ("r2", "r0"), ("r1", "r2")]
+    assert [group.holders for group in plan] == [(0,), (0, 1), (1,)]
+    assert [group.straddles for group in plan] == [False, True, False]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
+def test_every_owner_holds_its_group(num_ranks: int, size: int) -> None:
+    rows = [RolloutRow(f"p{i // size}", "x" * (i % 5)) for i in range(12)]
+    per_rank = 12 // num_ranks
+    rows_by_rank = [rows[rank * per_rank : (rank + 1) * per_rank] for rank in range(num_ranks)]
+    plan = plan_groups(rows_by_rank, size)
+    assert [response for group in plan for response in group.responses] == [row.response for row in rows]
+    for group in plan:
+        assert group.owner in group.holders
+        assert group.owner_row == [row.fingerprint for row in rows_by_rank[group.owner]].index(f"p{group.index}")
+    assert plan == plan_groups(rows_by_rank, size)
+
+
+def test_straddling_groups_go_to_the_least_loaded_holder() -> None:
+    long = _rows("a", "a", "b", response="long " * 9)
+    plan = plan_groups([long, _rows("b", "c", "c")], 2)
+    assert [group.owner for group in plan] == [0, 1, 1]
+    assert plan[1].owner_row == 0
+    # two ranks that hold half of every group get every other one
+    assert {group.owner for group in plan_groups([_rows("a"), _rows("a", "b"), _rows("b")], 2)} == {0, 1}
+
+
+def test_ranks_may_hold_different_numbers_of_rows_or_none() -> None:
+    plan = plan_groups([[], _rows("a", "a", "a"), [], _rows("a")], 4)
+    assert [group.holders for group in plan] == [(1, 3)]
+    assert plan_groups([[], []], 4) == []
+
+
+def test_row_counts_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(GroupAssemblyError, match=r"got 5 rows in all \(rank 0: 3, rank 1: 2\).*num_generations=4"):
+        plan_groups([_rows("a", "a", "a"), _rows("a", "a")], 4)
+
+
+def test_mixed_prompts_are_refused_with_rows_and_ranks() -> None:
+    with pytest.raises(GroupAssemblyError, match=r"rows 4 to 7 .*ranks 1 to 2.*row 6 \(rank 2\).*row 4 \(rank 1\)"):
+        plan_groups([_rows("a", "a", "a"), _rows("a", "b", "b"), _rows("c", "c")], 4)
+
+
+@pytest.mark.parametrize(
+    ("completion", "text"),
+    [
+        ("plain ", "plain "),
+        ([{"role": "assistant", "content": "chat"}], "chat"),
+        ([{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], "ab"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], ""),
+        ([{"role": "assistant", "reasoning_content": "hm"}], ""),
+        ([], ""),
+        (
+            [
+                {"role": "assistant", "content": "first"},
+                {"role": "tool", "content": [{"type": "image", "image": object()}]},
+                {"role": "assistant", "content": ""},
+                {"role": "assistant", "content": "then", "reasoning_content": "hm"},
+            ],
+            "first\n\nthen",
+        ),
+        ("\ud800 <|im_end|>", "\ud800 <|im_end|>"),
+    ],
+)
+def test_completion_text(completion: Any, text: str) -> None:
+    assert completion_text(completion) == text
+
+
+@pytest.mark.parametrize("completion", [None, 3, ["text"], b"bytes"])
+def test_unknown_completion_shapes_are_refused(completion: Any) -> None:
+    with pytest.raises(GroupError, match="rollout 3: completion is .*expected a string or a list"):
+        completion_text(completion, name="rollout 3")
+
+
+def test_images_in_completions_are_refused() -> None:
+    with pytest.raises(GroupError, match="'image', expected text blocks"):
+        completion_text([{"role": "assistant", "content": [{"type": "image"}]}])
+
+
+def _fingerprint(prompt: Any, **media: Any) -> str:
+    return prompt_fingerprint(ResponseGroup(prompt=prompt, responses=[""], **media))
+
+
+def test_fingerprints_see_text_roles_and_pixels(tmp_path: Path) -> None:
+    red, also_red, blue = (Image.new("RGB", (4, 2), colour) for colour in ("red", "red", "blue"))
+    assert _fingerprint("a", images=[red]) == _fingerprint("a", images=[also_red])
+    assert _fingerprint("a") == _fingerprint([{"role": "user", "content": "a"}])
+    different = [
+        _fingerprint("a"),
+        _fingerprint("b"),
+        _fingerprint([{"role": "system", "content": "a"}]),
+        _fingerprint("\ud800"),
+        _fingerprint("a", images=[red]),
+        _fingerprint("a", images=[blue]),
+        _fingerprint("a", images=[Image.new("RGB", (2, 4), "red")]),
+        _fingerprint("a", images=[red, blue]),
+        _fingerprint("a", images=[blue, red]),
+        _fingerprint("a", videos=[[red, blue]]),
+        _fingerprint("a", videos=[[red], [blue]]),
+    ]
+    assert len(set(different)) == len(different)
+
+    buffer = BytesIO()
+    red.save(buffer, "PNG")
+    path = tmp_path / "red.png"
+    path.write_bytes(buffer.getvalue())
+    same = {_fingerprint("a", images=[image]) for image in (red, buffer.getvalue(), path, str(path))}
+    assert len(same) == 1
+    with pytest.raises(MediaError, match="missing"):
+        _fingerprint("a", images=[tmp_path / "missing.png"])
+
+
+def test_rollouts_take_images_from_blocks_first_then_from_the_columns() -> None:
+    red, blue = Image.new("RGB", (4, 2), "red"), Image.new("RGB", (4, 2), "blue")
+    filled = [{"role": "user", "content": [{"type": "image", "image": red}, {"type": "text", "text": "?"}]}]
+    empty = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    plain = [{"role": "user", "content": "?"}]
+    for prompt, columns, expected in [
+        (filled, {"image": [blue]}, (red,)),
+        (empty, {"image": [blue]}, (blue,)),
+        (plain, {"images": [[blue, red]], "image": [red]}, (blue, red)),
+        (plain, {"images": [None]}, ()),
+        (plain, {"image": [None]}, ()),
+        (plain, {}, ()),
+    ]:
+        groups, rows = read_rollouts([prompt], ["answer"], columns)
+        assert groups[0].images == expected
+        assert rows == [RolloutRow(prompt_fingerprint(groups[0]), "answer")]
+    with pytest.raises(MediaError, match="'rollout 0': the prompt has 1 image placeholders but 0 images"):
+        read_rollouts([empty], ["answer"], {})
+    assert prompt_fingerprint(read_rollouts([filled], [""], {})[0][0]) == prompt_fingerprint(
+        read_rollouts([plain], [""], {"image": [red]})[0][0]
+    )
+
+
+def test_rollouts_need_one_completion_each() -> None:
+    with pytest.raises(GroupError, match="got 2 prompts, 1 completions"):
+        read_rollouts(["a", "b"], ["c"], {})
+    assert read_rollouts([], [], {}) == ([], [])
+
+
+def test_turns_of_the_prompt_without_content_count_as_empty() -> None:
+    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]
+    assert read_rollouts([prompt], [""], {})[0][0].messages[1]["content"] == [{"type": "text", "text": ""}]
