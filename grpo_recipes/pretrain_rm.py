@@ -100,7 +100,6 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
         "dtype": model_config.dtype,
         "attn_implementation": model_config.attn_implementation,
         "revision": model_config.model_revision,
-        "trust_remote_code": model_config.trust_remote_code,
     }
     model = MultiResponseRewardModel.from_backbone(
         model_config.model_name_or_path,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_kbit_device_map, get_peft_config
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from mr_reward import MultiResponseReward
 from mr_reward.data.handwriting import make_policy_rows, make_tasks
@@ -95,8 +95,6 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         "dtype": model_config.dtype,
         "attn_implementation": model_config.attn_implementation,
         "revision": model_config.model_revision,
-        "trust_remote_code": model_config.trust_remote_code,
-        "device_map": get_kbit_device_map() if model_config.load_in_4bit or model_config.load_in_8bit else None,
     }
     args.model_init_kwargs = {
         **{key: value for key, value in load_options.items() if value is not None},
@@ -108,6 +106,7 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         args=args,
         train_dataset=load_prompts(arguments, args.seed),
         peft_config=get_peft_config(model_config),
+        quantization_config=get_quantization_config(model_config),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(str(args.output_dir))

@@ -12,8 +12,9 @@ from mr_reward.errors import CheckpointError
 
 __all__ = ["check_config_keys", "check_loading_info", "load_processor"]
 
-# Written by transformers itself beside the configuration's own fields.
-_BOOKKEEPING_KEYS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version"}
+# Written by transformers and its Trainer beside the configuration's own fields. None of them changes a score: the model
+# passes use_cache=False itself.
+_BOOKKEEPING_KEYS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version", "use_cache"}
 
 
 def check_config_keys(name: str, revision: str | None, config_class: type[PreTrainedConfig]) -> None:

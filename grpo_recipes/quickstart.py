@@ -1,0 +1,231 @@
+"""The whole path in minutes on a CPU: a weak policy, a reward model that compares answers, GRPO, and the truth.
+
+    make quickstart
+    python grpo_recipes/quickstart.py --seed 1 --layout causal
+
+A tiny Qwen3-VL learns to read handwritten digits badly (SFT, stopped early). A multi-response reward model learns to
+rank groups of four answers. GRPO then trains the policy on the reward model's comparison of its rollouts; labels are
+used only to measure. Everything is written to the output folder.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pretrain_rm
+import train_policy
+import transformers
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import GRPOConfig, ModelConfig, SFTConfig, SFTTrainer, TrlParser
+
+from mr_reward import GroupScorer, MultiResponseRewardModel
+from mr_reward.data.handwriting import make_groups, make_sft_rows, make_tasks
+from mr_reward.data.tiny import build_qwen3_vl, build_qwen3_vl_processor
+from mr_reward.evaluation.figures import plot_curves, plot_scored_groups
+from mr_reward.evaluation.handwriting import handwriting_accuracy, policy_answers
+from mr_reward.evaluation.ranking import evaluate_ranking
+from mr_reward.training.arguments import RewardTrainingArguments
+
+RECIPES = Path(__file__).parent
+
+
+@dataclass
+class QuickstartArguments:
+    """Arguments of the quickstart; everything else stands in the three YAML files beside this script.
+
+    Args:
+        output: folder for all results.
+        seed: of weights, data and rollouts.
+        layout: causal, isolated or set.
+        sft_steps: steps of supervised training; None for the YAML's.
+        rm_groups: groups to train the reward model on; None for the YAML's.
+        grpo_steps: steps of GRPO; None for the YAML's.
+        eval_samples: unseen images to measure the policy on, and unseen groups for the reward model.
+    """
+
+    output: str = field(default="outputs/quickstart", metadata={"help": "Folder for all results"})
+    seed: int = field(default=0, metadata={"help": "Of weights, data and rollouts"})
+    layout: str = field(default="set", metadata={"help": "causal, isolated or set"})
+    sft_steps: int | None = field(default=None, metadata={"help": "Steps of SFT"})
+    rm_groups: int | None = field(default=None, metadata={"help": "Groups to train the reward model on"})
+    grpo_steps: int | None = field(default=None, metadata={"help": "Steps of GRPO"})
+    eval_samples: int = field(default=512, metadata={"help": "Unseen images and groups to measure on"})
+
+
+def read_recipe(name: str, types: tuple[type, ...], **overrides: Any) -> Any:
+    """Parse a YAML beside this script, with overrides as on the command line; None keeps the YAML's value."""
+    arguments = ["--config", str(RECIPES / name)]
+    for key, value in overrides.items():
+        if value is not None:
+            arguments += [f"--{key}", str(value)]
+    return TrlParser(types).parse_args_and_config(args=arguments)
+
+
+def train_weak_policy(options: QuickstartArguments, folder: Path) -> None:
+    """SFT from random weights with TRL, stopped early."""
+    (args,) = read_recipe(
+        "sft_tiny_handwriting_cpu.yaml",
+        (SFTConfig,),
+        output_dir=folder,
+        seed=options.seed,
+        max_steps=options.sft_steps,
+    )
+    tasks = make_tasks("train", args.max_steps * args.per_device_train_batch_size, seed=options.seed)
+    processor = build_qwen3_vl_processor()
+    trainer = SFTTrainer(
+        build_qwen3_vl(options.seed),
+        args=args,
+        train_dataset=Dataset.from_list(make_sft_rows(tasks)),
+        processing_class=processor,
+    )
+    trainer.train()
+    trainer.save_model(str(folder))
+    processor.save_pretrained(folder)
+
+
+def train_reward_model(options: QuickstartArguments, backbone: Path, folder: Path) -> list[dict[str, float]]:
+    """Pretrain the reward model on ranked groups; returns the log."""
+    arguments, args, model_config = read_recipe(
+        "rm_tiny_handwriting_cpu.yaml",
+        (pretrain_rm.RewardModelArguments, RewardTrainingArguments, ModelConfig),
+        output_dir=folder,
+        model_name_or_path=backbone,
+        layout=options.layout,
+        seed=options.seed,
+        num_train_groups=options.rm_groups,
+    )
+    transformers.set_seed(options.seed)
+    model = MultiResponseRewardModel.from_backbone(str(backbone), layout=options.layout)
+    trainer = pretrain_rm.pretrain(
+        model,
+        pretrain_rm.load_groups("handwriting", arguments, "train", arguments.num_train_groups, options.seed),
+        pretrain_rm.load_groups("handwriting", arguments, "validation", arguments.num_eval_groups, options.seed),
+        args,
+        model_config,
+    )
+    return trainer.state.log_history
+
+
+def run_grpo(options: QuickstartArguments, policy: Path, reward_model: Path, folder: Path) -> list[dict[str, float]]:
+    """GRPO with the reward model; returns the log."""
+    recipe = read_recipe(
+        "policy_tiny_handwriting_cpu.yaml",
+        (train_policy.PolicyArguments, GRPOConfig, ModelConfig),
+        output_dir=folder,
+        model_name_or_path=policy,
+        reward_model=reward_model,
+        seed=options.seed,
+        max_steps=options.grpo_steps,
+    )
+    return train_policy.train_policy(*recipe).state.log_history
+
+
+def measure_policy(folder: Path, num_samples: int) -> float:
+    """True accuracy of greedy answers on unseen scans."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    tasks = make_tasks("test", num_samples, seed=0)  # the same images for every seed and policy
+    answers = policy_answers(model, AutoProcessor.from_pretrained(folder), tasks)
+    rewards = handwriting_accuracy(answers, [task.question for task in tasks], [task.digits for task in tasks])
+    return sum(rewards) / len(rewards)
+
+
+def curve(log: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric of a trainer's log."""
+    entries = [entry for entry in log if entry.get(key) is not None]
+    return [entry["step"] for entry in entries], [entry[key] for entry in entries]
+
+
+def main(options: QuickstartArguments) -> dict[str, Any]:
+    """Run everything; returns what `metrics.json` holds."""
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+
+    @contextmanager
+    def stage(name: str, text: str) -> Iterator[None]:
+        console.rule(text)
+        begin = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - begin
+
+    with stage("sft", "1/3  a weak policy: supervised training, stopped early"):
+        train_weak_policy(options, output / "sft")
+        before = measure_policy(output / "sft", options.eval_samples)
+    with stage("rm", f"2/3  reward model, layout {options.layout}: which of four answers is best?"):
+        rm_log = train_reward_model(options, output / "sft", output / "rm")
+        scorer = GroupScorer.from_pretrained(output / "rm")
+        groups = make_groups("test", options.eval_samples, num_responses=4, seed=0)
+        ranking = evaluate_ranking(scorer, groups)
+    with stage("grpo", "3/3  GRPO: the reward model compares the rollouts of each prompt"):
+        grpo_log = run_grpo(options, output / "sft", output / "rm", output / "policy")
+        after = measure_policy(output / "policy", options.eval_samples)
+
+    rewards = curve(grpo_log, "mr_reward/score_mean")[1]
+    tenth = max(1, len(rewards) // 10)
+    metrics = {
+        "layout": options.layout,
+        "seed": options.seed,
+        "seconds": {**seconds, "total": time.perf_counter() - started},
+        "rm": {
+            "n": 4,
+            **{key: ranking[key] for key in ("best_of_n_accuracy", "pairwise_accuracy", "order_flip_rate")},
+        },
+        "policy": {"eval_samples": options.eval_samples, "accuracy_before": before, "accuracy_after": after},
+        "reward": {"first": sum(rewards[:tenth]) / tenth, "last": sum(rewards[-tenth:]) / tenth},
+    }
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    shown = groups[:9]
+    plot_scored_groups(shown, [scores or [] for scores in scorer.score(shown)], output / "responses.png")
+    plot_curves(
+        {
+            "reward model: best of 4 (validation)": {"accuracy": curve(rm_log, "eval_best_of_n_accuracy")},
+            "GRPO: mean score of the rollouts": {"score": curve(grpo_log, "mr_reward/score_mean")},
+            "GRPO: are the rollouts right?": {"true accuracy": curve(grpo_log, "rewards/handwriting_accuracy/mean")},
+        },
+        output / "curves.png",
+    )
+    write_report(metrics, output, console)
+    return metrics
+
+
+def write_report(metrics: dict[str, Any], output: Path, console: Console) -> None:
+    """The final table, on the terminal and as `report.md`."""
+    policy, rm, reward, seconds = (metrics[key] for key in ("policy", "rm", "reward", "seconds"))
+    rows = [
+        ("reward model: best of 4, unseen scans", f"{rm['best_of_n_accuracy']:.3f}"),
+        ("reward model: pairwise accuracy", f"{rm['pairwise_accuracy']:.3f}"),
+        ("reward model: winner changes with the order", f"{rm['order_flip_rate']:.3f}"),
+        ("policy: right on unseen scans, before GRPO", f"{policy['accuracy_before']:.3f}"),
+        ("policy: right on unseen scans, after GRPO", f"{policy['accuracy_after']:.3f}"),
+        ("mean score of the rollouts, first and last tenth", f"{reward['first']:.2f} -> {reward['last']:.2f}"),
+        ("seconds (SFT, reward model, GRPO)", ", ".join(f"{seconds[key]:.0f}" for key in ("sft", "rm", "grpo"))),
+    ]
+    table = Table("what", "value", title=f"layout {metrics['layout']}, seed {metrics['seed']}")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"Results, models and figures: {output}")
+    lines = [
+        f"# Quickstart: layout {metrics['layout']}, seed {metrics['seed']}",
+        "",
+        "| what | value |",
+        "| --- | --- |",
+    ]
+    lines += [f"| {name} | {value} |" for name, value in rows]
+    lines += ["", "![curves](curves.png)", "", "![responses and their scores](responses.png)", ""]
+    (output / "report.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    main(*TrlParser((QuickstartArguments,)).parse_args_and_config())

@@ -1,0 +1,395 @@
+"""Tiny real models, tokenizers and processors, made in code: nothing is downloaded.
+
+The architectures are the real ones of transformers (Qwen3-VL with DeepStack and interleaved M-RoPE, Qwen2.5-VL with
+window attention, Llama with grouped queries), made small enough to be trained from scratch on a CPU in a minute. Tests
+and the quickstart share them. The tokenizer has no merges: one token is one UTF-8 byte, so its vocabulary is complete
+and texts should be short.
+
+Everything can be written by `save_pretrained` and read back by `AutoModelForImageTextToText`, `AutoProcessor` and
+`AutoTokenizer` from the folder.
+
+Shapes: an image of W x H pixels gives `(W / TILE_SIZE) * (H / TILE_SIZE)` image tokens, TILE_SIZE = patch size * merge
+size = 32 pixels; a video of F frames gives `ceil(F / 2)` times as many.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from mr_reward.errors import ConfigurationError
+
+__all__ = [
+    "ADDED_TOKENS",
+    "CHAT_TEMPLATE",
+    "PATCH_SIZE",
+    "SPECIAL_TOKENS",
+    "TILE_SIZE",
+    "build_llama",
+    "build_qwen2_5_vl",
+    "build_qwen2_5_vl_processor",
+    "build_qwen3_vl",
+    "build_qwen3_vl_processor",
+    "build_tokenizer",
+]
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+PATCH_SIZE = 16  # pixels; what Qwen3-VL uses
+MERGE_SIZE = 2
+TILE_SIZE = PATCH_SIZE * MERGE_SIZE  # pixels per image token, each way
+TEMPORAL_PATCH_SIZE = 2  # frames
+
+# Names and kinds follow the public Qwen checkpoints: the first are special, the second are added but *not* special, so
+# `split_special_tokens=True` alone does not keep them out of user text. Tests need both kinds.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+ADDED_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+
+# ChatML as Qwen3-VL renders it for turns without tools; media are placed where their block stands.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for block in message.content %}
+            {%- if block.type == 'image' %}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif block.type == 'video' %}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+            {%- elif block.type == 'text' %}
+                {{- block.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+# Wide enough that no image or video of the handwriting world is ever resized, whatever its number of digits.
+_PIXELS = {"shortest_edge": TILE_SIZE * TILE_SIZE, "longest_edge": 256 * TILE_SIZE * TILE_SIZE}
+_VISION = {"patch_size": PATCH_SIZE, "merge_size": MERGE_SIZE, "temporal_patch_size": TEMPORAL_PATCH_SIZE}
+# Frames are the caller's choice: sampling would drop or repeat digits. The cap is stated to keep transformers' warning
+# about its changing default quiet.
+_VIDEO = {"do_sample_frames": False, "cap_pixels_per_frame": False}
+_HALF = [0.5, 0.5, 0.5]
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level tokenizer with Qwen's control tokens and ChatML template.
+
+    Ids 0..255 are the 256 bytes (in the order of the byte-level alphabet), then `SPECIAL_TOKENS`, then
+    `ADDED_TOKENS`. Padding is `<|endoftext|>`, end of sequence is `<|im_end|>`; there is no start token.
+
+    Returns:
+        A fast tokenizer of the class that `AutoTokenizer` gives for Qwen checkpoints.
+
+    Example:
+        >>> len(build_tokenizer()("abc").input_ids)
+        3
+    """
+    # The special tokens stand in the vocabulary too, which fixes their ids; without merges no text reaches them there.
+    entries = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *SPECIAL_TOKENS]
+    tokenizer = Qwen2Tokenizer(
+        vocab={entry: index for index, entry in enumerate(entries)},
+        merges=[],
+        unk_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|im_end|>", "<|endoftext|>")],
+        padding_side="left",
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED_TOKENS])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _image_processor() -> Qwen2VLImageProcessor:
+    return Qwen2VLImageProcessor(size=dict(_PIXELS), image_mean=_HALF, image_std=_HALF, **_VISION)
+
+
+def build_qwen3_vl_processor() -> Qwen3VLProcessor:
+    """The real Qwen3-VL processor around `build_tokenizer`, with patches of 16 pixels and no resizing of small media.
+
+    Returns:
+        Tokenizer, image processor and video processor in one. Videos are lists of frames and are not sampled; pass
+        `video_metadata` with the frame rate to have right timestamps.
+    """
+    video = Qwen3VLVideoProcessor(size=dict(_PIXELS), image_mean=_HALF, image_std=_HALF, **_VISION, **_VIDEO)
+    return Qwen3VLProcessor(
+        image_processor=_image_processor(),
+        tokenizer=build_tokenizer(),
+        video_processor=video,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_qwen2_5_vl_processor() -> Qwen2_5_VLProcessor:
+    """The real Qwen2.5-VL processor around `build_tokenizer`, same sizes as `build_qwen3_vl_processor`.
+
+    Returns:
+        Tokenizer, image processor and video processor in one.
+    """
+    video = Qwen2VLVideoProcessor(size=dict(_PIXELS), image_mean=_HALF, image_std=_HALF, **_VISION, **_VIDEO)
+    return Qwen2_5_VLProcessor(
+        image_processor=_image_processor(),
+        tokenizer=build_tokenizer(),
+        video_processor=video,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_qwen3_vl(
+    seed: int = 0,
+    *,
+    hidden_size: int = 128,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    vision_hidden_size: int = 64,
+    vision_layers: int = 2,
+    initializer_range: float = 0.05,
+) -> Qwen3VLForConditionalGeneration:
+    """A tiny Qwen3-VL with random weights, matching `build_qwen3_vl_processor`.
+
+    Embeddings are tied and DeepStack is on: the features of the first vision layer are added to the output of the
+    first decoder layer.
+
+    Args:
+        seed: of the initial weights; the global random state is left as it was.
+        hidden_size: width of the decoder, a multiple of 8 * num_heads (interleaved M-RoPE splits a head in three).
+        num_layers: decoder layers, at least 1.
+        num_heads: query heads; there are half as many key-value heads.
+        vision_hidden_size: width of the vision encoder, a multiple of 16.
+        vision_layers: layers of the vision encoder, at least 2.
+        initializer_range: standard deviation of the initial weights; small models want more than the usual 0.02.
+
+    Returns:
+        The model in float32 on the CPU, in evaluation mode.
+
+    Raises:
+        ConfigurationError: sizes that do not divide.
+    """
+    _check_sizes(hidden_size, num_heads, vision_hidden_size)
+    tokenizer = build_tokenizer()
+    head_dim = hidden_size // num_heads
+    third = head_dim // 6
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": _padded_vocab_size(tokenizer),
+            "hidden_size": hidden_size,
+            "intermediate_size": 3 * hidden_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": max(1, num_heads // 2),
+            "head_dim": head_dim,
+            "max_position_embeddings": 4096,
+            "initializer_range": initializer_range,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [head_dim // 2 - 2 * third, third, third],
+                "mrope_interleaved": True,
+            },
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": vision_layers,
+            "hidden_size": vision_hidden_size,
+            "intermediate_size": 2 * vision_hidden_size,
+            "num_heads": 4,
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": MERGE_SIZE,
+            "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+            "out_hidden_size": hidden_size,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+            "initializer_range": initializer_range,
+        },
+        tie_word_embeddings=True,
+        **_media_token_ids(tokenizer),
+    )
+    return _finish(Qwen3VLForConditionalGeneration, config, tokenizer, seed)
+
+
+def build_qwen2_5_vl(
+    seed: int = 0,
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    vision_hidden_size: int = 64,
+    vision_layers: int = 2,
+    initializer_range: float = 0.05,
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A tiny Qwen2.5-VL with random weights, matching `build_qwen2_5_vl_processor`.
+
+    The last vision layer attends fully, the others within windows of 64 pixels.
+
+    Args:
+        seed: of the initial weights; the global random state is left as it was.
+        hidden_size: width of the decoder, a multiple of 8 * num_heads.
+        num_layers: decoder layers, at least 1.
+        num_heads: query heads; there are half as many key-value heads.
+        vision_hidden_size: width of the vision encoder, a multiple of 16.
+        vision_layers: layers of the vision encoder, at least 2.
+        initializer_range: standard deviation of the initial weights.
+
+    Returns:
+        The model in float32 on the CPU, in evaluation mode.
+
+    Raises:
+        ConfigurationError: sizes that do not divide.
+    """
+    _check_sizes(hidden_size, num_heads, vision_hidden_size)
+    tokenizer = build_tokenizer()
+    half = hidden_size // num_heads // 2
+    section = 3 * half // 8
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": _padded_vocab_size(tokenizer),
+            "hidden_size": hidden_size,
+            "intermediate_size": 3 * hidden_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": max(1, num_heads // 2),
+            "max_position_embeddings": 4096,
+            "initializer_range": initializer_range,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [half - 2 * section, section, section],
+            },
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": vision_layers,
+            "hidden_size": vision_hidden_size,
+            "intermediate_size": 2 * vision_hidden_size,
+            "num_heads": 4,
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": MERGE_SIZE,
+            "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+            "window_size": 2 * TILE_SIZE,
+            "fullatt_block_indexes": [vision_layers - 1],
+            "out_hidden_size": hidden_size,
+            "initializer_range": initializer_range,
+        },
+        tie_word_embeddings=True,
+        **_media_token_ids(tokenizer),
+    )
+    return _finish(Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed)
+
+
+def build_llama(
+    seed: int = 0,
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    initializer_range: float = 0.05,
+) -> LlamaForCausalLM:
+    """A tiny text-only Llama with random weights, matching `build_tokenizer`.
+
+    Args:
+        seed: of the initial weights; the global random state is left as it was.
+        hidden_size: width, a multiple of 2 * num_heads.
+        num_layers: decoder layers, at least 1.
+        num_heads: query heads; there are half as many key-value heads.
+        initializer_range: standard deviation of the initial weights.
+
+    Returns:
+        The model in float32 on the CPU, in evaluation mode.
+
+    Raises:
+        ConfigurationError: sizes that do not divide.
+    """
+    if hidden_size % (2 * num_heads):
+        raise ConfigurationError(
+            f"got hidden_size={hidden_size} with num_heads={num_heads}, expected a multiple of {2 * num_heads}"
+        )
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=_padded_vocab_size(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=max(1, num_heads // 2),
+        max_position_embeddings=4096,
+        initializer_range=initializer_range,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return _finish(LlamaForCausalLM, config, tokenizer, seed)
+
+
+def _finish(model_class: type[Model], config: PreTrainedConfig, tokenizer: Qwen2Tokenizer, seed: int) -> Model:
+    """Draw the weights from `seed` without touching the caller's random state, and set the generation defaults."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+    return model.eval()
+
+
+def _padded_vocab_size(tokenizer: Qwen2Tokenizer) -> int:
+    """Rows of the embedding, ids; rounded up to a multiple of 16 as real checkpoints do for their kernels."""
+    return -(-len(tokenizer) // 16) * 16
+
+
+def _media_token_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+    names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    return {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
+
+
+def _check_sizes(hidden_size: int, num_heads: int, vision_hidden_size: int) -> None:
+    if hidden_size % (8 * num_heads):
+        raise ConfigurationError(
+            f"got hidden_size={hidden_size} with num_heads={num_heads}, expected a multiple of {8 * num_heads}: "
+            "M-RoPE splits each head in three; change one of them"
+        )
+    if vision_hidden_size % 16:
+        raise ConfigurationError(
+            f"got vision_hidden_size={vision_hidden_size}, expected a multiple of 16 (4 heads, two-dimensional RoPE)"
+        )
