@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 from mr_reward.errors import GroupError, MediaError
@@ -72,6 +73,10 @@ class ResponseGroup:
         messages, embedded = _normalise_messages(self.prompt, self.name)
         media = {}
         for kind, given in (("image", self.images), ("video", self.videos)):
+            if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Sequence)):
+                raise MediaError(
+                    f"{self.name}: {kind}s is {type(given).__name__}, expected a list; wrap a single {kind} in a list"
+                )
             media[kind] = _match_media(messages, kind, given or (), embedded[kind], self.name)
         object.__setattr__(self, "images", media["image"])
         object.__setattr__(self, "videos", media["video"])
@@ -125,12 +130,13 @@ class ResponseGroup:
         return tuple(self.responses)
 
     def _checked_rankings(self) -> tuple[int, ...]:
-        ranks = tuple(self.rankings or ())
+        ranks = () if self.rankings is None else tuple(self.rankings)
         if len(ranks) != self.num_responses:
             raise GroupError(
                 f"{self.name}: got {len(ranks)} rankings for {self.num_responses} responses, expected one each"
             )
-        if any(isinstance(rank, bool) or int(rank) != rank for rank in ranks):
+        # NaN and infinity leave NaN; numpy's numbers are Real, its bool is not.
+        if not all(isinstance(rank, Real) and not isinstance(rank, bool) and rank % 1 == 0 for rank in ranks):
             raise GroupError(f"{self.name}: rankings {list(ranks)} are not whole numbers; 1 = best, ties share a rank")
         dense = dense_ranks(ranks)
         competition = tuple(1 + sum(other < rank for other in ranks) for rank in ranks)

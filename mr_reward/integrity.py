@@ -12,8 +12,8 @@ from mr_reward.errors import CheckpointError
 
 __all__ = ["check_config_keys", "check_loading_info", "load_processor"]
 
-# Written by transformers and its Trainer beside the configuration's own fields. None of them changes a score: the model
-# passes use_cache=False itself.
+# Written by transformers and its Trainer beside the configuration's own fields. None of them changes a score: the
+# model passes use_cache=False itself.
 _BOOKKEEPING_KEYS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version", "use_cache"}
 
 
@@ -32,6 +32,8 @@ def check_config_keys(name: str, revision: str | None, config_class: type[PreTra
         found, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     except OSError as error:
         raise CheckpointError(f"{name}: no config.json could be read ({error})") from error
+    if not found:  # a folder without the file is no error to transformers
+        raise CheckpointError(f"{name}: no config.json there; pass a folder written by save_pretrained")
     if found.get("model_type") != config_class.model_type:
         raise CheckpointError(
             f"{name}: holds a {found.get('model_type')!r} model, expected {config_class.model_type!r}; "

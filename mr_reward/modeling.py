@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -216,10 +217,10 @@ class MultiResponseRewardModel(PreTrainedModel):
         check_config_keys(name, revision, cls.config_class)
         wants_info = kwargs.pop("output_loading_info", False)
         try:
-            model, info = super().from_pretrained(
-                name, *args, **{"use_safetensors": True, **kwargs}, output_loading_info=True
-            )
-        except OSError as error:
+            # Mismatched shapes are let through here and refused below, with the keys.
+            options = {"use_safetensors": True, **kwargs, "ignore_mismatched_sizes": True}
+            model, info = super().from_pretrained(name, *args, **options, output_loading_info=True)
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{name}: no safetensors weights could be read ({error})") from error
         check_loading_info(name, info)
         model.processor = load_processor(name, revision)
@@ -294,7 +295,8 @@ class MultiResponseRewardModel(PreTrainedModel):
                 construction to one that cannot express the layout.
         """
         for key in _FORBIDDEN_ARGUMENTS:
-            if media.pop(key, None) not in (None, False):
+            value = media.pop(key, None)
+            if value is not None and value is not False:  # by identity: a mask tensor cannot be compared
                 raise BackendError(
                     f"forward got {key}, but mask and positions follow from the layout {self.config.layout!r}; "
                     f"{key} would silently let responses see each other; leave it out"

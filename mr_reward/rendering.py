@@ -117,8 +117,12 @@ class Renderer:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.sees_images = self.tokenizer is not processor
+        # A single character that is not special (the line breaks of some tokenizers) is text: it controls nothing and
+        # cannot be cut.
         self._added_tokens = {
-            index: token.content for index, token in self.tokenizer.added_tokens_decoder.items() if token.content
+            index: token.content
+            for index, token in self.tokenizer.added_tokens_decoder.items()
+            if len(token.content) > 1 or (token.content and token.special)
         }
 
     def render(self, group: ResponseGroup) -> RenderedGroup:
@@ -163,7 +167,10 @@ class Renderer:
             if not found:
                 return ids
             # split_special_tokens leaves added tokens that are not special (<think>): cut them and encode the parts.
-            pieces = [part for piece in pieces for part in _cut(piece, found)]
+            parts = [part for piece in pieces for part in _cut(piece, found)]
+            if parts == pieces:  # the token stands in the normalised text only, there is nothing to cut
+                return [index for index in ids if index not in self._added_tokens]
+            pieces = parts
 
     def _render_prompt(self, group: ResponseGroup) -> dict[str, Tensor]:
         if not self.sees_images:
@@ -192,7 +199,15 @@ class Renderer:
                 for video in group.videos
             ]
             options = {"do_sample_frames": False, "video_metadata": [metadata]}
-        return self._apply_chat_template(messages, processor_kwargs=options)
+        try:
+            return self._apply_chat_template(messages, processor_kwargs=options)
+        except ValueError as error:
+            if not (group.images or group.videos):
+                raise
+            raise MediaError(
+                f"{group.name}: {type(self.processor).__name__} does not take its images or videos ({error}); "
+                "resize or remove them"
+            ) from error
 
     def _apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> dict[str, Tensor]:
         rendered = self.processor.apply_chat_template(

@@ -2,8 +2,8 @@
 
 The architectures are the real ones of transformers (Qwen3-VL with DeepStack and interleaved M-RoPE, Qwen2.5-VL with
 window attention, Llama with grouped queries), made small enough to be trained from scratch on a CPU in a minute. Tests
-and the quickstart share them. The tokenizer has no merges: one token is one UTF-8 byte, so its vocabulary is complete
-and texts should be short.
+and the quickstart share them. The tokenizer is byte-level BPE with merges for a few dozen words only: the frequent
+words of the handwriting world are one token each, any other text is about one token per UTF-8 byte.
 
 Everything can be written by `save_pretrained` and read back by `AutoModelForImageTextToText`, `AutoProcessor` and
 `AutoTokenizer` from the folder.
@@ -14,7 +14,7 @@ size = 32 pixels; a video of F frames gives `ceil(F / 2)` times as many.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import AddedToken, pre_tokenizers
@@ -73,6 +73,14 @@ SPECIAL_TOKENS = (
 )
 ADDED_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
+# Words of the handwriting world that are one token each: they keep its rows short.
+_FIRST_WORDS = "user assistant system Number Sum Largest How Answer Well Digits Some Not No So It".split()
+_INNER_WORDS = (
+    "a about again and are at but can cannot curved even guess here I idea is it let lines look lovely many me not or "
+    "read say see so some sure tell they thing think to would"
+).split()
+_WORDS = (*_FIRST_WORDS, *(" " + word for word in _INNER_WORDS))
+
 # ChatML as Qwen3-VL renders it for turns without tools; media are placed where their block stands.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -109,21 +117,23 @@ _HALF = [0.5, 0.5, 0.5]
 def build_tokenizer() -> Qwen2Tokenizer:
     """A byte-level tokenizer with Qwen's control tokens and ChatML template.
 
-    Ids 0..255 are the 256 bytes (in the order of the byte-level alphabet), then `SPECIAL_TOKENS`, then
-    `ADDED_TOKENS`. Padding is `<|endoftext|>`, end of sequence is `<|im_end|>`; there is no start token.
+    Ids 0..255 are the 256 bytes (in the order of the byte-level alphabet), then come `SPECIAL_TOKENS`, the merges of
+    `_WORDS`, and `ADDED_TOKENS`. Padding is `<|endoftext|>`, end of sequence is `<|im_end|>`; there is no start token.
 
     Returns:
         A fast tokenizer of the class that `AutoTokenizer` gives for Qwen checkpoints.
 
     Example:
-        >>> len(build_tokenizer()("abc").input_ids)
-        3
+        >>> build_tokenizer().tokenize("I see 42.")
+        ['I', 'Ġsee', 'Ġ', '4', '2', '.']
     """
-    # The special tokens stand in the vocabulary too, which fixes their ids; without merges no text reaches them there.
-    entries = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *SPECIAL_TOKENS]
+    # The special tokens stand in the vocabulary too, which fixes their ids; no merge leads to them.
+    merges = _word_merges()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    entries = [*alphabet, *SPECIAL_TOKENS, *dict.fromkeys(left + right for left, right in merges)]
     tokenizer = Qwen2Tokenizer(
         vocab={entry: index for index, entry in enumerate(entries)},
-        merges=[],
+        merges=merges,
         unk_token=None,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -136,6 +146,13 @@ def build_tokenizer() -> Qwen2Tokenizer:
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED_TOKENS])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def _word_merges() -> list[tuple[str, str]]:
+    """Merges that build each word from the left; those of longer words come first, so that no short word cuts them."""
+    words = sorted(_WORDS, key=lambda word: (-len(word), word))
+    spelled = [word.replace(" ", "\u0120") for word in words]  # how byte-level BPE writes a space
+    return list(dict.fromkeys((word[:i], word[i]) for word in spelled for i in range(1, len(word))))
 
 
 def _image_processor() -> Qwen2VLImageProcessor:
@@ -209,35 +226,19 @@ def build_qwen3_vl(
     third = head_dim // 6
     config = Qwen3VLConfig(
         text_config={
-            "vocab_size": _padded_vocab_size(tokenizer),
-            "hidden_size": hidden_size,
-            "intermediate_size": 3 * hidden_size,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": num_heads,
-            "num_key_value_heads": max(1, num_heads // 2),
+            **_decoder_sizes(tokenizer, hidden_size, num_layers, num_heads, initializer_range),
             "head_dim": head_dim,
-            "max_position_embeddings": 4096,
-            "initializer_range": initializer_range,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10_000.0,
                 "mrope_section": [head_dim // 2 - 2 * third, third, third],
                 "mrope_interleaved": True,
             },
-            "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={
-            "depth": vision_layers,
-            "hidden_size": vision_hidden_size,
-            "intermediate_size": 2 * vision_hidden_size,
-            "num_heads": 4,
-            "patch_size": PATCH_SIZE,
-            "spatial_merge_size": MERGE_SIZE,
-            "temporal_patch_size": TEMPORAL_PATCH_SIZE,
-            "out_hidden_size": hidden_size,
+            **_vision_sizes(hidden_size, vision_hidden_size, vision_layers, initializer_range),
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0],
-            "initializer_range": initializer_range,
         },
         tie_word_embeddings=True,
         **_media_token_ids(tokenizer),
@@ -280,35 +281,17 @@ def build_qwen2_5_vl(
     section = 3 * half // 8
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": _padded_vocab_size(tokenizer),
-            "hidden_size": hidden_size,
-            "intermediate_size": 3 * hidden_size,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": num_heads,
-            "num_key_value_heads": max(1, num_heads // 2),
-            "max_position_embeddings": 4096,
-            "initializer_range": initializer_range,
+            **_decoder_sizes(tokenizer, hidden_size, num_layers, num_heads, initializer_range),
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10_000.0,
                 "mrope_section": [half - 2 * section, section, section],
             },
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={
-            "depth": vision_layers,
-            "hidden_size": vision_hidden_size,
-            "intermediate_size": 2 * vision_hidden_size,
-            "num_heads": 4,
-            "patch_size": PATCH_SIZE,
-            "spatial_merge_size": MERGE_SIZE,
-            "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+            **_vision_sizes(hidden_size, vision_hidden_size, vision_layers, initializer_range),
             "window_size": 2 * TILE_SIZE,
             "fullatt_block_indexes": [vision_layers - 1],
-            "out_hidden_size": hidden_size,
-            "initializer_range": initializer_range,
         },
         tie_word_embeddings=True,
         **_media_token_ids(tokenizer),
@@ -344,20 +327,8 @@ def build_llama(
             f"got hidden_size={hidden_size} with num_heads={num_heads}, expected a multiple of {2 * num_heads}"
         )
     tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=_padded_vocab_size(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=max(1, num_heads // 2),
-        max_position_embeddings=4096,
-        initializer_range=initializer_range,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = _decoder_sizes(tokenizer, hidden_size, num_layers, num_heads, initializer_range)
+    config = LlamaConfig(**sizes, tie_word_embeddings=True)
     return _finish(LlamaForCausalLM, config, tokenizer, seed)
 
 
@@ -372,9 +343,39 @@ def _finish(model_class: type[Model], config: PreTrainedConfig, tokenizer: Qwen2
     return model.eval()
 
 
-def _padded_vocab_size(tokenizer: Qwen2Tokenizer) -> int:
-    """Rows of the embedding, ids; rounded up to a multiple of 16 as real checkpoints do for their kernels."""
-    return -(-len(tokenizer) // 16) * 16
+def _decoder_sizes(
+    tokenizer: Qwen2Tokenizer, hidden_size: int, num_layers: int, num_heads: int, initializer_range: float
+) -> dict[str, Any]:
+    """What the decoders of all families have in common."""
+    return {
+        # Rounded up to a multiple of 16, as real checkpoints do for their kernels: a few rows belong to no token.
+        "vocab_size": -(-len(tokenizer) // 16) * 16,
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": max(1, num_heads // 2),
+        "max_position_embeddings": 4096,
+        "initializer_range": initializer_range,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _vision_sizes(out_hidden_size: int, hidden_size: int, num_layers: int, initializer_range: float) -> dict[str, Any]:
+    """What the vision encoders of both Qwen families have in common."""
+    return {
+        "depth": num_layers,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_heads": 4,
+        "patch_size": PATCH_SIZE,
+        "spatial_merge_size": MERGE_SIZE,
+        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+        "out_hidden_size": out_hidden_size,
+        "initializer_range": initializer_range,
+    }
 
 
 def _media_token_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:

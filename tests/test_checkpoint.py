@@ -1,0 +1,416 @@
+"""A checkpoint folder is whole: what is saved scores the same in another process, and what is not whole is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import LAYOUTS, assert_close, family, random_group, reward_model, score
+
+from mr_reward import GroupScorer, MultiResponseRewardConfig, MultiResponseRewardModel, ResponseGroup
+from mr_reward.data import tiny
+from mr_reward.errors import BackendError, CheckpointError, ConfigurationError, MediaError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMES = ("qwen3_vl", "llama")
+WEIGHTS = "model.safetensors"
+
+SCORE_IN_A_NEW_PROCESS = """
+import json, pickle, sys
+import torch
+torch.set_num_threads(1)
+from mr_reward import GroupScorer, ResponseGroup
+folders, groups, results = sys.argv[1:]
+groups = {name: [ResponseGroup(**fields) for fields in many] for name, many in pickle.load(open(groups, "rb")).items()}
+scores = {}
+for key, folder in json.loads(folders).items():
+    scorer = GroupScorer.from_pretrained(folder)
+    scores[key] = [[value.hex() for value in row] for row in scorer.score(groups[key.split()[0]])]
+json.dump(scores, open(results, "w"))
+"""
+
+
+def groups_for(name: str) -> list[ResponseGroup]:
+    rng = random.Random(11)
+    images = 1 if name == "qwen3_vl" else 0
+    return [random_group(rng, 4, images=2 * images), random_group(rng, 2), random_group(rng, 3, images=images)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """A saved reward model for each family and layout. Read only; see `copied`."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    saved = {}
+    for name in NAMES:
+        for layout in LAYOUTS:
+            saved[name, layout] = root / f"{name}-{layout}"
+            reward_model(name, layout).save_pretrained(saved[name, layout])
+    return saved
+
+
+@pytest.fixture
+def copied(folders: dict[tuple[str, str], Path], tmp_path: Path) -> Path:
+    """A Llama checkpoint to damage."""
+    shutil.copytree(folders["llama", "set"], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+# --- save, new process, load ---
+
+
+def test_scores_of_a_new_process_are_equal_bit_for_bit(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    groups = {name: groups_for(name) for name in NAMES}
+    fields = {
+        name: [{"prompt": g.messages, "responses": g.responses, "images": g.images} for g in many]
+        for name, many in groups.items()
+    }
+    (tmp_path / "groups").write_bytes(pickle.dumps(fields))
+    arguments = [
+        json.dumps({" ".join(key): str(folder) for key, folder in folders.items()}),
+        str(tmp_path / "groups"),
+        str(tmp_path / "scores"),
+    ]
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", SCORE_IN_A_NEW_PROCESS, *arguments],
+        check=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    found = json.loads((tmp_path / "scores").read_text())
+    assert len(found) == len(folders) == 6
+    seen = []
+    for name, layout in folders:
+        expected = GroupScorer(reward_model(name, layout)).score(groups[name])
+        assert found[f"{name} {layout}"] == [[value.hex() for value in row or ()] for row in expected]
+        seen.append(str(expected))
+    assert len(set(seen)) == len(seen), "the layouts must differ, or a lost layout would not show"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loading_gives_back_everything(folders: dict[tuple[str, str], Path], name: str) -> None:
+    saved = reward_model(name, "set")
+    loaded, info = MultiResponseRewardModel.from_pretrained(folders[name, "set"], output_loading_info=True)
+    assert not any(info.values())
+    assert not loaded.training
+    assert loaded.state_dict().keys() == saved.state_dict().keys()
+    for key, value in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    for key in ("layout", "template", "template_hash", "score_scale", "head_activation", "schema_version"):
+        assert getattr(loaded.config, key) == getattr(saved.config, key)
+    assert loaded.processor.chat_template == saved.processor.chat_template
+    # Buffers that are not saved (rotary frequencies) have to be computed again, not left empty.
+    buffers = dict(loaded.named_buffers())
+    for key, value in saved.named_buffers():
+        assert torch.equal(buffers[key], value), key
+
+
+def test_options_of_the_head_survive(tmp_path: Path) -> None:
+    model = reward_model("llama", head_hidden_size=24, head_activation="gelu", score_scale=0.25)
+    model.save_pretrained(tmp_path)
+    loaded = MultiResponseRewardModel.from_pretrained(tmp_path)
+    assert loaded.head.dense.weight.shape == (24, 64)
+    groups = groups_for("llama")
+    for found, expected in zip(score(loaded, groups), score(model, groups), strict=True):
+        assert torch.equal(found, expected)
+    # The scale is a factor of the score and not of something before the activation.
+    model.config.score_scale = 1.0
+    for found, expected in zip(score(loaded, groups), score(model, groups), strict=True):
+        torch.testing.assert_close(found * 4, expected)
+
+
+def test_sharded_weights_load(tmp_path: Path) -> None:
+    model = reward_model("llama", "isolated")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = MultiResponseRewardModel.from_pretrained(tmp_path)
+    groups = groups_for("llama")
+    for found, expected in zip(score(loaded, groups), score(model, groups), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_keeps_the_head_in_float32(folders: dict[tuple[str, str], Path], name: str, layout: str) -> None:
+    loaded = MultiResponseRewardModel.from_pretrained(folders[name, layout], dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.head.parameters()} == {torch.float32}
+    assert {p.dtype for p in loaded.backbone.parameters()} == {torch.bfloat16}
+    exact = reward_model(name, layout)
+    for key, value in exact.head.state_dict().items():
+        assert torch.equal(loaded.head.state_dict()[key], value), f"{key} went through bfloat16"
+    groups = groups_for(name)
+    for found, expected in zip(score(loaded, groups), score(exact, groups), strict=True):
+        assert found.dtype == torch.float32 and found.isfinite().all()
+        # 8 bits of mantissa, a few layers: the scores (spread 0.1 to 1) stay in the neighbourhood.
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+
+
+def test_a_bf16_backbone_is_saved_and_loaded_as_such(tmp_path: Path) -> None:
+    model = reward_model("llama", "set", fresh=True)
+    model.backbone.to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = GroupScorer.from_pretrained(tmp_path, dtype=torch.bfloat16).model
+    for key, value in model.backbone.state_dict().items():
+        assert torch.equal(loaded.backbone.state_dict()[key], value)
+    for key, value in model.head.state_dict().items():
+        assert torch.equal(loaded.head.state_dict()[key], value)
+    assert GroupScorer(loaded).score(groups_for("llama")) == GroupScorer(
+        MultiResponseRewardModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ).score(groups_for("llama"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_backend_is_chosen_at_loading(folders: dict[tuple[str, str], Path], name: str) -> None:
+    loaded = MultiResponseRewardModel.from_pretrained(folders[name, "set"], attn_implementation="eager")
+    assert loaded.attention_backend == "eager"
+    groups = groups_for(name)
+    for found, expected in zip(score(loaded, groups), score(reward_model(name, "set"), groups), strict=True):
+        assert_close(found, expected, 1e-5)  # rounding, see test_invariances
+
+
+def test_a_backend_that_cannot_is_refused_at_loading(folders: dict[tuple[str, str], Path]) -> None:
+    for layout in ("isolated", "set"):
+        with pytest.raises(BackendError, match="flex_attention.*'eager' or 'sdpa'"):
+            MultiResponseRewardModel.from_pretrained(folders["llama", layout], attn_implementation="flex_attention")
+
+
+# --- state dict keys ---
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_our_own_weights(folders: dict[tuple[str, str], Path], name: str, layout: str) -> None:
+    """Golden: a renamed weight makes every saved checkpoint unreadable."""
+    tensors = load_file(folders[name, layout] / WEIGHTS)
+    own = {key: tuple(value.shape) for key, value in tensors.items() if not key.startswith("backbone.")}
+    assert own == {
+        "head.dense.bias": (64,),
+        "head.dense.weight": (64, 64),
+        "head.out.weight": (1, 64),
+        "readouts.comparison": (64,),
+        "readouts.summary": (64,),
+    }
+    backbone = {key.removeprefix("backbone.") for key in tensors if key.startswith("backbone.")}
+    assert backbone == set(family(name).full_model.base_model.state_dict())
+    assert {value.dtype for key, value in tensors.items() if key in own} == {torch.float32}
+
+
+def test_the_folder_is_self_contained(folders: dict[tuple[str, str], Path]) -> None:
+    for (name, layout), folder in folders.items():
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model_type"] == "multi_response_reward"
+        assert config["layout"] == layout
+        assert config["template"] == "chat" and len(config["template_hash"]) == 16
+        assert config["schema_version"] == 1
+        assert config["backbone_config"]["model_type"] == name
+        assert (folder / "tokenizer.json").exists()
+        assert not [path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+# --- what is not whole is refused ---
+
+
+def refuses(folder: Path | str, message: str, error: type[Exception] = CheckpointError, **options: Any) -> None:
+    with pytest.raises(error, match=message):
+        MultiResponseRewardModel.from_pretrained(folder, **options)
+
+
+def test_the_copy_loads_before_it_is_damaged(copied: Path) -> None:
+    MultiResponseRewardModel.from_pretrained(copied)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["head.dense.bias", "head.dense.weight", "head.out.weight", "readouts.summary", "backbone.norm.weight"],
+)
+def test_missing_weight_is_refused(copied: Path, missing: str) -> None:
+    edit_weights(copied, lambda tensors: tensors.pop(missing))
+    refuses(copied, f"missing weights .*{missing}.*save it again")
+
+
+def test_missing_head_is_refused(copied: Path) -> None:
+    edit_weights(copied, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith("head.")])
+    refuses(copied, "missing weights .*head.dense.bias.*head.dense.weight.*head.out.weight")
+
+
+@pytest.mark.parametrize("extra", ["head.out.bias", "backbone.extra.weight", "value_head.weight"])
+def test_unexpected_weight_is_refused(copied: Path, extra: str) -> None:
+    edit_weights(copied, lambda tensors: tensors.update({extra: torch.zeros(3)}))
+    refuses(copied, f"unexpected weights .*{extra}")
+
+
+@pytest.mark.parametrize("key", ["head.dense.weight", "readouts.summary", "backbone.embed_tokens.weight"])
+def test_weight_of_another_shape_is_refused(copied: Path, key: str) -> None:
+    edit_weights(copied, lambda tensors: tensors.update({key: torch.zeros(7, 3)}))
+    refuses(copied, f"weights of another shape .*{key}")
+    refuses(copied, f"weights of another shape .*{key}", ignore_mismatched_sizes=True)
+
+
+def test_weights_of_another_backbone_are_refused(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    edit_config(copied, backbone_config={**config["backbone_config"], "num_hidden_layers": 1})
+    refuses(copied, "unexpected weights .*backbone.layers.1")
+
+
+def test_unreadable_weights_are_refused(copied: Path) -> None:
+    content = (copied / WEIGHTS).read_bytes()
+    (copied / WEIGHTS).write_bytes(content[: len(content) // 2])
+    refuses(copied, "no safetensors weights could be read")
+
+
+def test_missing_shard_is_refused(tmp_path: Path) -> None:
+    reward_model("llama", "isolated").save_pretrained(tmp_path, max_shard_size="100KB")
+    min(tmp_path.glob("*.safetensors")).unlink()
+    refuses(tmp_path, "no safetensors weights could be read")
+
+
+def test_missing_safetensors_are_refused_even_beside_a_pickle(copied: Path) -> None:
+    tensors = load_file(copied / WEIGHTS)
+    (copied / WEIGHTS).unlink()
+    refuses(copied, "no safetensors weights")
+    torch.save(tensors, copied / "pytorch_model.bin")
+    refuses(copied, "no safetensors weights")
+
+
+def test_unknown_configuration_key_is_refused(copied: Path) -> None:
+    edit_config(copied, readout_dropout=0.1)
+    refuses(copied, r"unknown configuration keys \['readout_dropout'\].*release of mr_reward")
+
+
+def test_newer_schema_is_refused(copied: Path) -> None:
+    edit_config(copied, schema_version=2)
+    refuses(copied, "schema version 2, this release reads up to 1; upgrade mr_reward")
+
+
+@pytest.mark.parametrize(("key", "value"), [("layout", "ring"), ("template", "alpaca"), ("head_activation", "sine")])
+def test_unknown_option_is_refused(copied: Path, key: str, value: str) -> None:
+    edit_config(copied, **{key: value})
+    refuses(copied, f"unknown .*'{value}'", ConfigurationError)
+
+
+def test_changed_chat_template_is_refused(copied: Path) -> None:
+    path = copied / "chat_template.jinja"
+    path.write_text(path.read_text() + "\n{{ 'Think first.' }}")
+    refuses(copied, "trained with template hash [0-9a-f]{16}.*restore the chat template")
+
+
+def test_missing_template_hash_is_refused(copied: Path) -> None:
+    edit_config(copied, template_hash=None)
+    refuses(copied, "trained with template hash None")
+
+
+def test_plain_backbone_is_refused(tmp_path: Path) -> None:
+    family("llama").full_model.save_pretrained(tmp_path)
+    family("llama").processor.save_pretrained(tmp_path)
+    refuses(tmp_path, "holds a 'llama' model, expected 'multi_response_reward'.*from_backbone")
+
+
+def test_missing_files_are_refused(copied: Path, tmp_path: Path) -> None:
+    refuses(tmp_path / "nowhere", "nowhere")
+    (tmp_path / "empty").mkdir()
+    refuses(tmp_path / "empty", "no config.json")
+    for path in copied.glob("tokenizer*"):
+        path.unlink()
+    refuses(copied, "no processor or tokenizer")
+
+
+def test_broken_configuration_is_refused(copied: Path) -> None:
+    (copied / "config.json").write_text('{"model_type": "multi_response')
+    refuses(copied, "config.json")
+
+
+# --- from_backbone ---
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "llama"])
+def test_from_backbone_does_not_change_the_backbone(name: str) -> None:
+    builders = {"qwen3_vl": tiny.build_qwen3_vl, "qwen2_5_vl": tiny.build_qwen2_5_vl, "llama": tiny.build_llama}
+    full = builders[name]()
+    weights = {key: value.clone() for key, value in full.state_dict().items()}
+    config = full.config.to_dict()
+    model = MultiResponseRewardModel.from_backbone(full, layout="set", processor=family(name).processor)
+    score(model, [random_group(random.Random(0), 2, images=int(family(name).sees_images))])
+    for key, value in full.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+    assert full.config.to_dict() == config
+    assert model.backbone is full.base_model, "shared, not copied"
+    assert model.get_input_embeddings() is full.get_input_embeddings()
+    assert len(full.get_input_embeddings().weight) == len(weights[next(iter(k for k in weights if "embed_tok" in k))])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_from_backbone_folder_equals_loaded_model(name: str, tmp_path: Path) -> None:
+    members = family(name)
+    members.full_model.save_pretrained(tmp_path)
+    members.processor.save_pretrained(tmp_path)
+    torch.manual_seed(3)
+    from_model = MultiResponseRewardModel.from_backbone(
+        members.full_model, layout="isolated", processor=members.processor
+    )
+    torch.manual_seed(3)
+    from_folder = MultiResponseRewardModel.from_backbone(tmp_path, layout="isolated")
+    torch.manual_seed(4)
+    other_seed = MultiResponseRewardModel.from_backbone(str(tmp_path), layout="isolated")
+    assert from_folder.config.template_hash == from_model.config.template_hash
+    assert from_folder.config.backbone_name_or_path == str(tmp_path)
+    assert not from_folder.training and not from_model.training
+    found = {key: value for key, value in from_folder.state_dict().items()}
+    assert found.keys() == from_model.state_dict().keys()
+    for key, value in from_model.state_dict().items():
+        assert torch.equal(found[key], value), key
+    assert not torch.equal(other_seed.head.out.weight, from_model.head.out.weight)
+    groups = groups_for(name)
+    for one, other in zip(score(from_folder, groups), score(from_model, groups), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_readout_vectors_start_near_the_embeddings() -> None:
+    model = reward_model("qwen3_vl")
+    embedding = model.get_input_embeddings().weight
+    for vector in (model.readouts.summary, model.readouts.comparison):
+        # The mean embedding plus noise of half its spread.
+        assert 0.2 < (vector - embedding.mean(0)).std() / embedding.std() < 0.8
+    assert not torch.equal(model.readouts.summary, model.readouts.comparison)
+
+
+def test_wrong_options_of_from_backbone_are_refused() -> None:
+    members = family("llama")
+    with pytest.raises(ConfigurationError, match="unknown layout 'ring', expected one of causal, isolated, set"):
+        MultiResponseRewardModel.from_backbone(members.full_model, layout="ring", processor=members.processor)
+    with pytest.raises(ConfigurationError, match="pass processor"):
+        MultiResponseRewardModel.from_backbone(members.full_model)
+    with pytest.raises(ConfigurationError, match="unknown head activation 'sine'"):
+        MultiResponseRewardModel.from_backbone(members.full_model, processor=members.processor, head_activation="sine")
+    with pytest.raises(ConfigurationError, match="backbone_config is missing"):
+        MultiResponseRewardModel(MultiResponseRewardConfig())
+    config = MultiResponseRewardConfig(backbone_config=members.full_model.config, template="alpaca")
+    with pytest.raises(ConfigurationError, match="unknown template 'alpaca'"):
+        MultiResponseRewardModel(config)
+
+
+def test_images_for_a_text_only_backbone_are_refused() -> None:
+    group = random_group(random.Random(0), 2, images=1, id="seen")
+    with pytest.raises(MediaError, match="'seen'.*text-only"):
+        GroupScorer(reward_model("llama")).score([group])

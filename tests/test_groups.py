@@ -1,0 +1,259 @@
+"""`ResponseGroup`: what it makes of a prompt, and everything it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mr_reward.errors import GroupError, MediaError, MRRewardError
+from mr_reward.groups import ResponseGroup, dense_ranks
+
+PIXEL, OTHER = Image.new("RGB", (1, 1)), Image.new("RGB", (2, 2))
+
+
+def turn(*blocks: Any, role: str = "user") -> list[dict[str, Any]]:
+    return [{"role": role, "content": list(blocks)}]
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+# --- what it makes ---
+
+
+def test_a_string_becomes_a_user_turn() -> None:
+    group = ResponseGroup(prompt="2 + 2?", responses=["4", ""])
+    assert group.messages == turn(text("2 + 2?"))
+    assert group.responses == ("4", "") and group.num_responses == 2
+    assert group.images == () and group.videos == () and group.rankings is None
+    assert group.name == "group (no id)"
+    assert dataclasses.replace(group, id="a").name == "group 'a'"
+
+
+def test_chat_messages_become_lists_of_blocks() -> None:
+    prompt = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [text("Which digit?"), {"type": "image"}], "name": "ignored"},
+        {"role": "assistant", "content": ""},
+    ]
+    group = ResponseGroup(prompt=prompt, responses=["4"], images=[PIXEL])
+    assert group.messages == [
+        {"role": "system", "content": [text("Be brief.")]},
+        {"role": "user", "content": [text("Which digit?"), {"type": "image"}]},
+        {"role": "assistant", "content": [text("")]},
+    ]
+
+
+def test_media_are_taken_out_of_blocks_in_order() -> None:
+    prompt = turn({"type": "image", "image": PIXEL}, text("and"), {"type": "image", "image": OTHER})
+    group = ResponseGroup(prompt=prompt, responses=["a"])
+    assert group.images == (PIXEL, OTHER)
+    assert group.messages == turn({"type": "image"}, text("and"), {"type": "image"})
+    video = [PIXEL, OTHER]
+    assert ResponseGroup(prompt=turn({"type": "video", "video": video}), responses=["a"]).videos == (video,)
+
+
+def test_a_prompt_without_placeholders_gets_them_in_the_first_user_turn() -> None:
+    prompt = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "v"},
+    ]
+    group = ResponseGroup(prompt=prompt, responses=["a"], images=[PIXEL, OTHER])
+    contents = [message["content"] for message in group.messages]
+    assert contents == [[text("s")], [{"type": "image"}, {"type": "image"}, text("u")], [text("a")], [text("v")]]
+    both = ResponseGroup(prompt="u", responses=["a"], images=[PIXEL], videos=[[PIXEL]])
+    assert sorted(block["type"] for block in both.messages[0]["content"]) == ["image", "text", "video"]
+    # An image placeholder says nothing about videos.
+    mixed = ResponseGroup(prompt=turn(text("u"), {"type": "image"}), responses=["a"], images=[PIXEL], videos=[[PIXEL]])
+    assert mixed.messages == turn({"type": "video"}, text("u"), {"type": "image"})
+
+
+def test_none_means_no_media() -> None:
+    group = ResponseGroup(prompt=turn({**text("u"), "image": None}), responses=["a"], images=None, videos=None)
+    assert group.images == () and group.videos == ()
+
+
+def test_the_callers_prompt_is_not_changed() -> None:
+    prompt = turn({"type": "image", "image": PIXEL})
+    plain = turn(text("u"))
+    ResponseGroup(prompt=prompt, responses=["a"])
+    ResponseGroup(prompt=plain, responses=["a"], images=[PIXEL])
+    assert prompt == turn({"type": "image", "image": PIXEL})
+    assert plain == turn(text("u"))
+
+
+def test_a_group_cannot_be_changed() -> None:
+    group = ResponseGroup(prompt="p", responses=["a"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        group.responses = ("b",)  # type: ignore[misc]
+
+
+# --- selection and ranks ---
+
+
+def test_select_reorders_shrinks_and_ranks_again() -> None:
+    group = ResponseGroup(
+        prompt=turn(text("u"), {"type": "image", "image": PIXEL}),
+        responses=["a", "b", "c", "d"],
+        rankings=[3, 1, 2, 3],
+        id="g",
+    )
+    assert group.select([3, 2, 1, 0]).rankings == (3, 2, 1, 3)
+    fewer = group.select([0, 2])
+    assert fewer.responses == ("a", "c") and fewer.rankings == (2, 1)
+    assert fewer.images == (PIXEL,) and fewer.messages == group.messages and fewer.id == "g"
+    assert group.select([1]).rankings == (1,)
+    assert ResponseGroup(prompt="p", responses=["a", "b"]).select([1]).rankings is None
+    with pytest.raises(GroupError, match="0 responses"):
+        group.select([])
+
+
+@given(values=st.lists(st.integers(-5, 5) | st.floats(-2, 2), max_size=8))
+def test_dense_ranks_by_counting(values: list[float]) -> None:
+    expected = tuple(1 + len({other for other in values if other < value}) for value in values)
+    assert dense_ranks(values) == expected
+
+
+@given(data=st.data(), values=st.lists(st.integers(0, 4), min_size=1, max_size=6))
+def test_both_ways_of_counting_ranks_are_accepted_and_selection_keeps_the_order(
+    data: st.DataObject, values: list[int]
+) -> None:
+    responses = [f"r{i}" for i in range(len(values))]
+    dense = dense_ranks(values)
+    competition = tuple(1 + sum(other < value for other in values) for value in values)
+    for rankings in (dense, competition):
+        assert ResponseGroup(prompt="p", responses=responses, rankings=list(rankings)).rankings == rankings
+    chosen = data.draw(st.lists(st.sampled_from(range(len(values))), min_size=1, max_size=6))
+    group = ResponseGroup(prompt="p", responses=responses, rankings=competition).select(chosen)
+    assert group.rankings == dense_ranks([values[i] for i in chosen])
+
+
+def test_whole_floats_are_ranks() -> None:
+    group = ResponseGroup(prompt="p", responses=["a", "b"], rankings=[2.0, 1.0])
+    assert group.rankings == (2, 1) and all(type(rank) is int for rank in group.rankings or ())
+    array = np.array([2, 1])
+    group = ResponseGroup(prompt="p", responses=["a", "b"], rankings=array)  # type: ignore[arg-type]
+    assert group.rankings == (2, 1) and all(type(rank) is int for rank in group.rankings or ())
+
+
+# --- what it refuses ---
+
+
+@pytest.mark.parametrize(
+    ("rankings", "message"),
+    [
+        ([1], "got 1 rankings for 3 responses"),
+        ([1, 2, 3, 4], "got 4 rankings for 3 responses"),
+        ([], "got 0 rankings for 3 responses"),
+        ([0, 1, 2], "not ranks, expected 1 = best"),
+        ([0, 0, 0], "not ranks"),
+        ([2, 2, 2], "not ranks"),
+        ([1, 3, 4], "not ranks"),
+        ([1, 2, 4], "not ranks"),
+        ([1, 1, 4], "not ranks"),
+        ([-1, 1, 2], "not ranks"),
+        ([9, 7, 3], r"\[9, 7, 3\] are not ranks.*\[3, 2, 1\].*dense_ranks"),
+        ([0.5, 0.1, 0.9], "not whole numbers"),
+        ([1.5, 1, 2], "not whole numbers"),
+        ([True, False, True], "not whole numbers"),
+        ([True, 2, 3], "not whole numbers"),
+        (np.array([True, True, True]), "not whole numbers"),
+        ([1, 2, math.nan], "not whole numbers"),
+        ([1, 2, math.inf], "not whole numbers"),
+        ([1, 2, None], "not whole numbers"),
+        ([1, 2, "3"], "not whole numbers"),
+        ("abc", "not whole numbers"),
+    ],
+)
+def test_rankings_that_are_not_ranks(rankings: Any, message: str) -> None:
+    with pytest.raises(GroupError, match=f"group 'g': .*{message}"):
+        ResponseGroup(prompt="p", responses=["a", "b", "c"], rankings=rankings, id="g")
+
+
+@pytest.mark.parametrize(
+    ("responses", "message"),
+    [
+        ([], "got 0 responses, expected at least 1"),
+        ((), "got 0 responses"),
+        ("one text", "responses is str, expected a list"),
+        ({"a": 1}, "responses is dict"),
+        (None, "responses is NoneType"),
+        (["a", None], "response 1 is NoneType, expected str"),
+        ([["a"]], "response 0 is list"),
+        ([b"a"], "response 0 is bytes"),
+        ([{"role": "assistant", "content": "a"}], "response 0 is dict.*text of the completion"),
+    ],
+)
+def test_responses_that_are_not_texts(responses: Any, message: str) -> None:
+    with pytest.raises(GroupError, match=message):
+        ResponseGroup(prompt="p", responses=responses)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt is .*non-empty list"),
+        (None, "prompt is None"),
+        (3, "prompt is 3"),
+        (["hello"], "message 0 is 'hello', expected a dict"),
+        ([{"role": "user"}], "message 0 .*'role' and 'content'"),
+        ([{"content": "a"}], "message 0"),
+        ([{"role": None, "content": "a"}], "message 0"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": None}], "content of message 1 is NoneType"),
+        (turn({"type": "audio", "audio": b""}), "a content block of message 0 is .*'audio'"),
+        (turn({"type": "image_url", "image_url": "http://a"}), "content block"),
+        (turn({"text": "no type"}), "content block"),
+        (turn({"type": "text"}), "content block"),
+        (turn({"type": "text", "text": 4}), "content block"),
+        (turn("bare"), "content block"),
+    ],
+)
+def test_prompts_that_are_not_chats(prompt: Any, message: str) -> None:
+    with pytest.raises(GroupError, match=message):
+        ResponseGroup(prompt=prompt, responses=["a"])
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize(
+    ("placeholders", "given"), [(1, 0), (1, 2), (2, 1), (3, 2)], ids=["none", "too many", "too few", "one short"]
+)
+def test_media_that_do_not_match_the_placeholders(kind: str, placeholders: int, given: int) -> None:
+    medium: Any = PIXEL if kind == "image" else [PIXEL]
+    prompt = turn(text("u"), *[{"type": kind}] * placeholders)
+    with pytest.raises(MediaError, match=f"{placeholders} {kind} placeholders but {given} {kind}s.*one for each"):
+        ResponseGroup(prompt=prompt, responses=["a"], **{f"{kind}s": [medium] * given})
+
+
+def test_media_in_two_places() -> None:
+    prompt = turn({"type": "image", "image": PIXEL})
+    with pytest.raises(MediaError, match="1 images were passed and 1 more sit inside.*one place only"):
+        ResponseGroup(prompt=prompt, responses=["a"], images=[PIXEL])
+    with pytest.raises(MediaError, match="2 image placeholders but 1 images"):
+        ResponseGroup(prompt=turn({"type": "image", "image": PIXEL}, {"type": "image"}), responses=["a"])
+
+
+@pytest.mark.parametrize("images", ["four.png", PIXEL, b"bytes"], ids=["path", "image", "bytes"])
+def test_one_image_instead_of_a_list(images: Any) -> None:
+    """A string is a sequence of characters, each of which would pass for a path."""
+    with pytest.raises(MediaError, match="images is .*list"):
+        ResponseGroup(prompt="p", responses=["a"], images=images)
+
+
+def test_media_without_a_user_turn() -> None:
+    with pytest.raises(MediaError, match="no user turn"):
+        ResponseGroup(prompt=turn(text("s"), role="system"), responses=["a"], images=[PIXEL])
+
+
+def test_errors_are_also_value_errors() -> None:
+    for error in (GroupError, MediaError):
+        assert issubclass(error, MRRewardError) and issubclass(error, ValueError)

@@ -1,0 +1,172 @@
+"""Tiny backbones, reward models and random groups that the core tests share.
+
+Everything is built once a process. A backbone is shared by the reward models on it; a test that changes one asks for
+`fresh=True`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+
+from mr_reward import MultiResponseRewardModel, ResponseGroup
+from mr_reward.data import tiny
+from mr_reward.packing import PackedBatch, PackedRow, Packer, collate
+from mr_reward.rendering import Renderer
+
+FAMILIES = ("qwen3_vl", "qwen2_5_vl", "llama")
+LAYOUTS = ("causal", "isolated", "set")
+# Letters of one to four UTF-8 bytes; the tokenizer has one token a byte.
+LETTERS = "abcdefghij KLMNO 0123456789.,?!\n<|>éßж漢🙂"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A backbone with its language-model head, and what reads text and images for it."""
+
+    full_model: PreTrainedModel
+    processor: Any
+    sees_images: bool
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+
+@functools.cache
+def family(name: str) -> Family:
+    builders: dict[str, tuple[Any, Any]] = {
+        "qwen3_vl": (
+            functools.partial(tiny.build_qwen3_vl, hidden_size=64, num_layers=3),
+            tiny.build_qwen3_vl_processor,
+        ),
+        "qwen2_5_vl": (tiny.build_qwen2_5_vl, tiny.build_qwen2_5_vl_processor),
+        "llama": (tiny.build_llama, tiny.build_tokenizer),
+    }
+    build_model, build_processor = builders[name]
+    return Family(build_model(), build_processor(), sees_images=name != "llama")
+
+
+@functools.cache
+def _shared_model(name: str, layout: str, backend: str) -> MultiResponseRewardModel:
+    return _build(name, layout, backend)
+
+
+def _build(name: str, layout: str, backend: str, **options: Any) -> MultiResponseRewardModel:
+    members = family(name)
+    backbone = members.full_model
+    if options or backend != "sdpa":
+        backbone = copy.deepcopy(backbone)
+        backbone.set_attn_implementation(backend)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        options.pop("fresh", None)
+        return MultiResponseRewardModel.from_backbone(
+            backbone, layout=layout, processor=members.processor, **options
+        ).eval()
+
+
+def reward_model(
+    name: str, layout: str = "set", *, backend: str = "sdpa", fresh: bool = False, **options: Any
+) -> MultiResponseRewardModel:
+    """A reward model whose head and readout vectors are the same for every layout and backend.
+
+    Args:
+        name: one of `FAMILIES`.
+        layout: one of `LAYOUTS`.
+        backend: attention implementation.
+        fresh: one of its own, backbone included, for tests that change it.
+        **options: of `from_backbone`; they make a fresh one.
+    """
+    if fresh or options:
+        return _build(name, layout, backend, fresh=True, **options)
+    return _shared_model(name, layout, backend)
+
+
+def random_text(rng: random.Random, longest: int = 16, shortest: int = 0) -> str:
+    return "".join(rng.choice(LETTERS) for _ in range(rng.randint(shortest, longest)))
+
+
+def random_image(rng: random.Random, max_tiles: int = 2) -> Image.Image:
+    """Noise of random size, a few image tokens."""
+    height, width = (tiny.TILE_SIZE * rng.randint(1, max_tiles) for _ in range(2))
+    pixels = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def random_video(rng: random.Random, num_frames: int = 8) -> list[Image.Image]:
+    first = random_image(rng)
+    generator = np.random.default_rng(rng.getrandbits(32))
+    frames = generator.integers(0, 256, (num_frames, first.height, first.width, 3), dtype=np.uint8)
+    return [Image.fromarray(frame) for frame in frames]
+
+
+def random_responses(rng: random.Random, n: int, longest: int = 16) -> list[str]:
+    """N different texts, the empty one possibly among them."""
+    texts: list[str] = []
+    while len(texts) < n:
+        text = random_text(rng, longest)
+        if text not in texts:
+            texts.append(text)
+    return texts
+
+
+def random_group(
+    rng: random.Random, n: int, *, images: int = 0, videos: int = 0, longest: int = 16, **options: Any
+) -> ResponseGroup:
+    """A group with N different responses; one prompt in two has a system turn, media stand between texts."""
+    blocks: list[dict[str, Any]] = [{"type": "text", "text": random_text(rng, 10, 1)}]
+    for kind, count in (("image", images), ("video", videos)):
+        for _ in range(count):
+            blocks += [{"type": kind}, {"type": "text", "text": random_text(rng, 10, 1)}]
+    prompt = [{"role": "user", "content": blocks}]
+    if rng.random() < 0.5:
+        prompt.insert(0, {"role": "system", "content": [{"type": "text", "text": random_text(rng, 8, 1)}]})
+    return ResponseGroup(
+        prompt=prompt,
+        responses=random_responses(rng, n, longest),
+        images=[random_image(rng) for _ in range(images)],
+        videos=[random_video(rng) for _ in range(videos)],
+        **options,
+    )
+
+
+def pack(model: MultiResponseRewardModel, group: ResponseGroup) -> PackedRow:
+    row = Packer(Renderer(model.processor), layout=model.config.layout, max_tokens=1_000_000).pack(group)
+    assert row is not None
+    return row
+
+
+def score_batch(
+    model: MultiResponseRewardModel, batch: PackedBatch, lengths: Sequence[int], grad: bool = False
+) -> list[torch.Tensor]:
+    with torch.set_grad_enabled(grad):
+        scores = model(**batch.model_inputs()).scores
+    assert scores.dtype == torch.float32
+    return [row[:length] for row, length in zip(scores, lengths, strict=True)]
+
+
+def score(
+    model: MultiResponseRewardModel, groups: Sequence[ResponseGroup], padding_side: str = "right"
+) -> list[torch.Tensor]:
+    """Scores of all groups from one forward pass, (N,) float32 each."""
+    batch = collate([pack(model, group) for group in groups], padding_side)
+    return score_batch(model, batch, [group.num_responses for group in groups])
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Absolute tolerance, and a spread of the scores that makes it mean something."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    if len(expected) > 1:
+        assert expected.max() - expected.min() > 10 * tolerance, (
+            "the scores hardly differ: the comparison would not show a leak"
+        )
