@@ -45,6 +45,7 @@ class QuickstartArguments:
         output: folder for all results.
         seed: of weights, data and rollouts.
         layout: causal, isolated or set.
+        num_digits: digits in each image.
         sft_steps: steps of supervised training; None for the YAML's.
         rm_groups: groups to train the reward model on; None for the YAML's.
         grpo_steps: steps of GRPO; None for the YAML's.
@@ -54,6 +55,7 @@ class QuickstartArguments:
     output: str = field(default="outputs/quickstart", metadata={"help": "Folder for all results"})
     seed: int = field(default=0, metadata={"help": "Of weights, data and rollouts"})
     layout: str = field(default="set", metadata={"help": "causal, isolated or set"})
+    num_digits: int = field(default=2, metadata={"help": "Digits in each image"})
     sft_steps: int | None = field(default=None, metadata={"help": "Steps of SFT"})
     rm_groups: int | None = field(default=None, metadata={"help": "Groups to train the reward model on"})
     grpo_steps: int | None = field(default=None, metadata={"help": "Steps of GRPO"})
@@ -78,7 +80,8 @@ def train_weak_policy(options: QuickstartArguments, folder: Path) -> None:
         seed=options.seed,
         max_steps=options.sft_steps,
     )
-    tasks = make_tasks("train", args.max_steps * args.per_device_train_batch_size, seed=options.seed)
+    num_tasks = args.max_steps * args.per_device_train_batch_size
+    tasks = make_tasks("train", num_tasks, num_digits=options.num_digits, seed=options.seed)
     processor = build_qwen3_vl_processor()
     trainer = SFTTrainer(
         build_qwen3_vl(options.seed),
@@ -99,6 +102,7 @@ def train_reward_model(options: QuickstartArguments, backbone: Path, folder: Pat
         output_dir=folder,
         model_name_or_path=backbone,
         layout=options.layout,
+        num_digits=options.num_digits,
         seed=options.seed,
         num_train_groups=options.rm_groups,
     )
@@ -122,16 +126,18 @@ def run_grpo(options: QuickstartArguments, policy: Path, reward_model: Path, fol
         output_dir=folder,
         model_name_or_path=policy,
         reward_model=reward_model,
+        num_digits=options.num_digits,
         seed=options.seed,
         max_steps=options.grpo_steps,
     )
     return train_policy.train_policy(*recipe).state.log_history
 
 
-def measure_policy(folder: Path, num_samples: int) -> float:
+def measure_policy(folder: Path, options: QuickstartArguments) -> float:
     """True accuracy of greedy answers on unseen scans."""
     model = AutoModelForImageTextToText.from_pretrained(folder)
-    tasks = make_tasks("test", num_samples, seed=0)  # the same images for every seed and policy
+    # The same images for every seed and policy.
+    tasks = make_tasks("test", options.eval_samples, num_digits=options.num_digits, seed=0)
     answers = policy_answers(model, AutoProcessor.from_pretrained(folder), tasks)
     rewards = handwriting_accuracy(answers, [task.question for task in tasks], [task.digits for task in tasks])
     return sum(rewards) / len(rewards)
@@ -160,15 +166,15 @@ def main(options: QuickstartArguments) -> dict[str, Any]:
 
     with stage("sft", "1/3  a weak policy: supervised training, stopped early"):
         train_weak_policy(options, output / "sft")
-        before = measure_policy(output / "sft", options.eval_samples)
+        before = measure_policy(output / "sft", options)
     with stage("rm", f"2/3  reward model, layout {options.layout}: which of four answers is best?"):
         rm_log = train_reward_model(options, output / "sft", output / "rm")
         scorer = GroupScorer.from_pretrained(output / "rm")
-        groups = make_groups("test", options.eval_samples, num_responses=4, seed=0)
+        groups = make_groups("test", options.eval_samples, num_responses=4, num_digits=options.num_digits, seed=0)
         ranking = evaluate_ranking(scorer, groups)
     with stage("grpo", "3/3  GRPO: the reward model compares the rollouts of each prompt"):
         grpo_log = run_grpo(options, output / "sft", output / "rm", output / "policy")
-        after = measure_policy(output / "policy", options.eval_samples)
+        after = measure_policy(output / "policy", options)
 
     rewards = curve(grpo_log, "mr_reward/score_mean")[1]
     tenth = max(1, len(rewards) // 10)

@@ -25,7 +25,7 @@ def fixed_seeds() -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For modules of tiny forwards: threads that wait for each other make these three times slower on a busy machine."""
+    """For modules of tiny forwards: on a busy machine, threads that wait for each other are slower than one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

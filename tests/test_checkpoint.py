@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -349,12 +350,13 @@ def test_from_backbone_does_not_change_the_backbone(name: str) -> None:
     builders = {"qwen3_vl": tiny.build_qwen3_vl, "qwen2_5_vl": tiny.build_qwen2_5_vl, "llama": tiny.build_llama}
     full = builders[name]()
     weights = {key: value.clone() for key, value in full.state_dict().items()}
-    config = full.config.to_dict()
+    config, backend = full.config.to_dict(), full.config.get_text_config()._attn_implementation
     model = MultiResponseRewardModel.from_backbone(full, layout="set", processor=family(name).processor)
     score(model, [random_group(random.Random(0), 2, images=int(family(name).sees_images))])
     for key, value in full.state_dict().items():
         assert torch.equal(value, weights[key]), key
     assert full.config.to_dict() == config
+    assert full.config.get_text_config()._attn_implementation == backend == "sdpa"
     assert model.backbone is full.base_model, "shared, not copied"
     assert model.get_input_embeddings() is full.get_input_embeddings()
     assert len(full.get_input_embeddings().weight) == len(weights[next(iter(k for k in weights if "embed_tok" in k))])
@@ -405,7 +407,8 @@ def test_wrong_options_of_from_backbone_are_refused() -> None:
         MultiResponseRewardModel.from_backbone(members.full_model, processor=members.processor, head_activation="sine")
     with pytest.raises(ConfigurationError, match="backbone_config is missing"):
         MultiResponseRewardModel(MultiResponseRewardConfig())
-    config = MultiResponseRewardConfig(backbone_config=members.full_model.config, template="alpaca")
+    # A copy: transformers resets the attention backend in a sub-configuration that a new configuration takes in.
+    config = MultiResponseRewardConfig(backbone_config=copy.deepcopy(members.full_model.config), template="alpaca")
     with pytest.raises(ConfigurationError, match="unknown template 'alpaca'"):
         MultiResponseRewardModel(config)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tiny_models import LAYOUTS, assert_close, pack, random_group, random_text, 
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.errors import BackendError, ConfigurationError
-from mr_reward.packing import collate
+from mr_reward.packing import PackedBatch, collate
 
 ROUNDING = 1e-5
 VISIBLE_CHANGE = 1e-4
@@ -207,6 +208,53 @@ def test_training_mode_keeps_the_layout(layout: str) -> None:
     before = score(model, groups)
     for found, expected in zip(score(model.train(), groups), before, strict=True):
         assert_close(found, expected, ROUNDING)
+
+
+@pytest.mark.parametrize(("name", "images", "videos"), CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_positions_do_not_depend_on_padding(layout: str, name: str, images: int, videos: int) -> None:
+    """Rotary scores hide a shift of a whole row; a position past the trained context, or a learned one, would not."""
+    model = reward_model(name, layout)
+    rows = [pack(model, group) for group in mixed_batch(random.Random(12), 4, images, videos)]
+
+    def positions(batch: PackedBatch) -> torch.Tensor:
+        return model.adapter.position_ids(
+            model.backbone, batch.input_ids, batch.segments, batch.offsets, dict(batch.media)
+        )
+
+    batches = {side: collate(rows, side) for side in ("left", "right")}
+    for i, row in enumerate(rows):
+        expected = positions(collate([row]))[..., 0, :]
+        assert int(expected.min()) == 0
+        for batch in batches.values():
+            assert torch.equal(positions(batch)[..., i, :][..., batch.segments[i] >= 0], expected)
+        # Every response starts at the position after the prompt, or runs on from the one before it.
+        start = expected[..., row.segments == 0].max() + 1
+        assert torch.equal(expected[..., row.segments > 0], (start + row.offsets[row.segments > 0]).expand_as(
+            expected[..., row.segments > 0]
+        ))  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["qwen3_vl", "llama"])
+def test_what_the_backbone_is_given(name: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = reward_model(name, layout)
+    seen: dict[str, Any] = {}
+    forward = model.backbone.forward
+
+    def recorded(**arguments: Any) -> Any:
+        seen.update(arguments)
+        return forward(**arguments)
+
+    monkeypatch.setattr(model.backbone, "forward", recorded)
+    score(model, mixed_batch(random.Random(13), 3, int(name == "qwen3_vl"), 0), "left")
+    batch_size, length, _ = seen["inputs_embeds"].shape
+    assert seen["use_cache"] is False and seen.get("past_key_values") is None and "input_ids" not in seen
+    assert not seen.get("output_hidden_states"), "the hidden states of all layers are not stored"
+    shape = (batch_size, length) if layout == "causal" else (batch_size, 1, length, length)
+    assert seen["attention_mask"].shape == shape
+    # Four rows of positions: with three, transformers 5.23 takes the first one's for all and looks for packed rows.
+    assert seen["position_ids"].shape == ((4,) if name == "qwen3_vl" else ()) + (batch_size, length)
 
 
 # --- negative controls: ways to break isolation silently ---

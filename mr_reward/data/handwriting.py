@@ -57,6 +57,7 @@ MIN_RESPONSES, MAX_RESPONSES = 2, 64
 _NO_RIGHT_ANSWER = 0.10  # per group: nobody is right, the best is the nearest
 _NO_NUMBER = 0.25  # a response without a single number: one of _EMPTY_HANDED
 _REPEAT = 0.12  # a number that an earlier response of the group gave already
+_SLIP = 0.4  # for "read": a wrong number that is a slip of another one, see `_slip`
 _SENTENCES = ("It is {}.", "I see {}.", "Answer: {}")
 _RAMBLINGS = ("Well, let me think about it again, it is {}.", "So many lines here, but I would say {} I guess.")
 _WORDINGS = (("{}",), _SENTENCES, _RAMBLINGS)
@@ -342,14 +343,36 @@ def _wrong_numbers(task: HandwritingTask, count: int, rng: np.random.Generator) 
             digits = np.array(task.digits)
             digits[places] = (digits[places] + shift) % 10
             pool.append("".join(map(str, digits)))
-    else:
-        # A window of whole numbers with the right one anywhere in it, within what the question allows.
-        k = len(task.digits)
-        highest = {"sum": 9 * k, "largest": 9, "even": k}[task.question]
-        width = min(max(count + 1, 6), highest + 1)
-        start = int(np.clip(int(task.answer) - rng.integers(width), 0, highest + 1 - width))
-        pool = [str(value) for value in range(start, start + width) if str(value) != task.answer]
+        chosen = [pool[i] for i in rng.permutation(len(pool))[:count]]
+        for i in np.flatnonzero(rng.random(len(chosen)) < _SLIP):
+            # Of any number of the group, so that being slipped from does not give the right one away.
+            slip = _slip([task.answer, *chosen][rng.integers(len(chosen) + 1)], rng)
+            if slip not in (task.answer, *chosen):
+                chosen[i] = slip
+        return chosen
+    # A window of whole numbers with the right one anywhere in it, within what the question allows.
+    k = len(task.digits)
+    highest = {"sum": 9 * k, "largest": 9, "even": k}[task.question]
+    width = min(max(count + 1, 6), highest + 1)
+    start = int(np.clip(int(task.answer) - rng.integers(width), 0, highest + 1 - width))
+    pool = [str(value) for value in range(start, start + width) if str(value) != task.answer]
     return [pool[i] for i in rng.permutation(len(pool))[:count]]
+
+
+def _slip(number: str, rng: np.random.Generator) -> str:
+    """A digit moved one place on, left out, or repeated.
+
+    Policies write such numbers, and a model that only checks which digits occur does not see them.
+    """
+    place = int(rng.integers(len(number)))
+    kind = rng.choice(["move", "drop", "repeat"]) if len(number) > 1 else "repeat"
+    digits = list(number)
+    digit = digits.pop(place)
+    if kind == "move":
+        digits.insert((place + 1) % len(number), digit)
+    elif kind == "repeat":
+        digits.insert(place, digit * int(rng.integers(2, 8)))
+    return "".join(digits)
 
 
 def _worded(claim: str, rng: np.random.Generator) -> str:

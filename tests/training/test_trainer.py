@@ -1,6 +1,7 @@
-"""RewardTrainer: the real Trainer on tiny models. It learns, reports, merges LoRA, and refuses bad data before step 1."""
+"""RewardTrainer: the real Trainer on tiny models. It learns, reports, merges LoRA, refuses bad data before step 1."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from mr_reward.data import tiny
 from mr_reward.data.handwriting import make_groups
 from mr_reward.data.preferences import load_preferences
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, OverLengthError
+from mr_reward.groups import dense_ranks
 from mr_reward.packing import Packer
 from mr_reward.rendering import Renderer
 from mr_reward.training.arguments import RewardTrainingArguments
@@ -47,19 +49,22 @@ def arguments(folder: Path, **overrides: object) -> RewardTrainingArguments:
 
 
 def easy_groups(count: int, seed: int) -> list[ResponseGroup]:
-    """The response with more '9's is better: learnable in a few steps without an image."""
-    generator = torch.Generator().manual_seed(seed)
+    """Of random strings of 4 digits the one with more 9s is better: learnable in a few steps, without an image."""
+    generator = random.Random(seed)
     groups = []
     for i in range(count):
-        nines = torch.randperm(4, generator=generator).tolist()
-        responses = ["9" * n + "1" * (4 - n) for n in nines]
-        groups.append(ResponseGroup(prompt="Sum?", responses=responses, rankings=[4 - n for n in nines], id=str(i)))
+        nines = generator.sample(range(5), 4)
+        texts = [["9"] * n + generator.choices("12345678", k=4 - n) for n in nines]
+        responses = ["".join(generator.sample(text, 4)) for text in texts]
+        groups.append(
+            ResponseGroup(prompt="Sum?", responses=responses, rankings=dense_ranks([-n for n in nines]), id=str(i))
+        )
     return groups
 
 
 @pytest.mark.parametrize("loss", ["best_of_n", "plackett_luce", "bradley_terry"])
 def test_learns_and_reports(tmp_path: Path, loss: str) -> None:
-    """From chance (best of 4: 0.25) to nearly perfect, for every loss, with evaluation during training."""
+    """From guessing to nearly perfect, for every loss, with evaluation during training."""
     model = reward_model("set", "llama")
     args = arguments(
         tmp_path, max_steps=40, loss=loss, eval_strategy="steps", eval_steps=40, learning_rate=3e-3, logging_steps=10
@@ -68,7 +73,7 @@ def test_learns_and_reports(tmp_path: Path, loss: str) -> None:
     before = trainer.evaluate()["eval_best_of_n_accuracy"]
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "eval_best_of_n_accuracy" in entry]
-    assert before < 0.6
+    assert before < 0.7
     assert log[-1]["eval_best_of_n_accuracy"] > 0.9
     assert log[-1]["eval_pairwise_accuracy"] > 0.9
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -147,12 +152,11 @@ def test_order_is_drawn_anew_and_reproducibly() -> None:
     assert not torch.equal(first["rankings"], second["rankings"])
     assert torch.equal(first["rankings"], again["rankings"])
     assert torch.equal(first["input_ids"], again["input_ids"])
-    # Whatever the order, a ranking belongs to its response: rank 1 has three nines, rank 4 has none.
+    # Whatever the order, a ranking belongs to its response: fewer nines, worse rank.
     nine = tiny.build_tokenizer().convert_tokens_to_ids("9")
-    starts = first["score_sites"] - 4
-    for row, (ids, ranks) in enumerate(zip(first["input_ids"], first["rankings"], strict=True)):
-        counts = [int((ids[start : start + 4] == nine).sum()) for start in starts[row].tolist()]
-        assert counts == [4 - rank for rank in ranks.tolist()]
+    for ids, sites, ranks in zip(first["input_ids"], first["score_sites"], first["rankings"], strict=True):
+        nines = [int((ids[site - 4 : site] == nine).sum()) for site in sites.tolist()]
+        assert list(dense_ranks([-count for count in nines])) == ranks.tolist()
 
 
 def test_bad_groups_are_refused_before_the_first_step(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""Ranking evaluation, baselines, the truth of the handwriting world, and the figures."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mr_reward import ResponseGroup
+from mr_reward.data.handwriting import make_groups, make_tasks
+from mr_reward.data.tiny import build_qwen3_vl, build_qwen3_vl_processor
+from mr_reward.errors import GroupError
+from mr_reward.evaluation.figures import plot_curves, plot_scored_groups
+from mr_reward.evaluation.handwriting import handwriting_accuracy, policy_answers
+from mr_reward.evaluation.ranking import evaluate_ranking, score_baseline
+
+
+class FakeScorer:
+    """Scores by a rule, so that every metric is known."""
+
+    def __init__(self, by_position: bool = False, drop: str | None = None) -> None:
+        self.by_position = by_position
+        self.drop = drop
+
+    def score(self, groups: Sequence[ResponseGroup]) -> list[list[float] | None]:
+        if self.by_position:
+            return [[-float(slot) for slot in range(group.num_responses)] for group in groups]
+        return [
+            None if self.drop in group.responses else [float(response) for response in group.responses]
+            for group in groups
+        ]
+
+
+def numbered_groups(count: int, num_responses: int) -> list[ResponseGroup]:
+    """Responses are numbers; the larger is the better."""
+    generator = random.Random(0)
+    groups = []
+    for _ in range(count):
+        numbers = generator.sample(range(1000), num_responses)
+        ranks = [1 + sum(other > number for other in numbers) for number in numbers]
+        groups.append(ResponseGroup(prompt="?", responses=list(map(str, numbers)), rankings=ranks))
+    return groups
+
+
+def test_a_perfect_scorer_is_perfect_and_never_flips() -> None:
+    metrics = evaluate_ranking(FakeScorer(), numbered_groups(50, 5))  # type: ignore[arg-type]
+    for key in ("best_of_n_accuracy", "pairwise_accuracy", "kendall_tau_b", "ndcg"):
+        assert metrics[key] == pytest.approx(1.0)
+    assert metrics["order_flip_rate"] == 0
+    assert metrics["num_groups"] == 50
+    assert metrics["dropped_groups"] == 0
+
+
+def test_a_scorer_that_likes_the_first_place_is_at_chance_and_flips() -> None:
+    metrics = evaluate_ranking(FakeScorer(by_position=True), numbered_groups(400, 4))  # type: ignore[arg-type]
+    # 400 groups: three standard errors are 0.065
+    assert metrics["best_of_n_accuracy"] == pytest.approx(0.25, abs=0.065)
+    assert metrics["order_flip_rate"] == pytest.approx(0.75, abs=0.065)
+
+
+def test_dropped_groups_are_counted_and_unranked_ones_refused() -> None:
+    groups = numbered_groups(10, 3)
+    metrics = evaluate_ranking(FakeScorer(drop=groups[4].responses[0]), groups)  # type: ignore[arg-type]
+    assert metrics["num_groups"] + metrics["dropped_groups"] == 10
+    assert metrics["dropped_groups"] >= 1
+    with pytest.raises(GroupError, match="no rankings"):
+        evaluate_ranking(FakeScorer(), [ResponseGroup(prompt="?", responses=["1"], id="x")])  # type: ignore[arg-type]
+    only = [groups[4]]
+    with pytest.raises(GroupError, match="dropped"):
+        evaluate_ranking(FakeScorer(drop=groups[4].responses[0]), only)  # type: ignore[arg-type]
+
+
+def test_baselines() -> None:
+    groups = [ResponseGroup(prompt="?", responses=["a", "bbb", "cc"])]
+    assert score_baseline("longest", groups) == [[1, 3, 2]]
+    assert score_baseline("shortest", groups) == [[-1, -3, -2]]
+    assert score_baseline("random", groups, seed=1) == score_baseline("random", groups, seed=1)
+    assert score_baseline("random", groups, seed=1) != score_baseline("random", groups, seed=2)
+
+
+def test_the_truth_as_a_reward_function() -> None:
+    tasks = make_tasks("test", 3, seed=0)
+    answers = [tasks[0].answer, "0" + tasks[1].answer, [{"role": "assistant", "content": tasks[2].answer}]]
+    rewards = handwriting_accuracy(
+        answers, [task.question for task in tasks], [task.digits for task in tasks], extra=1
+    )
+    assert rewards == [1.0, 0.0, 1.0]
+
+
+def test_answers_do_not_depend_on_the_batch() -> None:
+    """Prompts of different lengths are padded on the left; greedy answers stay the same."""
+    model, processor = build_qwen3_vl(0, hidden_size=64, num_layers=2), build_qwen3_vl_processor()
+    tasks = make_tasks("test", 4, questions=["read", "even"], seed=0)
+    assert len({task.question for task in tasks}) == 2
+    together = policy_answers(model, processor, tasks, max_new_tokens=4, show_progress=False)
+    alone = policy_answers(model, processor, tasks, batch_size=1, max_new_tokens=4, show_progress=False)
+    assert together == alone
+
+
+def test_figures_are_written_and_show_something(tmp_path: Path) -> None:
+    groups = make_groups("test", 4)
+    plot_scored_groups(groups, [[0.5, -1.0, 2.0, 2.0]] * 4, tmp_path / "groups.png")
+    plot_curves({"a": {"x": ([1, 2, 3], [0.1, 0.5, 0.2])}, "b": {"y": ([1], [1.0])}}, tmp_path / "curves.png")
+    for name in ("groups.png", "curves.png"):
+        with Image.open(tmp_path / name) as image:
+            assert len(image.convert("L").getcolors()) > 10  # grey levels in use

@@ -1,0 +1,117 @@
+"""The recipes as a user starts them: quickstart, reward-model training with LoRA, GRPO on one and two processes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mr_reward import GroupScorer, MultiResponseRewardModel
+from mr_reward.data import tiny
+from mr_reward.data.handwriting import make_groups
+from mr_reward.grpo.telemetry import METRIC_KEYS
+
+RECIPES = Path(__file__).parents[2] / "grpo_recipes"
+
+
+def run(command: list[str], folder: Path, timeout: float = 400) -> str:
+    """Run in an empty folder, so that nothing depends on where the repository is; returns stdout."""
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result.stdout
+
+
+def recipe(name: str, config: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(RECIPES / name), "--config", str(RECIPES / config), *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random policy in a folder, as a hub model would be."""
+    folder = tmp_path_factory.mktemp("policy")
+    tiny.build_qwen3_vl(0, hidden_size=64, num_layers=2).save_pretrained(folder)
+    tiny.build_qwen3_vl_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward_folder(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rm")
+    MultiResponseRewardModel.from_backbone(backbone, layout="set").save_pretrained(folder)
+    return folder
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    """Every stage for a few steps; the figures of the full run are reported in the README."""
+    arguments = {"seed": 3, "sft_steps": 4, "rm_groups": 96, "grpo_steps": 2, "eval_samples": 16}
+    flags = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
+    stdout = run([sys.executable, str(RECIPES / "quickstart.py"), *flags], tmp_path)
+    output = tmp_path / "outputs" / "quickstart"
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["layout"] == "set" and metrics["seed"] == 3
+    assert set(metrics["seconds"]) == {"sft", "rm", "grpo", "total"}
+    assert set(metrics["rm"]) == {"n", "best_of_n_accuracy", "pairwise_accuracy", "order_flip_rate"}
+    assert metrics["rm"]["order_flip_rate"] == 0
+    assert set(metrics["policy"]) == {"eval_samples", "accuracy_before", "accuracy_after"}
+    assert set(metrics["reward"]) == {"first", "last"}
+    assert "best of 4" in stdout and "after GRPO" in stdout
+    assert "accuracy" in (output / "report.md").read_text() or "right on unseen" in (output / "report.md").read_text()
+    for figure in ("curves.png", "responses.png"):
+        assert (output / figure).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    groups = make_groups("test", 2)
+    assert len(GroupScorer.from_pretrained(output / "rm").score(groups)) == 2
+    MultiResponseRewardModel.from_pretrained(output / "rm")
+    AutoModelForImageTextToText.from_pretrained(output / "policy")
+    AutoProcessor.from_pretrained(output / "policy")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_pretrain_rm(tmp_path: Path, backbone: Path, lora: bool) -> None:
+    arguments = ["--model_name_or_path", backbone, "--output_dir", tmp_path / "rm", "--num_train_groups", 64]
+    arguments += ["--num_eval_groups", 16, "--num_responses", 3, "--layout", "causal", "--loss", "plackett_luce"]
+    if lora:
+        arguments += ["--use_peft", "true", "--lora_r", 4]
+    stdout = run(recipe("pretrain_rm.py", "rm_tiny_handwriting_cpu.yaml", *arguments), tmp_path)
+    assert "order_flip_rate" in stdout
+    metrics = json.loads((tmp_path / "rm" / "eval_metrics.json").read_text())
+    assert 0 <= metrics["best_of_n_accuracy"] <= 1
+    model = MultiResponseRewardModel.from_pretrained(tmp_path / "rm")
+    assert model.config.layout == "causal"
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("num_processes", "batch"), [(1, 4), (2, 2)])
+def test_train_policy(tmp_path: Path, backbone: Path, reward_folder: Path, num_processes: int, batch: int) -> None:
+    """`accelerate launch` with one process, and with two that each hold half of every group."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(num_processes)]
+    launch += ["--main_process_port", "0"] if num_processes > 1 else []
+    arguments = ["--model_name_or_path", backbone, "--reward_model", reward_folder, "--output_dir", tmp_path / "out"]
+    arguments += ["--per_device_train_batch_size", batch, "--num_generations", 4, "--max_steps", 2]
+    arguments += ["--num_prompts", 16, "--log_completions", "false"]
+    command = recipe("train_policy.py", "policy_tiny_handwriting_cpu.yaml", *arguments)[1:]
+    stdout = run([*launch, *command], tmp_path)
+    for key in METRIC_KEYS:
+        assert key in stdout, key
+    straddling = re.findall(r"'mr_reward/straddling_groups': '?([\d.]+)", stdout)
+    assert [float(value) for value in straddling] == [float(num_processes > 1)] * 2
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+
+
+def test_missing_reward_model_is_told_before_the_policy_is_loaded(tmp_path: Path) -> None:
+    command = recipe("train_policy.py", "policy_tiny_handwriting_cpu.yaml", "--reward_model", "nowhere")
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert result.returncode != 0
+    assert "CheckpointError" in result.stderr and "nowhere" in result.stderr
