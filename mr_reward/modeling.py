@@ -135,7 +135,7 @@ class MultiResponseRewardModel(PreTrainedModel):
         # (from_pretrained) transformers has to fill buffers that are not saved, such as rotary frequencies.
         if self.readouts.summary.device.type != "meta":
             for module in self.modules():
-                module._is_hf_initialized = True  # type: ignore[assignment]
+                module._is_hf_initialized = True
         self.post_init()
 
     @classmethod

@@ -253,7 +253,7 @@ def test_what_the_backbone_is_given(name: str, layout: str, monkeypatch: pytest.
     assert not seen.get("output_hidden_states"), "the hidden states of all layers are not stored"
     shape = (batch_size, length) if layout == "causal" else (batch_size, 1, length, length)
     assert seen["attention_mask"].shape == shape
-    # Four rows of positions: with three, transformers 5.23 takes the first one's for all and looks for packed rows.
+    # The row of text, then time, height and width.
     assert seen["position_ids"].shape == ((4,) if name == "qwen3_vl" else ()) + (batch_size, length)
 
 

@@ -48,7 +48,7 @@ def policy_answers(
             processor_kwargs={"padding": True, "padding_side": "left"},
         ).to(model.device)
         with torch.inference_mode():
-            generated = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)  # type: ignore[operator]
+            generated = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         answers += processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     model.train(was_training)
     return answers

@@ -129,8 +129,8 @@ class RewardTrainer(Trainer):
             model=model if peft_config is None else _with_lora(model, peft_config),
             args=args,
             data_collator=GroupCollator(packer),
-            train_dataset=train_dataset,  # type: ignore[arg-type]
-            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=model.processor,
             compute_metrics=_ranking_metrics,
             **options,
