@@ -3,7 +3,7 @@
     python benchmarks/layouts.py --seeds 0 1 2
 
 Each run is `grpo_recipes/pretrain_rm.py` with the quickstart's YAML; only layout, loss and seed differ. The start is
-the weak policy of `grpo_recipes/quickstart.py`, trained here for each seed. `single-response` is the Bradley-Terry
+the reader of `grpo_recipes/quickstart.py`, trained here for each seed. `single-response` is the Bradley-Terry
 model on all ordered pairs of the same groups: `isolated` equals scoring each response alone, so the pass is shared and
 the model is not. The last line of stdout is one JSON document.
 """
@@ -50,12 +50,12 @@ def train(folder: Path, backbone: Path, layout: str, loss: str, seed: int, extra
 
 
 def start_from(folder: Path, seed: int) -> Path:
-    """The weak policy that the quickstart trains for this seed."""
+    """The reader that the quickstart trains for this seed."""
     if not (folder / "config.json").is_file():
         sys.path.insert(0, str(RECIPES))
-        from quickstart import QuickstartArguments, train_weak_policy
+        from quickstart import QuickstartArguments, train_reader
 
-        train_weak_policy(QuickstartArguments(seed=seed), folder)
+        train_reader(QuickstartArguments(seed=seed), folder)
     return folder
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/layouts"))
     parser.add_argument("extra", nargs="*", help="more arguments for pretrain_rm.py, after --")
     options = parser.parse_args()
-    groups = {n: make_groups("test", options.num_groups, num_responses=n, seed=0) for n in options.sizes}
+    groups = {n: make_groups("test", options.num_groups, num_responses=n, num_digits=2, seed=0) for n in options.sizes}
     runs = []
     for seed in options.seeds:
         backbone = start_from(options.output / f"seed{seed}" / "sft", seed)

@@ -3,9 +3,10 @@
     make quickstart
     python grpo_recipes/quickstart.py --seed 1 --layout causal
 
-A tiny Qwen3-VL learns to read handwritten digits badly (SFT, stopped early). A multi-response reward model learns to
-rank groups of four answers. GRPO then trains the policy on the reward model's comparison of its rollouts; labels are
-used only to measure. Everything is written to the output folder.
+A tiny Qwen3-VL learns to read handwritten digits (SFT). What it can do after a third of the steps is the weak policy;
+its final state is the backbone of a multi-response reward model, which learns to rank groups of four answers. GRPO then
+trains the weak policy on the reward model's comparison of its rollouts; from there on labels are used only to measure.
+Everything is written to the output folder.
 """
 
 import json
@@ -46,7 +47,7 @@ class QuickstartArguments:
         seed: of weights, data and rollouts.
         layout: causal, isolated or set.
         num_digits: digits in each image.
-        sft_steps: steps of supervised training; None for the YAML's.
+        sft_steps: steps of supervised training, a multiple of 3; None for the YAML's.
         rm_groups: groups to train the reward model on; None for the YAML's.
         grpo_steps: steps of GRPO; None for the YAML's.
         eval_samples: unseen images to measure the policy on, and unseen groups for the reward model.
@@ -71,14 +72,15 @@ def read_recipe(name: str, types: tuple[type, ...], **overrides: Any) -> Any:
     return TrlParser(types).parse_args_and_config(args=arguments)
 
 
-def train_weak_policy(options: QuickstartArguments, folder: Path) -> None:
-    """SFT from random weights with TRL, stopped early."""
+def train_reader(options: QuickstartArguments, folder: Path) -> Path:
+    """SFT from random weights with TRL; returns the checkpoint after a third of the steps, the weak policy."""
     (args,) = read_recipe(
         "sft_tiny_handwriting_cpu.yaml",
         (SFTConfig,),
         output_dir=folder,
         seed=options.seed,
         max_steps=options.sft_steps,
+        save_steps=options.sft_steps and options.sft_steps // 3,
     )
     num_tasks = args.max_steps * args.per_device_train_batch_size
     tasks = make_tasks("train", num_tasks, num_digits=options.num_digits, seed=options.seed)
@@ -92,6 +94,7 @@ def train_weak_policy(options: QuickstartArguments, folder: Path) -> None:
     trainer.train()
     trainer.save_model(str(folder))
     processor.save_pretrained(folder)
+    return folder / f"checkpoint-{args.save_steps}"
 
 
 def train_reward_model(options: QuickstartArguments, backbone: Path, folder: Path) -> list[dict[str, float]]:
@@ -164,16 +167,19 @@ def main(options: QuickstartArguments) -> dict[str, Any]:
         yield
         seconds[name] = time.perf_counter() - begin
 
-    with stage("sft", "1/3  a weak policy: supervised training, stopped early"):
-        train_weak_policy(options, output / "sft")
-        before = measure_policy(output / "sft", options)
+    with stage(
+        "sft", "1/3  supervised training: a third of it is the weak policy, all of it the reward model's backbone"
+    ):
+        weak_policy = train_reader(options, output / "sft")
+        before = measure_policy(weak_policy, options)
+        backbone = measure_policy(output / "sft", options)
     with stage("rm", f"2/3  reward model, layout {options.layout}: which of four answers is best?"):
         rm_log = train_reward_model(options, output / "sft", output / "rm")
         scorer = GroupScorer.from_pretrained(output / "rm")
         groups = make_groups("test", options.eval_samples, num_responses=4, num_digits=options.num_digits, seed=0)
         ranking = evaluate_ranking(scorer, groups)
     with stage("grpo", "3/3  GRPO: the reward model compares the rollouts of each prompt"):
-        grpo_log = run_grpo(options, output / "sft", output / "rm", output / "policy")
+        grpo_log = run_grpo(options, weak_policy, output / "rm", output / "policy")
         after = measure_policy(output / "policy", options)
 
     rewards = curve(grpo_log, "mr_reward/score_mean")[1]
@@ -186,7 +192,12 @@ def main(options: QuickstartArguments) -> dict[str, Any]:
             "n": 4,
             **{key: ranking[key] for key in ("best_of_n_accuracy", "pairwise_accuracy", "order_flip_rate")},
         },
-        "policy": {"eval_samples": options.eval_samples, "accuracy_before": before, "accuracy_after": after},
+        "policy": {
+            "eval_samples": options.eval_samples,
+            "accuracy_before": before,
+            "accuracy_after": after,
+            "accuracy_of_rm_backbone": backbone,
+        },
         "reward": {"first": sum(rewards[:tenth]) / tenth, "last": sum(rewards[-tenth:]) / tenth},
     }
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -213,6 +224,7 @@ def write_report(metrics: dict[str, Any], output: Path, console: Console) -> Non
         ("reward model: winner changes with the order", f"{rm['order_flip_rate']:.3f}"),
         ("policy: right on unseen scans, before GRPO", f"{policy['accuracy_before']:.3f}"),
         ("policy: right on unseen scans, after GRPO", f"{policy['accuracy_after']:.3f}"),
+        ("reward model's backbone: right on unseen scans", f"{policy['accuracy_of_rm_backbone']:.3f}"),
         ("mean score of the rollouts, first and last tenth", f"{reward['first']:.2f} -> {reward['last']:.2f}"),
         ("seconds (SFT, reward model, GRPO)", ", ".join(f"{seconds[key]:.0f}" for key in ("sft", "rm", "grpo"))),
     ]

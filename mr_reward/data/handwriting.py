@@ -55,13 +55,13 @@ MIN_RESPONSES, MAX_RESPONSES = 2, 64
 
 # How groups are drawn. Chances are per response unless they say otherwise.
 _NO_RIGHT_ANSWER = 0.10  # per group: nobody is right, the best is the nearest
-_NO_NUMBER = 0.25  # a response without a single number: one of _EMPTY_HANDED
+_NO_NUMBER = 0.15  # a response without a single number: one of _EMPTY_HANDED
 _REPEAT = 0.12  # a number that an earlier response of the group gave already
-_SLIP = 0.4  # for "read": a wrong number that is a slip of another one, see `_slip`
+_SLIP = 0.3  # for "read": a wrong number that is a slip of another one, see `_slip`
 _SENTENCES = ("It is {}.", "I see {}.", "Answer: {}")
 _RAMBLINGS = ("Well, let me think about it again, it is {}.", "So many lines here, but I would say {} I guess.")
 _WORDINGS = (("{}",), _SENTENCES, _RAMBLINGS)
-_WORDING_CHANCES = (0.6, 0.3, 0.1)
+_WORDING_CHANCES = (0.8, 0.15, 0.05)
 _REFUSALS = ("I cannot tell.", "Not sure.", "I can't read it.", "No idea.")
 _WAFFLE = ("Digits are a lovely thing to look at, are they not?", "Some lines are curved and some are not so curved.")
 _EMPTY_HANDED = ("refusal", "waffle", "hedge", "silence")
@@ -365,7 +365,7 @@ def _slip(number: str, rng: np.random.Generator) -> str:
     Policies write such numbers, and a model that only checks which digits occur does not see them.
     """
     place = int(rng.integers(len(number)))
-    kind = rng.choice(["move", "drop", "repeat"]) if len(number) > 1 else "repeat"
+    kind = rng.choice(["move", "drop", "repeat"], p=[0.6, 0.2, 0.2]) if len(number) > 1 else "repeat"
     digits = list(number)
     digit = digits.pop(place)
     if kind == "move":

@@ -54,7 +54,7 @@ def reward_folder(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_quickstart(tmp_path: Path) -> None:
     """Every stage for a few steps; the figures of the full run are reported in the README."""
-    arguments = {"seed": 3, "sft_steps": 4, "rm_groups": 96, "grpo_steps": 2, "eval_samples": 16}
+    arguments = {"seed": 3, "sft_steps": 6, "rm_groups": 96, "grpo_steps": 2, "eval_samples": 16}
     flags = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
     stdout = run([sys.executable, str(RECIPES / "quickstart.py"), *flags], tmp_path)
     output = tmp_path / "outputs" / "quickstart"
@@ -63,7 +63,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert set(metrics["seconds"]) == {"sft", "rm", "grpo", "total"}
     assert set(metrics["rm"]) == {"n", "best_of_n_accuracy", "pairwise_accuracy", "order_flip_rate"}
     assert metrics["rm"]["order_flip_rate"] == 0
-    assert set(metrics["policy"]) == {"eval_samples", "accuracy_before", "accuracy_after"}
+    assert set(metrics["policy"]) >= {"eval_samples", "accuracy_before", "accuracy_after"}
     assert set(metrics["reward"]) == {"first", "last"}
     assert "best of 4" in stdout and "after GRPO" in stdout
     assert "accuracy" in (output / "report.md").read_text() or "right on unseen" in (output / "report.md").read_text()
