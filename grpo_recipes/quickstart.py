@@ -4,9 +4,9 @@
     python grpo_recipes/quickstart.py --seed 1 --layout causal
 
 A tiny Qwen3-VL learns to read handwritten digits (SFT). What it can do after a third of the steps is the weak policy;
-its final state is the backbone of a multi-response reward model, which learns to rank groups of four answers. GRPO then
-trains the weak policy on the reward model's comparison of its rollouts; from there on labels are used only to measure.
-Everything is written to the output folder.
+its final state is the backbone of a multi-response reward model, which learns to rank groups of four answers. GRPO
+then trains the weak policy on the reward model's comparison of its rollouts; from there on labels are used only to
+measure. Everything is written to the output folder.
 """
 
 import json

@@ -1,8 +1,9 @@
 """`ResponseGroup` -> token ids. The only place with a template; its hash goes into the checkpoint.
 
 The prompt goes through the processor's own chat template with the generation prompt at its end, so that each response
-stands where the assistant would write it. No text, neither of the prompt nor of a response, can become a control
-token.
+stands where the assistant would write it. No text of a response can become a special or added token. In the prompt,
+transformers' `sanitize_control_tokens` keeps text from becoming a special token, a media placeholder or a token that
+the template itself uses.
 
 Legend: N responses, P tokens of the prompt.
 """

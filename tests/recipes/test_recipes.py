@@ -95,9 +95,11 @@ def test_pretrain_rm(tmp_path: Path, backbone: Path, lora: bool) -> None:
 @pytest.mark.parametrize(("num_processes", "batch"), [(1, 4), (2, 2)])
 def test_train_policy(tmp_path: Path, backbone: Path, reward_folder: Path, num_processes: int, batch: int) -> None:
     """`accelerate launch` with one process, and with two that each hold half of every group."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(num_processes)]
-    launch += ["--main_process_port", "0"] if num_processes > 1 else []
+    # accelerate starts several processes on a CPU through its launcher for several GPUs; the recipe's use_cpu does the
+    # rest (its own --cpu wants MPI).
+    launch += ["--multi_gpu", "--main_process_port", "0"] if num_processes > 1 else ["--cpu"]
     arguments = ["--model_name_or_path", backbone, "--reward_model", reward_folder, "--output_dir", tmp_path / "out"]
     arguments += ["--per_device_train_batch_size", batch, "--num_generations", 4, "--max_steps", 2]
     arguments += ["--num_prompts", 16, "--log_completions", "false"]
