@@ -3,9 +3,10 @@
     python benchmarks/layouts.py --seeds 0 1 2
 
 Each run is `grpo_recipes/pretrain_rm.py` with the quickstart's YAML; only layout, loss and seed differ. The start is
-the reader of `grpo_recipes/quickstart.py`, trained here for each seed. `single-response` is the Bradley-Terry
-model on all ordered pairs of the same groups: `isolated` equals scoring each response alone, so the pass is shared and
-the model is not. The last line of stdout is one JSON document.
+the reader of `grpo_recipes/quickstart.py`, trained here for each seed. `single-response` is the Bradley-Terry model
+on all ordered pairs of the same groups: `isolated` equals scoring each response alone, so the pass is shared and the
+model is not. Runs that are finished in the output folder are not repeated, so seeds can be run side by side and then
+put together by a last call. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -15,11 +16,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from mr_reward import GroupScorer
+from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.data.handwriting import make_groups
 from mr_reward.evaluation.ranking import evaluate_ranking, score_baseline
 from mr_reward.metrics import best_of_n_accuracy, pairwise_accuracy
@@ -49,6 +51,26 @@ def train(folder: Path, backbone: Path, layout: str, loss: str, seed: int, extra
     return time.perf_counter() - started
 
 
+def run(
+    folder: Path,
+    backbone: Path,
+    layout: str,
+    loss: str,
+    seed: int,
+    groups: dict[int, list[ResponseGroup]],
+    extra: list[str],
+) -> dict[str, Any]:
+    """Train and evaluate one model, or read what an earlier call found."""
+    found = folder / "layouts.json"
+    if not found.is_file():
+        seconds = train(folder, backbone, layout, loss, seed, extra)
+        scorer = GroupScorer.from_pretrained(folder)
+        results = {str(n): evaluate_ranking(scorer, groups[n], seed=seed) for n in groups}
+        record = {"model": folder.name, "seed": seed, "train_seconds": round(seconds, 1), "results": results}
+        found.write_text(json.dumps(record))
+    return json.loads(found.read_text())
+
+
 def start_from(folder: Path, seed: int) -> Path:
     """The reader that the quickstart trains for this seed."""
     if not (folder / "config.json").is_file():
@@ -73,18 +95,17 @@ def main() -> None:
     for seed in options.seeds:
         backbone = start_from(options.output / f"seed{seed}" / "sft", seed)
         for name, (layout, loss) in MODELS.items():
-            folder = options.output / f"seed{seed}" / name
-            seconds = train(folder, backbone, layout, loss, seed, options.extra)
-            scorer = GroupScorer.from_pretrained(folder)
-            results = {n: evaluate_ranking(scorer, groups[n], seed=seed) for n in options.sizes}
-            runs.append({"model": name, "seed": seed, "train_seconds": round(seconds, 1), "results": results})
-            print(name, seed, {n: round(result["best_of_n_accuracy"], 3) for n, result in results.items()}, flush=True)
+            runs.append(
+                run(options.output / f"seed{seed}" / name, backbone, layout, loss, seed, groups, options.extra)
+            )
+            best = {n: round(result["best_of_n_accuracy"], 3) for n, result in runs[-1]["results"].items()}
+            print(name, seed, best, flush=True)
     baselines = []
     for name in BASELINES:
         scores = {n: score_baseline(name, groups[n]) for n in options.sizes}
         rankings = {n: [list(group.rankings or ()) for group in groups[n]] for n in options.sizes}
         results = {
-            n: {
+            str(n): {
                 "best_of_n_accuracy": best_of_n_accuracy(scores[n], rankings[n]),
                 "pairwise_accuracy": pairwise_accuracy(scores[n], rankings[n]),
             }
@@ -106,13 +127,13 @@ def summarise(document: dict) -> Table:
         entries = [run["results"] for run in (*document["runs"], *document["baselines"]) if run["model"] == name]
         cells = []
         for n in document["sizes"]:
-            values = [entry[n]["best_of_n_accuracy"] for entry in entries]
+            values = [entry[str(n)]["best_of_n_accuracy"] for entry in entries]
             cells.append(
                 f"{statistics.fmean(values):.3f} ± {max(values) - min(values):.3f}"
                 if entries[1:]
                 else f"{values[0]:.3f}"
             )
-        flips = [entry[4]["order_flip_rate"] for entry in entries if "order_flip_rate" in entry.get(4, {})]
+        flips = [entry["4"]["order_flip_rate"] for entry in entries if "order_flip_rate" in entry.get("4", {})]
         table.add_row(name, *cells, f"{statistics.fmean(flips):.3f}" if flips else "")
     return table
 
