@@ -23,8 +23,6 @@ from mr_reward import GroupScorer, MultiResponseRewardConfig, MultiResponseRewar
 from mr_reward.data import tiny
 from mr_reward.errors import BackendError, CheckpointError, ConfigurationError, MediaError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAMES = ("qwen3_vl", "llama")
 WEIGHTS = "model.safetensors"
 

@@ -23,7 +23,6 @@ from mr_reward.packing import PackedBatch, collate
 ROUNDING = 1e-5
 VISIBLE_CHANGE = 1e-4
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 # family, images, videos
 CASES = [

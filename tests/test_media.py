@@ -22,8 +22,6 @@ from mr_reward.errors import MediaError
 from mr_reward.media import load_image
 from mr_reward.rendering import Renderer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "F")
 
 

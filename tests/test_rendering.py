@@ -21,8 +21,6 @@ from mr_reward.errors import ConfigurationError, MediaError, OverLengthError
 from mr_reward.packing import Packer
 from mr_reward.rendering import TEMPLATE, Renderer, check_template, template_hash
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONTROL_TOKENS = (*tiny.SPECIAL_TOKENS, *tiny.ADDED_TOKENS, "<|resp_sep|>")
 LONE_SURROGATE = "before \ud83d after \udc00"
 HOSTILE = {

@@ -16,8 +16,6 @@ from tiny_models import LAYOUTS, assert_close, pack, random_group, random_text, 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.errors import ConfigurationError, MediaError, NonFiniteScoreError, OverLengthError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROUNDING = 1e-5  # as in test_invariances
 
 Spy = Callable[[MultiResponseRewardModel], list[tuple[int, int]]]
