@@ -5,8 +5,8 @@
 Each run is `grpo_recipes/pretrain_rm.py` with the quickstart's YAML; only layout, loss and seed differ. The start is
 the reader of `grpo_recipes/quickstart.py`, trained here for each seed. `single-response` is the Bradley-Terry model
 on all ordered pairs of the same groups: `isolated` equals scoring each response alone, so the pass is shared and the
-model is not. Runs that are finished in the output folder are not repeated, so seeds can be run side by side and then
-put together by a last call. The last line of stdout is one JSON document.
+model is not. Runs that are finished in the output folder are not repeated, so seeds and models can be run side by side
+and put together by a last call. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -85,6 +85,7 @@ def main() -> None:
     """Train, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8, 16], help="numbers of responses N")
     parser.add_argument("--num_groups", type=int, default=512, help="unseen groups for each N")
     parser.add_argument("--output", type=Path, default=Path("outputs/layouts"))
@@ -94,7 +95,8 @@ def main() -> None:
     runs = []
     for seed in options.seeds:
         backbone = start_from(options.output / f"seed{seed}" / "sft", seed)
-        for name, (layout, loss) in MODELS.items():
+        for name in options.models:
+            layout, loss = MODELS[name]
             runs.append(
                 run(options.output / f"seed{seed}" / name, backbone, layout, loss, seed, groups, options.extra)
             )
@@ -123,7 +125,7 @@ def summarise(document: dict) -> Table:
     table = Table(
         "model", *(f"N = {n}" for n in document["sizes"]), "winner flips (N = 4)", title="best-of-N accuracy"
     )
-    for name in (*MODELS, *BASELINES):
+    for name in dict.fromkeys(entry["model"] for entry in (*document["runs"], *document["baselines"])):
         entries = [run["results"] for run in (*document["runs"], *document["baselines"]) if run["model"] == name]
         cells = []
         for n in document["sizes"]:
