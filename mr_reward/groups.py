@@ -209,4 +209,10 @@ def _match_media(
             f"{name}: the prompt has {placeholders} {kind} placeholders but {len(media)} {kind}s came with it; "
             "give one for each placeholder, in order"
         )
+    for medium in media if kind == "video" else ():
+        if isinstance(medium, (str, bytes)) or not isinstance(medium, Sequence) or not medium:
+            raise MediaError(
+                f"{name}: a video is {medium!r:.60}, expected a non-empty list of frames (images, paths, bytes); "
+                "read the frames from the file first"
+            )
     return media

@@ -257,3 +257,9 @@ def test_media_without_a_user_turn() -> None:
 def test_errors_are_also_value_errors() -> None:
     for error in (GroupError, MediaError):
         assert issubclass(error, MRRewardError) and issubclass(error, ValueError)
+
+
+@pytest.mark.parametrize("video", ["clip.mp4", b"bytes", [], 3], ids=["path", "bytes", "empty", "number"])
+def test_a_video_is_a_list_of_frames(video: object) -> None:
+    with pytest.raises(MediaError, match="expected a non-empty list of frames"):
+        ResponseGroup(prompt="Number?", responses=["1"], videos=[video])  # type: ignore[list-item]
