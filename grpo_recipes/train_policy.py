@@ -88,9 +88,9 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         raise ConfigurationError("model_name_or_path is missing; give the policy's folder or hub id")
     reward_funcs: list[Any] = [make_reward(arguments, args.num_generations)]
     if arguments.dataset == "handwriting":
-        # The truth watches with weight 0: it is logged, and the policy never learns from it.
+        # The truth watches with weight 0, unless asked for more: it is logged, and the policy does not learn from it.
         reward_funcs.append(handwriting_accuracy)
-        args.reward_weights = [1.0, 0.0]
+        args.reward_weights = args.reward_weights or [1.0, 0.0]
     load_options = {
         "dtype": model_config.dtype,
         "attn_implementation": model_config.attn_implementation,

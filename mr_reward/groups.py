@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -94,7 +93,7 @@ class ResponseGroup:
         """N."""
         return len(self.responses)
 
-    @cached_property
+    @property
     def messages(self) -> list[Message]:
         """The prompt as chat messages whose content is always a list of blocks; media blocks carry no media."""
         return self._messages  # type: ignore[attr-defined]  # set in __post_init__

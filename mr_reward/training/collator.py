@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mr_reward.errors import OverLengthError
 from mr_reward.groups import ResponseGroup
 from mr_reward.packing import Packer, collate
 
@@ -32,15 +33,24 @@ class GroupCollator:
         The order is drawn from torch's generator, which the Trainer seeds, saves and restores.
 
         Args:
-            groups: B ranked groups that fit the packer's budget.
+            groups: B ranked groups; those that the packer drops are left out with their rankings.
 
         Returns:
             The model's inputs and `rankings` (B, N) int64, 0 in empty slots.
+
+        Raises:
+            OverLengthError: a group does not fit under the policy `error`, or none is left.
         """
         shuffled = [group.select(torch.randperm(group.num_responses).tolist()) for group in groups]
-        rows = [row for group in shuffled if (row := self.packer.pack(group)) is not None]
-        batch = collate(rows).model_inputs()
+        # A dropped group leaves with its rankings, or the labels of the following ones would shift.
+        kept = [(group, row) for group in shuffled if (row := self.packer.pack(group)) is not None]
+        if not kept:
+            raise OverLengthError(
+                f"all {len(shuffled)} groups of a batch were dropped, rows are limited to {self.packer.max_tokens} "
+                "tokens; raise max_tokens, or take out such groups with check_groups first"
+            )
+        batch = collate([row for _, row in kept]).model_inputs()
         rankings = torch.zeros_like(batch["response_mask"], dtype=torch.long)
-        for i, group in enumerate(shuffled):
+        for i, (group, _) in enumerate(kept):
             rankings[i, : group.num_responses] = torch.tensor(group.rankings)
         return {**batch, "rankings": rankings}

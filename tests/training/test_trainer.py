@@ -159,6 +159,20 @@ def test_order_is_drawn_anew_and_reproducibly() -> None:
         assert list(dense_ranks([-count for count in nines])) == ranks.tolist()
 
 
+def test_a_dropped_group_takes_its_rankings_with_it() -> None:
+    """One group in the middle is dropped: the labels of those after it must not shift."""
+    groups = [ResponseGroup(prompt="a", responses=["b", "c", "d"], rankings=[1, 1, 1]) for _ in range(3)]
+    groups[1] = ResponseGroup(prompt="a", responses=["b" * 999, "c", "d"], rankings=[1, 2, 3])
+    groups.append(ResponseGroup(prompt="a", responses=["b", "c"], rankings=[1, 1]))
+    renderer = Renderer(tiny.build_tokenizer())
+    collator = GroupCollator(Packer(renderer, layout="set", max_tokens=256, over_length="drop_group"))
+    batch = collator(groups)
+    assert batch["rankings"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
+    assert torch.equal(batch["rankings"] > 0, batch["response_mask"])
+    with pytest.raises(OverLengthError, match="all 1 groups"):
+        collator(groups[1:2])
+
+
 def test_bad_groups_are_refused_before_the_first_step(tmp_path: Path) -> None:
     model = reward_model()
     good = make_groups("train", 2)
