@@ -49,6 +49,7 @@ class ResponseGroup:
         videos: the same for videos; a video is a sequence of frames (PIL images, paths or bytes), one frame a second.
         rankings: N ranks, 1 = best, ties share a rank; dense (1, 2, 2, 3) or competition (1, 2, 2, 4) counting.
         id: a name for messages and logs.
+        source: the data set it came from, for reports by source.
 
     Raises:
         GroupError: no responses, wrong types, mismatched lengths, rankings that are not ranks.
@@ -66,6 +67,7 @@ class ResponseGroup:
     videos: Sequence[Sequence[Any]] = ()
     rankings: Sequence[int] | None = None
     id: str | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "responses", self._checked_responses())
