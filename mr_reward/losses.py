@@ -3,13 +3,14 @@
 Pure functions of three tensors. Legend: B groups, N responses (the largest group of the batch; smaller groups have
 padding slots).
 
-All of them depend on differences of scores within a group only, so adding a constant to a group changes nothing. They
-are computed in float32 whatever the dtype of the scores, and what a padding slot holds, NaN included, reaches neither
-the loss nor a gradient.
+All of them depend on differences of scores within a group only, so adding a constant to a group changes nothing;
+`centring_penalty`, which may be added to any of them, is what ties the scores down. They are computed in float32
+whatever the dtype of the scores, and what a padding slot holds, NaN included, reaches neither the loss nor a gradient.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -22,6 +23,7 @@ __all__ = [
     "LOSSES",
     "LossFunction",
     "best_of_n_cross_entropy",
+    "centring_penalty",
     "get_loss",
     "pairwise_bradley_terry",
     "plackett_luce",
@@ -31,7 +33,7 @@ LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(scores, rankings, mask) -> scalar loss."""
 
 
-def best_of_n_cross_entropy(scores: Tensor, rankings: Tensor, mask: Tensor) -> Tensor:
+def best_of_n_cross_entropy(scores: Tensor, rankings: Tensor, mask: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy over the N scores of a group; the best response is the class to be picked.
 
     Cross-entropy over N scores is the loss of "You Only Judge Once" (arXiv 2604.10966). Sharing the target equally
@@ -42,6 +44,7 @@ def best_of_n_cross_entropy(scores: Tensor, rankings: Tensor, mask: Tensor) -> T
         scores: (B, N) any float dtype; cast to float32.
         rankings: (B, N) integers, 1 = best, ties share a rank; padding slots are ignored (0 by convention).
         mask: (B, N) bool, True where there is a response.
+        label_smoothing: share of the target that is spread evenly over all responses of the group.
 
     Returns:
         () float32, the mean over the B groups.
@@ -56,13 +59,14 @@ def best_of_n_cross_entropy(scores: Tensor, rankings: Tensor, mask: Tensor) -> T
     scores, rankings = _checked(scores, rankings, mask)
     best_rank = rankings.masked_fill(~mask, torch.iinfo(rankings.dtype).max).amin(dim=-1, keepdim=True)
     best = mask & (rankings == best_rank)
-    target = best / best.sum(dim=-1, keepdim=True)
+    target = (1.0 - label_smoothing) * best / best.sum(dim=-1, keepdim=True)
+    target = target + label_smoothing * mask / mask.sum(dim=-1, keepdim=True)
     log_probs = scores.masked_fill(~mask, -torch.inf).log_softmax(dim=-1)
     # 0 * -inf is NaN: the padding's log-probabilities must be gone before the target weighs them.
     return -(target * log_probs.masked_fill(~mask, 0.0)).sum(dim=-1).mean()
 
 
-def plackett_luce(scores: Tensor, rankings: Tensor, mask: Tensor) -> Tensor:
+def plackett_luce(scores: Tensor, rankings: Tensor, mask: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Negative log-likelihood of the whole ranking, per response.
 
     Luce (1959) and Plackett (1975): the best response is drawn with softmax probability, then the second best from
@@ -78,6 +82,7 @@ def plackett_luce(scores: Tensor, rankings: Tensor, mask: Tensor) -> Tensor:
         scores: (B, N) any float dtype; cast to float32.
         rankings: (B, N) integers, 1 = best, ties share a rank; padding slots are ignored (0 by convention).
         mask: (B, N) bool, True where there is a response.
+        label_smoothing: share of each draw's target that is spread evenly over the responses left to draw from.
 
     Returns:
         () float32, the mean over the B groups.
@@ -94,21 +99,30 @@ def plackett_luce(scores: Tensor, rankings: Tensor, mask: Tensor) -> Tensor:
     rankings = rankings.masked_fill(~mask, 0)
     candidates = rankings.unsqueeze(-2) >= rankings.unsqueeze(-1)
     # (B, N, N) rather than a sort and a running logsumexp: ties need no special case, and N is small.
-    nll = _gaps(scores).masked_fill(~candidates, -torch.inf).logsumexp(dim=-1)
+    gaps = _gaps(scores)
+    nll = gaps.masked_fill(~candidates, -torch.inf).logsumexp(dim=-1)
+    # Smoothing moves target from s_i to the mean of the candidates: minus the mean gap.
+    mean_gap = gaps.masked_fill(~candidates, 0.0).sum(dim=-1) / candidates.sum(dim=-1).clamp(min=1)
+    nll = nll - label_smoothing * mean_gap
     return (nll.masked_fill(~mask, 0.0).sum(dim=-1) / mask.sum(dim=-1)).mean()
 
 
-def pairwise_bradley_terry(scores: Tensor, rankings: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `softplus(-(s_i - s_j))` over the pairs where response i is ranked strictly before response j.
+def pairwise_bradley_terry(
+    scores: Tensor, rankings: Tensor, mask: Tensor, *, margin: float = 0.0, label_smoothing: float = 0.0
+) -> Tensor:
+    """Mean of `softplus(-(s_i - s_j - m_ij))` over the pairs where response i is ranked strictly before response j.
 
     Bradley and Terry (1952), the usual loss of reward models (Ouyang et al., arXiv 2203.02155), over all pairs of a
-    group. Tied pairs say nothing and are left out; a group without an ordered pair does not count in the mean over
-    groups.
+    group. The margin m_ij is `margin * (rank_j - rank_i)`: responses far apart in the ranking have to be further
+    apart in score (margins by degree of preference: Touvron et al., arXiv 2307.09288). Tied pairs say nothing and are
+    left out; a group without an ordered pair does not count in the mean over groups.
 
     Args:
         scores: (B, N) any float dtype; cast to float32.
         rankings: (B, N) integers, 1 = best, ties share a rank; padding slots are ignored (0 by convention).
         mask: (B, N) bool, True where there is a response.
+        margin: score difference asked for per rank of difference.
+        label_smoothing: probability that a pair is taken to be labelled the wrong way round.
 
     Returns:
         () float32, the mean over a group's pairs, then over the groups that have any; 0, still connected to `scores`,
@@ -123,13 +137,36 @@ def pairwise_bradley_terry(scores: Tensor, rankings: Tensor, mask: Tensor) -> Te
     """
     scores, rankings = _checked(scores, rankings, mask)
     ordered = mask.unsqueeze(-1) & mask.unsqueeze(-2) & (rankings.unsqueeze(-1) < rankings.unsqueeze(-2))
-    pair_losses = torch.nn.functional.softplus(_gaps(scores)).masked_fill(~ordered, 0.0)
+    margins = margin * (rankings.unsqueeze(-2) - rankings.unsqueeze(-1))
+    logits = _gaps(scores) + margins
+    # softplus(-x) = softplus(x) - x: the pair read the wrong way round.
+    pair_losses = (torch.nn.functional.softplus(logits) - label_smoothing * logits).masked_fill(~ordered, 0.0)
     num_pairs = ordered.sum(dim=(-2, -1))
     group_losses = pair_losses.sum(dim=(-2, -1)) / num_pairs.clamp(min=1)
     return group_losses.sum() / (num_pairs > 0).sum().clamp(min=1)
 
 
-LOSSES: Mapping[str, LossFunction] = MappingProxyType(
+def centring_penalty(scores: Tensor, mask: Tensor) -> Tensor:
+    """Mean square of the groups' mean scores: keeps scores near 0, so that they can be read across groups.
+
+    For N = 2 it is a quarter of the penalty of Eisenstein et al. (arXiv 2312.09244), the square of the sum.
+
+    Args:
+        scores: (B, N) any float dtype; cast to float32.
+        mask: (B, N) bool, True where there is a response, at least one in every row.
+
+    Returns:
+        () float32.
+
+    Example:
+        >>> centring_penalty(torch.tensor([[1.0, 3.0]]), torch.tensor([[True, True]]))
+        tensor(4.)
+    """
+    total = scores.float().masked_fill(~mask, 0.0).sum(dim=-1)
+    return (total / mask.sum(dim=-1)).square().mean()
+
+
+LOSSES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     {
         "best_of_n": best_of_n_cross_entropy,
         "plackett_luce": plackett_luce,
@@ -139,17 +176,22 @@ LOSSES: Mapping[str, LossFunction] = MappingProxyType(
 """The losses by the name that configurations use."""
 
 
-def get_loss(name: str) -> LossFunction:
-    """The loss called `name`.
+def get_loss(
+    name: str, *, margin: float = 0.0, label_smoothing: float = 0.0, centring_coefficient: float = 0.0
+) -> LossFunction:
+    """The loss called `name`, with its options filled in.
 
     Args:
         name: a key of `LOSSES`.
+        margin: of `bradley_terry`, see there.
+        label_smoothing: in [0, 0.5) for `bradley_terry`, in [0, 1) for the others.
+        centring_coefficient: weight of `centring_penalty`, 0 for none.
 
     Returns:
         A function (scores, rankings, mask) -> scalar loss.
 
     Raises:
-        ConfigurationError: there is no such loss.
+        ConfigurationError: there is no such loss, or an option that it cannot take.
 
     Example:
         >>> get_loss("plackett_luce") is plackett_luce
@@ -159,7 +201,26 @@ def get_loss(name: str) -> LossFunction:
         raise ConfigurationError(
             f"got loss {name!r}, expected one of {', '.join(map(repr, LOSSES))}; choose one of them"
         )
-    return LOSSES[name]
+    if margin < 0.0 or (margin and name != "bradley_terry"):
+        raise ConfigurationError(
+            f"got margin {margin} with loss {name!r}, expected 0, or a positive margin with 'bradley_terry', "
+            "the only loss over pairs"
+        )
+    limit = 0.5 if name == "bradley_terry" else 1.0  # half of all pairs wrong would teach nothing, more the opposite
+    if not 0.0 <= label_smoothing < limit:
+        raise ConfigurationError(
+            f"got label smoothing {label_smoothing}, expected at least 0 and below {limit} for loss {name!r}"
+        )
+    if centring_coefficient < 0.0:
+        raise ConfigurationError(f"got centring coefficient {centring_coefficient}, expected 0 or more")
+    options = {"margin": margin, "label_smoothing": label_smoothing}
+    given = {key: value for key, value in options.items() if value}
+    loss = functools.partial(LOSSES[name], **given) if given else LOSSES[name]
+    return functools.partial(_centred, loss, centring_coefficient) if centring_coefficient else loss
+
+
+def _centred(loss: LossFunction, coefficient: float, scores: Tensor, rankings: Tensor, mask: Tensor) -> Tensor:
+    return loss(scores, rankings, mask) + coefficient * centring_penalty(scores, mask)
 
 
 def _gaps(scores: Tensor) -> Tensor:
