@@ -15,21 +15,51 @@ __all__ = ["RewardTrainingArguments"]
 class RewardTrainingArguments(TrainingArguments):
     """Arguments of `RewardTrainer`.
 
+    transformers' own fields cover the rest: `label_smoothing_factor` (for the losses of `mr_reward.losses`),
+    `train_sampling_strategy` (`batch_rebalance` forms micro-batches of equal cost in tokens, `group_by_length` batches
+    of equal length), `gradient_checkpointing`, `bf16`, `deepspeed`, `metric_for_best_model`, `resume_from_checkpoint`.
+
     Args:
         loss: `best_of_n`, `plackett_luce` or `bradley_terry`, see `mr_reward.losses`.
-        max_tokens: largest number of tokens of a row (prompt, media and all responses of a group).
+        margin: score difference that `bradley_terry` asks for per rank of difference.
+        center_rewards_coefficient: weight of the penalty on the groups' mean scores; the name is TRL's.
+        max_tokens: largest number of tokens of a training row (prompt, media and all responses of a group).
+        eval_max_tokens: the same in evaluation, where groups are whole; None for `max_tokens`.
         over_length: `error`, `drop_group` or `truncate_responses`, applied and counted before the first step.
+        max_responses: train on random subsets of at most so many responses per row, drawn anew every epoch; None for
+            all responses.
+        degenerate_negatives: probability with which a training row gets one worthless response, ranked last.
+        mixture_weights: share of each training set, in their order; None for their sizes.
+        eval_orders: 2 scores every evaluation group in a second order and reports `order_flip_rate`; 1 saves the time.
     """
 
     loss: str = field(default="best_of_n", metadata={"help": "best_of_n, plackett_luce or bradley_terry"})
+    margin: float = field(default=0.0, metadata={"help": "Score difference per rank that bradley_terry asks for"})
+    center_rewards_coefficient: float | None = field(
+        default=None, metadata={"help": "Weight of the penalty on the groups' mean scores"}
+    )
     max_tokens: int = field(default=16384, metadata={"help": "Largest number of tokens of a group's row"})
+    eval_max_tokens: int | None = field(default=None, metadata={"help": "The same in evaluation, None for max_tokens"})
     over_length: str = field(default="error", metadata={"help": "error, drop_group or truncate_responses"})
+    max_responses: int | None = field(default=None, metadata={"help": "Responses of a training row, None for all"})
+    degenerate_negatives: float = field(
+        default=0.0, metadata={"help": "Probability of a worthless response in a training row"}
+    )
+    mixture_weights: list[float] | None = field(
+        default=None, metadata={"help": "Share of each training set, None for their sizes"}
+    )
+    eval_orders: int = field(default=2, metadata={"help": "2 measures order flips in evaluation, 1 saves the time"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Groups are no columns; keep False"})
     label_names: list[str] | None = field(default_factory=lambda: ["rankings"], metadata={"help": "Keep as it is"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        get_loss(self.loss)
+        get_loss(
+            self.loss,
+            margin=self.margin,
+            label_smoothing=self.label_smoothing_factor,
+            centring_coefficient=self.center_rewards_coefficient or 0.0,
+        )
         if self.over_length not in OVER_LENGTH_POLICIES:
             raise ConfigurationError(
                 f"unknown over-length policy {self.over_length!r}, expected one of {', '.join(OVER_LENGTH_POLICIES)}"

@@ -1,4 +1,4 @@
-"""Groups -> a training batch, with a new order of the responses at every draw."""
+"""Groups -> a training batch."""
 
 from collections.abc import Sequence
 
@@ -28,9 +28,7 @@ class GroupCollator:
         self.packer = packer
 
     def __call__(self, groups: Sequence[ResponseGroup]) -> dict[str, Tensor]:
-        """Make one batch.
-
-        The order is drawn from torch's generator, which the Trainer seeds, saves and restores.
+        """Make one batch; the responses stay in the order they have.
 
         Args:
             groups: B ranked groups; those that the packer drops are left out with their rankings.
@@ -41,12 +39,11 @@ class GroupCollator:
         Raises:
             OverLengthError: a group does not fit under the policy `error`, or none is left.
         """
-        shuffled = [group.select(torch.randperm(group.num_responses).tolist()) for group in groups]
         # A dropped group leaves with its rankings, or the labels of the following ones would shift.
-        kept = [(group, row) for group in shuffled if (row := self.packer.pack(group)) is not None]
+        kept = [(group, row) for group in groups if (row := self.packer.pack(group)) is not None]
         if not kept:
             raise OverLengthError(
-                f"all {len(shuffled)} groups of a batch were dropped, rows are limited to {self.packer.max_tokens} "
+                f"all {len(groups)} groups of a batch were dropped, rows are limited to {self.packer.max_tokens} "
                 "tokens; raise max_tokens, or take out such groups with check_groups first"
             )
         batch = collate([row for _, row in kept]).model_inputs()

@@ -5,93 +5,55 @@ Legend: B groups, N responses.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import EvalPrediction, Trainer
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 
-from mr_reward.errors import GroupError
+from mr_reward.errors import NonFiniteScoreError
 from mr_reward.groups import ResponseGroup
 from mr_reward.losses import get_loss
-from mr_reward.metrics import ranking_metrics
 from mr_reward.modeling import MultiResponseRewardModel
 from mr_reward.packing import Packer
 from mr_reward.rendering import Renderer
 from mr_reward.training.arguments import RewardTrainingArguments
 from mr_reward.training.collator import GroupCollator
+from mr_reward.training.data import EvaluationGroups, TrainingGroups, check_groups
+from mr_reward.training.evaluation import evaluation_metrics
+from mr_reward.training.resume import last_complete_checkpoint
 
-__all__ = ["RewardTrainer", "check_groups"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["RewardTrainer"]
 
 # Trained in full beside a LoRA adapter: both are new, an adapter on top of random weights could not learn them.
 _NEW_MODULES = ["head", "readouts"]
 
-
-def check_groups(groups: Sequence[ResponseGroup], packer: Packer, name: str, show_progress: bool = True) -> list[Any]:
-    """Read every group once before the first step: images open, rankings are there, rows fit.
-
-    Args:
-        groups: ranked groups.
-        packer: with the training's budget and over-length policy.
-        name: of the data set, for messages.
-        show_progress: show a bar.
-
-    Returns:
-        The groups that are kept; what was dropped or will be truncated is logged with its count.
-
-    Raises:
-        GroupError: a group without rankings or with a single response, or no group left.
-        MediaError: an image that cannot be read.
-        OverLengthError: a group that does not fit, under the policy `error`.
-    """
-    kept = []
-    num_truncated = 0
-    for group in tqdm(groups, desc=f"checking {name} groups", disable=not show_progress):
-        if group.rankings is None or group.num_responses < 2:
-            raise GroupError(
-                f"{group.name}: {group.num_responses} responses and rankings {group.rankings}, training needs at "
-                "least 2 ranked responses; remove the group or rank it"
-            )
-        row = packer.pack(group)
-        if row is not None:
-            kept.append(group)
-            num_truncated += sum(row.truncated)
-    if len(kept) < len(groups) or num_truncated:
-        logger.warning(
-            "%s: dropped %d of %d groups and truncated %d responses, rows are limited to %d tokens",
-            name,
-            len(groups) - len(kept),
-            len(groups),
-            num_truncated,
-            packer.max_tokens,
-        )
-    if not kept:
-        raise GroupError(f"{name}: no group is left of {len(groups)}; raise max_tokens or give more data")
-    return kept
+Groups = Sequence[ResponseGroup]
 
 
 class RewardTrainer(Trainer):
-    """Trains a reward model on ranked groups; the order of the responses is drawn anew every time.
+    """Trains a reward model on ranked groups; the order of the responses is drawn anew every epoch.
 
-    Evaluation reports `mr_reward.metrics.ranking_metrics` beside the loss.
+    Evaluation reports `mr_reward.training.evaluation.evaluation_metrics` beside the loss.
 
     Args:
         model: the reward model.
         args: training arguments.
-        train_dataset: ranked groups, each with at least 2 responses.
-        eval_dataset: ranked groups or None.
+        train_dataset: ranked groups, each with at least 2 responses; or several sets by name, mixed with
+            `args.mixture_weights`.
+        eval_dataset: ranked groups, several sets by name, or None.
         peft_config: LoRA configuration or None for full training. Empty `target_modules` means the linear layers of
             the language part; the value head and the readout vectors are trained in full beside it.
         **options: as transformers' `Trainer` (`callbacks`, `optimizers`).
 
     Raises:
+        ConfigurationError: mixture weights that do not match the sets.
         GroupError: see `check_groups`.
         MediaError: see `check_groups`.
         OverLengthError: see `check_groups`.
@@ -101,40 +63,93 @@ class RewardTrainer(Trainer):
         >>> trainer.train(); trainer.save_reward_model("rm")  # doctest: +SKIP
     """
 
-    # The loss is a mean over the groups of a batch; the Trainer divides it by the accumulation steps.
-    loss_is_scaled_for_ga = False
+    # The loss is divided by the number of groups of the whole accumulated batch, see compute_loss.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
         model: MultiResponseRewardModel,
         args: RewardTrainingArguments,
-        train_dataset: Sequence[ResponseGroup],
-        eval_dataset: Sequence[ResponseGroup] | None = None,
+        train_dataset: Groups | Mapping[str, Groups],
+        eval_dataset: Groups | Mapping[str, Groups] | None = None,
         peft_config: LoraConfig | None = None,
         **options: Any,
     ) -> None:
-        packer = Packer(
-            Renderer(model.processor),
-            layout=model.config.layout,
-            max_tokens=args.max_tokens,
-            context_tokens=model.context_tokens,
-            over_length=args.over_length,
+        renderer = Renderer(model.processor)
+        packer, eval_packer = (
+            Packer(
+                renderer,
+                layout=model.config.layout,
+                max_tokens=max_tokens,
+                context_tokens=model.context_tokens,
+                over_length=args.over_length,
+            )
+            for max_tokens in (args.max_tokens, args.eval_max_tokens or args.max_tokens)
         )
         show_progress = args.local_process_index == 0 and not args.disable_tqdm
-        train_dataset = check_groups(train_dataset, packer, "training", show_progress)
-        if eval_dataset is not None:
-            eval_dataset = check_groups(eval_dataset, packer, "evaluation", show_progress)
-        self.group_loss = get_loss(args.loss)
+        training_sets = train_dataset if isinstance(train_dataset, Mapping) else {"training": train_dataset}
+        data = TrainingGroups(
+            [
+                check_groups(
+                    groups,
+                    packer,
+                    name,
+                    max_responses=args.max_responses,
+                    degenerate_negatives=args.degenerate_negatives > 0.0,
+                    show_progress=show_progress,
+                )
+                for name, groups in training_sets.items()
+            ],
+            weights=args.mixture_weights,
+            max_responses=args.max_responses,
+            degenerate_negatives=args.degenerate_negatives,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+        )
+
+        def evaluation_set(groups: Groups, name: str) -> EvaluationGroups:
+            checked = check_groups(groups, eval_packer, name, training=False, show_progress=show_progress)
+            return EvaluationGroups(checked.groups, num_orders=args.eval_orders, seed=args.seed)
+
+        evaluation: Any = None
+        if isinstance(eval_dataset, Mapping):
+            evaluation = {name: evaluation_set(groups, name) for name, groups in eval_dataset.items()}
+        elif eval_dataset is not None:
+            evaluation = evaluation_set(eval_dataset, "evaluation")
+        self.group_loss = get_loss(
+            args.loss,
+            margin=args.margin,
+            label_smoothing=args.label_smoothing_factor,
+            centring_coefficient=args.center_rewards_coefficient or 0.0,
+        )
+        self._eval_collator = GroupCollator(eval_packer)
         super().__init__(
             model=model if peft_config is None else _with_lora(model, peft_config),
             args=args,
             data_collator=GroupCollator(packer),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=data,
+            eval_dataset=evaluation,
             processing_class=model.processor,
-            compute_metrics=_ranking_metrics,
             **options,
         )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """Train, from the start or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a folder; or True for the newest whole checkpoint below `args.output_dir`, the
+                start if there is none, so that one command serves the first launch and every restart.
+            **options: as transformers' `Trainer.train`.
+
+        Returns:
+            transformers' `TrainOutput`.
+        """
+        if resume_from_checkpoint is True:
+            # One process looks, or ranks could see different folders while an old one is being removed.
+            found = [last_complete_checkpoint(self.args.output_dir, self.args.world_size)]
+            if self.args.world_size > 1:
+                torch.distributed.broadcast_object_list(found, src=0)
+            resume_from_checkpoint = found[0]
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     def compute_loss(
         self,
@@ -149,15 +164,84 @@ class RewardTrainer(Trainer):
             model: the (wrapped) reward model.
             inputs: a batch of `GroupCollator`.
             return_outputs: also return the scores.
-            num_items_in_batch: not used, the loss is a mean over groups.
+            num_items_in_batch: groups of one optimizer step over all ranks, so that every group weighs the same
+                whatever micro-batch and rank it is on; None for the plain mean (evaluation).
 
         Returns:
             The loss, or the loss and `{"scores": (B, N)}`.
+
+        Raises:
+            NonFiniteScoreError: the model gave NaN or infinity.
         """
-        rankings = inputs["rankings"]
+        rankings, mask = inputs["rankings"], inputs["response_mask"]
         scores = model(**{key: value for key, value in inputs.items() if key != "rankings"}).scores
-        loss = self.group_loss(scores, rankings, inputs["response_mask"])
+        if not scores.isfinite().all():
+            raise NonFiniteScoreError(
+                f"step {self.state.global_step}: scores {scores[mask].tolist()} are not finite; lower the learning "
+                "rate, use bf16 instead of fp16, and resume from the last checkpoint"
+            )
+        loss = self.group_loss(scores, rankings, mask)
+        if num_items_in_batch is not None:
+            # Ranks average their gradients: times the number of ranks makes that a sum.
+            loss = loss * (len(rankings) * self.accelerator.num_processes / num_items_in_batch)
         return (loss, {"scores": scores}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """Groups of one optimizer step over all ranks."""
+        count = torch.tensor(sum(len(batch["rankings"]) for batch in batch_samples), device=device)
+        return self.accelerator.gather(count).sum()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """transformers' samplers by length, with the lengths that `check_groups` has counted."""
+        data = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        if args.train_sampling_strategy == "group_by_length":
+            batch = args.train_batch_size * args.gradient_accumulation_steps
+            return LengthGroupedSampler(batch, dataset=data, lengths=data.num_tokens)
+        if args.train_sampling_strategy == "batch_rebalance":
+            return BatchRebalanceSampler(
+                lengths=data.num_tokens,
+                effective_batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                dp_size=args.world_size,
+                grad_accum=args.gradient_accumulation_steps,
+                seed=data.seed,
+                rank=args.process_index,
+                drop_last=args.dataloader_drop_last,
+            )
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """Always in order: `evaluation_loop` matches scores with groups by position."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As transformers', with the evaluation's token budget."""
+        training_collator, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As transformers', with the metrics of `evaluation_metrics`."""
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        metrics = evaluation_metrics(dataloader.dataset, output.predictions)
+        prefixed = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        return output._replace(metrics={**(output.metrics or {}), **prefixed})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As transformers'; an adapter's folder also gets the reward model's configuration, to be loaded by it."""
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and isinstance(model, PeftModel):
+            model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
 
     def save_reward_model(self, folder: str | Path) -> None:
         """Write a folder that `MultiResponseRewardModel.from_pretrained` loads; LoRA is merged into the backbone.
@@ -179,13 +263,3 @@ def _with_lora(model: MultiResponseRewardModel, config: LoraConfig) -> nn.Module
         config.target_modules = model.adapter.lora_targets
         config.exclude_modules = rf".*({'|'.join(_NEW_MODULES)})\..*"
     return get_peft_model(model, config)
-
-
-def _ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Metrics of padded (groups, N) arrays; a ranking of 0 or -100 marks an empty slot."""
-    scores, rankings = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-    real = rankings > 0
-    return ranking_metrics(
-        [row[keep].tolist() for row, keep in zip(scores, real, strict=True)],
-        [row[keep].tolist() for row, keep in zip(rankings, real, strict=True)],
-    )

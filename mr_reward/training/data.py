@@ -1,0 +1,281 @@
+"""What the Trainer draws from: ranked groups, checked once, then mixed, subsampled, augmented and shuffled by index.
+
+Everything random about an item follows from (seed, epoch, index), never from a global generator, so that a resumed run
+sees the same items whatever was prefetched when it was cut off.
+
+Legend: N responses.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from mr_reward.errors import ConfigurationError, GroupError
+from mr_reward.groups import ResponseGroup
+from mr_reward.packing import Packer
+from mr_reward.rendering import Renderer
+
+__all__ = ["CheckedGroups", "EvaluationGroups", "TrainingGroups", "check_groups", "with_degenerate_negative"]
+
+logger = logging.getLogger(__name__)
+
+# Openers that made LLM judges say yes without any answer behind them ("One Token to Fool LLM-as-a-Judge",
+# arXiv 2507.08794).
+MASTER_KEYS = (":", ",", ".", "Solution", "Thought process:", "Let's solve this problem step by step.")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedGroups:
+    """Groups that can be trained on.
+
+    Args:
+        groups: the groups that were kept.
+        num_tokens: for each the length of its row, of its longest one if responses are subsampled or added.
+    """
+
+    groups: list[ResponseGroup]
+    num_tokens: list[int]
+
+
+def check_groups(
+    groups: Sequence[ResponseGroup],
+    packer: Packer,
+    name: str,
+    *,
+    training: bool = True,
+    max_responses: int | None = None,
+    degenerate_negatives: bool = False,
+    show_progress: bool = True,
+) -> CheckedGroups:
+    """Read every group once before the first step: images open, rankings are there, rows fit.
+
+    Args:
+        groups: ranked groups.
+        packer: with the budget and over-length policy.
+        name: of the data set, for messages.
+        training: leave out groups in which all responses are tied; they teach nothing.
+        max_responses: responses that a training row may hold.
+        degenerate_negatives: a training row may hold one response more.
+        show_progress: show a bar.
+
+    Returns:
+        The groups that are kept; what was dropped or will be truncated is logged with its count.
+
+    Raises:
+        GroupError: a group without rankings or with a single response, or no group left.
+        MediaError: an image that cannot be read.
+        OverLengthError: a group that does not fit, under the policy `error`.
+    """
+    kept: list[ResponseGroup] = []
+    num_tokens: list[int] = []
+    num_truncated = num_tied = num_dropped = 0
+    for group in tqdm(groups, desc=f"checking {name} groups", disable=not show_progress):
+        if group.rankings is None or group.num_responses < 2:
+            raise GroupError(
+                f"{group.name}: {group.num_responses} responses and rankings {group.rankings}, training needs at "
+                "least 2 ranked responses; remove the group or rank it"
+            )
+        if training and len(set(group.rankings)) == 1:
+            num_tied += 1
+            continue
+        row = packer.pack(_longest(group, packer.renderer, max_responses, degenerate_negatives))
+        if row is None:
+            num_dropped += 1
+            continue
+        kept.append(group)
+        num_tokens.append(row.num_tokens)
+        num_truncated += sum(row.truncated)
+    if num_tied:
+        logger.warning("%s: dropped %d of %d groups, all their responses are tied", name, num_tied, len(groups))
+    if num_dropped or num_truncated:
+        logger.warning(
+            "%s: dropped %d of %d groups and truncated %d responses, rows are limited to %d tokens",
+            name,
+            num_dropped,
+            len(groups),
+            num_truncated,
+            packer.max_tokens,
+        )
+    if not kept:
+        raise GroupError(
+            f"{name}: no group is left of {len(groups)} ({num_tied} all tied, {num_dropped} too long); "
+            "raise max_tokens or give more data"
+        )
+    return CheckedGroups(kept, num_tokens)
+
+
+class TrainingGroups(Dataset):
+    """The groups of one or several sources, in a new order of the responses at every draw.
+
+    With weights, source k takes up the share `weights[k]` of an epoch, whose length is such that no source is cut
+    short: the others are repeated, each time with other orders and subsets.
+
+    Args:
+        sources: checked groups of each source.
+        weights: shares of an epoch, one per source, in any unit; None for the sizes of the sources.
+        max_responses: rows hold a random choice of at most so many responses, with at least two ranks among them.
+        degenerate_negatives: probability with which a row gets one worthless response, see
+            `with_degenerate_negative`.
+        seed: of everything random.
+
+    Raises:
+        ConfigurationError: weights that do not match the sources, fewer than 2 responses, no probability.
+
+    Example:
+        >>> data = TrainingGroups([checked], max_responses=4)  # doctest: +SKIP
+        >>> data.set_epoch(1); group = data[0]  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[CheckedGroups],
+        *,
+        weights: Sequence[float] | None = None,
+        max_responses: int | None = None,
+        degenerate_negatives: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        if weights is not None and (len(weights) != len(sources) or min(weights) <= 0):
+            raise ConfigurationError(
+                f"got mixture weights {list(weights)} for {len(sources)} data sets, expected one positive weight each"
+            )
+        if max_responses is not None and max_responses < 2:
+            raise ConfigurationError(f"got max_responses={max_responses}, expected at least 2: a row compares")
+        if not 0.0 <= degenerate_negatives <= 1.0:
+            raise ConfigurationError(
+                f"got degenerate_negatives={degenerate_negatives}, expected a probability from 0 to 1"
+            )
+        sizes = [len(source.groups) for source in sources]
+        counts = sizes
+        if weights is not None:
+            per_weight = max(size / weight for size, weight in zip(sizes, weights, strict=True))
+            counts = [round(per_weight * weight) for weight in weights]
+        self._items = [
+            (source.groups[i % size], source.num_tokens[i % size])
+            for source, size, count in zip(sources, sizes, counts, strict=True)
+            for i in range(count)
+        ]
+        self.max_responses = max_responses
+        self.degenerate_negatives = degenerate_negatives
+        self.seed = seed
+        self.epoch = 0
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """The longest row of each item, in tokens."""
+        return [tokens for _, tokens in self._items]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other orders, subsets and negatives; accelerate's data loader calls it.
+
+        Args:
+            epoch: from 0 on.
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> ResponseGroup:
+        group, _ = self._items[index]
+        rng = random.Random(f"{self.seed} {self.epoch} {index}")
+        group = group.select(_draw(group, self.max_responses, rng))
+        if rng.random() < self.degenerate_negatives:
+            group = with_degenerate_negative(group, rng)
+            group = group.select(rng.sample(range(group.num_responses), group.num_responses))
+        return group
+
+
+class EvaluationGroups(Dataset):
+    """Every group in its own order and, if asked for, once more in a fixed random one.
+
+    Args:
+        groups: ranked groups.
+        num_orders: 1 or 2.
+        seed: of the second order.
+
+    Raises:
+        ConfigurationError: another number of orders.
+    """
+
+    def __init__(self, groups: Sequence[ResponseGroup], *, num_orders: int = 2, seed: int = 0) -> None:
+        if num_orders not in (1, 2):
+            raise ConfigurationError(f"got eval_orders={num_orders}, expected 1, or 2 to measure flips")
+        self.groups = list(groups)
+        self.orders = [list(range(group.num_responses)) for group in groups]
+        if num_orders == 2:
+            rng = random.Random(seed)
+            self.orders += [rng.sample(order, len(order)) for order in self.orders]
+
+    def __len__(self) -> int:
+        return len(self.orders)
+
+    def __getitem__(self, index: int) -> ResponseGroup:
+        return self.groups[index % len(self.groups)].select(self.orders[index])
+
+
+def with_degenerate_negative(group: ResponseGroup, rng: random.Random) -> ResponseGroup:
+    """Add one response that is worth nothing, ranked behind all others.
+
+    It is the empty text, the first quarter of one of the responses, or a "master key": an opener such as a lone colon
+    that has fooled model judges (arXiv 2507.08794). A policy finds such texts when the reward model never saw them.
+
+    Args:
+        group: a ranked group.
+        rng: draws the kind.
+
+    Returns:
+        A new group with one response more at its end; the same group if it already holds that text.
+
+    Example:
+        >>> group = ResponseGroup(prompt="2 + 2?", responses=["It is 4.", "5"], rankings=[1, 2])
+        >>> with_degenerate_negative(group, random.Random(0)).rankings
+        (1, 2, 3)
+    """
+    cut = rng.choice(group.responses)
+    text = rng.choice(("", cut[: len(cut) // 4], rng.choice(MASTER_KEYS)))
+    if text in group.responses:
+        return group
+    rankings: Any = group.rankings
+    return replace(
+        group,
+        prompt=group.messages,
+        responses=[*group.responses, text],
+        rankings=[*rankings, max(rankings) + 1],
+    )
+
+
+def _longest(
+    group: ResponseGroup, renderer: Renderer, max_responses: int | None, degenerate_negatives: bool
+) -> ResponseGroup:
+    """The longest row that `TrainingGroups` can make of a group."""
+    if max_responses is None and not degenerate_negatives:
+        return group
+
+    def num_tokens(text: str) -> int:
+        return len(renderer.encode_text(text))
+
+    by_length = sorted(range(group.num_responses), key=lambda i: -num_tokens(group.responses[i]))
+    longest = group.select(by_length[:max_responses])
+    if not degenerate_negatives:
+        return longest
+    added = max([longest.responses[0], *MASTER_KEYS], key=num_tokens)
+    return replace(longest, prompt=group.messages, responses=[*longest.responses, added], rankings=None)
+
+
+def _draw(group: ResponseGroup, max_responses: int | None, rng: random.Random) -> list[int]:
+    """Positions in a random order, at most `max_responses` of them, with at least two ranks."""
+    ranks: Any = group.rankings
+    everyone = range(group.num_responses)
+    drawn = rng.sample(everyone, min(max_responses or len(everyone), len(everyone)))
+    if len({ranks[i] for i in drawn}) == 1:
+        drawn[-1] = rng.choice([i for i in everyone if ranks[i] != ranks[drawn[0]]])
+        rng.shuffle(drawn)
+    return drawn
