@@ -4,17 +4,19 @@
     accelerate launch grpo_recipes/pretrain_rm.py --config my.yaml --train_file train.jsonl --output_dir rm
 
 Every field of `RewardTrainingArguments` (all of transformers' `TrainingArguments`) and of TRL's `ModelConfig` (LoRA
-included) can stand in the YAML file or on the command line.
+included) can stand in the YAML file or on the command line. With `resume_from_checkpoint: true` the same command starts
+a run and goes on with it after it was killed.
 """
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
@@ -33,7 +35,9 @@ class RewardModelArguments:
     Args:
         layout: causal, isolated or set.
         train_file: JSON Lines with `prompt, responses, rankings` and optional `image(s)`, `video`; or "handwriting".
-        eval_file: the same for evaluation; None for no evaluation. "handwriting" uses its unseen validation scans.
+            Several files are mixed, with `mixture_weights` if given.
+        eval_file: the same for evaluation, one or several; None for no evaluation. "handwriting" uses its unseen
+            validation scans.
         num_responses: N of the handwriting groups.
         num_train_groups: number of handwriting groups to train on.
         num_eval_groups: number of handwriting groups to evaluate on.
@@ -42,8 +46,10 @@ class RewardModelArguments:
     """
 
     layout: str = field(default="set", metadata={"help": "causal, isolated or set"})
-    train_file: str = field(default="handwriting", metadata={"help": "A .jsonl file, or handwriting"})
-    eval_file: str | None = field(default=None, metadata={"help": "A .jsonl file, or handwriting"})
+    train_file: list[str] = field(
+        default_factory=lambda: ["handwriting"], metadata={"help": ".jsonl files, or handwriting"}
+    )
+    eval_file: list[str] | None = field(default=None, metadata={"help": ".jsonl files, or handwriting"})
     num_responses: int = field(default=4, metadata={"help": "N of the handwriting groups"})
     num_train_groups: int = field(default=8192, metadata={"help": "Handwriting groups to train on"})
     num_eval_groups: int = field(default=256, metadata={"help": "Handwriting groups to evaluate on"})
@@ -52,25 +58,29 @@ class RewardModelArguments:
 
 
 def load_groups(
-    source: str, arguments: RewardModelArguments, split: str, num_groups: int, seed: int
-) -> list[ResponseGroup]:
-    """Groups from a file, or from the handwriting world."""
-    if source != "handwriting":
-        return load_preferences(source)
-    return make_groups(
-        split,
-        num_groups,
-        num_responses=arguments.num_responses,
-        num_digits=arguments.num_digits,
-        questions=arguments.questions,
-        seed=seed,
-    )
+    sources: list[str] | str, arguments: RewardModelArguments, split: str, num_groups: int, seed: int
+) -> dict[str, list[ResponseGroup]]:
+    """Groups from each file, or from the handwriting world, by name."""
+    loaded = {}
+    for source in [sources] if isinstance(sources, str) else sources:
+        if source == "handwriting":
+            loaded[source] = make_groups(
+                split,
+                num_groups,
+                num_responses=arguments.num_responses,
+                num_digits=arguments.num_digits,
+                questions=arguments.questions,
+                seed=seed,
+            )
+        else:
+            loaded[Path(source).stem] = load_preferences(source)
+    return loaded
 
 
 def pretrain(
     model: MultiResponseRewardModel,
-    train_groups: Sequence[ResponseGroup],
-    eval_groups: Sequence[ResponseGroup] | None,
+    train_groups: Sequence[ResponseGroup] | Mapping[str, Sequence[ResponseGroup]],
+    eval_groups: Sequence[ResponseGroup] | Mapping[str, Sequence[ResponseGroup]] | None,
     args: RewardTrainingArguments,
     model_config: ModelConfig | None = None,
 ) -> RewardTrainer:
@@ -93,9 +103,10 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
         raise ConfigurationError("model_name_or_path is missing; give the backbone's folder or hub id")
     # Data first: a wrong row must show before the backbone is loaded.
     train_groups = load_groups(arguments.train_file, arguments, "train", arguments.num_train_groups, args.seed)
-    eval_groups = None
+    eval_groups: dict[str, list[ResponseGroup]] | None = None
     if arguments.eval_file is not None:
         eval_groups = load_groups(arguments.eval_file, arguments, "validation", arguments.num_eval_groups, args.seed)
+    set_seed(args.seed)  # the new head starts the same on every rank and at every restart
     load_options = {
         "dtype": model_config.dtype,
         "attn_implementation": model_config.attn_implementation,
@@ -109,12 +120,16 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
     trainer = pretrain(model, train_groups, eval_groups, args, model_config)
     if eval_groups is None or not trainer.is_world_process_zero():
         return
-    scorer = GroupScorer.from_pretrained(str(args.output_dir), max_tokens_per_batch=args.max_tokens)
-    metrics = evaluate_ranking(scorer, eval_groups, seed=args.seed)
+    scorer = GroupScorer.from_pretrained(
+        str(args.output_dir),
+        max_tokens_per_batch=args.eval_max_tokens or args.max_tokens,
+        over_length=args.over_length,
+    )
+    metrics = {name: evaluate_ranking(scorer, groups, seed=args.seed) for name, groups in eval_groups.items()}
     (Path(str(args.output_dir)) / "eval_metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    table = Table("metric", "value", title=f"{arguments.layout}, {len(eval_groups)} groups")
-    for key, value in metrics.items():
-        table.add_row(key, f"{value:.4f}")
+    table = Table("metric", *metrics, title=f"{arguments.layout}, whole groups in two orders")
+    for key in next(iter(metrics.values())):
+        table.add_row(key, *(f"{values[key]:.4f}" for values in metrics.values()))
     Console().print(table)
 
 
