@@ -4,8 +4,8 @@
     accelerate launch grpo_recipes/pretrain_rm.py --config my.yaml --train_file train.jsonl --output_dir rm
 
 Every field of `RewardTrainingArguments` (all of transformers' `TrainingArguments`) and of TRL's `ModelConfig` (LoRA
-included) can stand in the YAML file or on the command line. With `resume_from_checkpoint: true` the same command starts
-a run and goes on with it after it was killed.
+included) can stand in the YAML file or on the command line. With `resume_from_checkpoint: true` the same command
+starts a run and goes on with it after it was killed.
 """
 
 import json

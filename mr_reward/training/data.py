@@ -17,7 +17,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from mr_reward.errors import ConfigurationError, GroupError
+from mr_reward.errors import ConfigurationError, GroupError, OverLengthError
 from mr_reward.groups import ResponseGroup
 from mr_reward.packing import Packer
 from mr_reward.rendering import Renderer
@@ -66,7 +66,8 @@ def check_groups(
         show_progress: show a bar.
 
     Returns:
-        The groups that are kept; what was dropped or will be truncated is logged with its count.
+        The groups that are kept; what was dropped or will be truncated is logged with its count. A prompt that fills
+        the row by itself drops the group under `truncate_responses` too.
 
     Raises:
         GroupError: a group without rankings or with a single response, or no group left.
@@ -85,7 +86,13 @@ def check_groups(
         if training and len(set(group.rankings)) == 1:
             num_tied += 1
             continue
-        row = packer.pack(_longest(group, packer.renderer, max_responses, degenerate_negatives))
+        longest = _longest(group, packer.renderer, max_responses, degenerate_negatives)
+        try:
+            row = packer.pack(longest)
+        except OverLengthError:
+            if packer.over_length == "error":
+                raise
+            row = None  # the prompt alone is too long, there is no response to cut
         if row is None:
             num_dropped += 1
             continue

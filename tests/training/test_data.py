@@ -189,3 +189,14 @@ def test_evaluation_orders() -> None:
     assert [data[i].responses for i in range(8)] == [g.responses for g in data.groups]
     assert any(data[8 + i].responses != data[i].responses for i in range(8))
     assert all(sorted(data[8 + i].responses) == sorted(data[i].responses) for i in range(8))
+
+
+def test_a_prompt_that_fills_the_row_is_dropped_or_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """There is nothing to cut: under `truncate_responses` the group goes, counted."""
+    long = ResponseGroup(prompt="p" * 500, responses=["a", "b"], rankings=[1, 2], id="long")
+    with caplog.at_level(logging.WARNING):
+        kept = check_groups([group(2), long], packer(200, "truncate_responses"), "training", show_progress=False)
+    assert [g.id for g in kept.groups] == ["g"]
+    assert "dropped 1 of 2 groups" in caplog.text
+    with pytest.raises(OverLengthError, match="long"):
+        check_groups([group(2), long], packer(200), "training", show_progress=False)
