@@ -127,7 +127,7 @@ def plan_row(layout: str, num_prompt_tokens: int, num_response_tokens: Sequence[
     )
 
 
-def visible(layout: str, segments: Tensor, kinds: Tensor) -> Tensor:
+def visible(layout: str, segments: Tensor, kinds: Tensor, blocks: Tensor | None = None) -> Tensor:
     """Who sees whom, as a dense boolean mask: the reference of every faster form.
 
     `isolated` is a causal mask in which a response sees the prompt and itself only. `set` adds that the comparison
@@ -138,6 +138,8 @@ def visible(layout: str, segments: Tensor, kinds: Tensor) -> Tensor:
         layout: `causal`, `isolated` or `set`.
         segments: (B, L) int64.
         kinds: (B, L) int64.
+        blocks: (B, L) int64 or None; tokens of the same block of a row see each other in both directions, as the image
+            tokens of some backbones do; -1 is outside of any block. Blocks stand in the prompt.
 
     Returns:
         (B, L, L) bool, [b, query, key] is True where the query sees the key.
@@ -154,5 +156,7 @@ def visible(layout: str, segments: Tensor, kinds: Tensor) -> Tensor:
         mask = mask & ((key == PROMPT_SEGMENT) | (key == query))
     if layout == "set":
         mask = mask | ((kinds == TokenKind.COMPARISON)[:, :, None] & (kinds == TokenKind.SUMMARY)[:, None, :])
+    if blocks is not None:
+        mask = mask | ((blocks[:, :, None] == blocks[:, None, :]) & (blocks >= 0)[:, :, None])
     mask = mask & (query != PADDING_SEGMENT) & (key != PADDING_SEGMENT)
     return mask | torch.eye(length, dtype=torch.bool, device=segments.device)

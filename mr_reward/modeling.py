@@ -125,7 +125,7 @@ class MultiResponseRewardModel(PreTrainedModel):
         self.adapter = get_adapter(config.backbone_config)
         _check_layers(config)
         self.backbone = backbone if backbone is not None else AutoModel.from_config(config.backbone_config)
-        check_backend(config.layout, self.attention_backend)
+        check_backend(config.layout, self.attention_backend, self.adapter.media_blocks)
         hidden_size = config.get_text_config().hidden_size
         self.readouts = ReadoutVectors(hidden_size)
         self.head = ValueHead(hidden_size, config.head_hidden_size or hidden_size, config.head_activation)
@@ -223,6 +223,11 @@ class MultiResponseRewardModel(PreTrainedModel):
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{name}: no safetensors weights could be read ({error})") from error
         check_loading_info(name, info)
+        for parameter in model.parameters():
+            # Weights read from a file lie wherever its header ends, and the CPU's kernels sum in another order when
+            # they are not aligned. Fresh memory is, and so scores stay equal bit for bit over saving and loading.
+            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
         model.processor = load_processor(name, revision)
         found = template_hash(model.processor)
         if found != model.config.template_hash:
@@ -311,11 +316,16 @@ class MultiResponseRewardModel(PreTrainedModel):
         hidden = self.backbone(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask(
-                self.config.layout, self.attention_backend, segments, kinds, inputs_embeds.dtype
+                self.config.layout,
+                self.attention_backend,
+                segments,
+                kinds,
+                inputs_embeds.dtype,
+                self.adapter.media_block_ids(media),
             ),
             position_ids=self.adapter.position_ids(self.backbone, input_ids, segments, offsets, media),
             use_cache=False,
-            **self.adapter.forward_arguments(media),
+            **self.adapter.forward_arguments(input_ids, media),
         ).last_hidden_state
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
         scores = self.head(hidden[rows, score_sites]) * self.config.score_scale

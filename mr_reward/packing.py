@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mr_reward.backbones import check_media, merge_media
 from mr_reward.errors import ConfigurationError, OverLengthError
 from mr_reward.groups import ResponseGroup
 from mr_reward.layouts import PADDING_SEGMENT, check_layout, plan_row, readout_kinds
@@ -62,7 +63,7 @@ class PackedBatch:
         offsets: (B, L) int64.
         score_sites: (B, N) int64, 0 in empty slots.
         response_mask: (B, N) bool.
-        media: tensors by name, concatenated over the rows; with media also `mm_token_type_ids` (B, L).
+        media: tensors by name, merged over the rows by the family's rule; with media also `mm_token_type_ids` (B, L).
     """
 
     input_ids: Tensor
@@ -138,6 +139,7 @@ class Packer:
 
         Raises:
             OverLengthError: it does not fit and the policy is `error`, or its prompt alone does not fit.
+            MediaError: its media cannot be read, or not by this family of backbones.
         """
         return self.lay_out(self.renderer.render(group), group.name)
 
@@ -153,7 +155,9 @@ class Packer:
 
         Raises:
             OverLengthError: as `pack`.
+            MediaError: as `pack`.
         """
+        check_media(rendered.media, name)
         lengths = [len(ids) for ids in rendered.response_ids]
         prompt_length = len(rendered.prompt_ids)
         kept = self._fit(prompt_length, lengths)
@@ -262,8 +266,7 @@ def collate(rows: Sequence[PackedRow], padding_side: str = "right") -> PackedBat
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
         score_sites[i, : len(row.score_sites)] = torch.tensor(row.score_sites) + start
         response_mask[i, : len(row.score_sites)] = True
-    media_names = dict.fromkeys(name for row in rows for name in row.media)
-    media = {name: torch.cat([row.media[name] for row in rows if name in row.media]) for name in media_names}
+    media = merge_media([row.media for row in rows])
     if media:
         types = [row.mm_token_type_ids if row.mm_token_type_ids is not None else row.input_ids[:0] for row in rows]
         media["mm_token_type_ids"] = pad(types, 0)

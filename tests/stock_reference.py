@@ -29,6 +29,7 @@ class StockReference:
         self.model = model
         self.members = family(name)
         self.full = copy.deepcopy(self.members.full_model).eval()
+        self.has_axes = hasattr(self.full.model, "get_rope_index")  # positions of time, height and width
         self.summary, self.comparison = len(self.members.tokenizer), len(self.members.tokenizer) + 1
         with torch.no_grad():
             embedding = self.full.get_input_embeddings().weight
@@ -134,7 +135,7 @@ class StockReference:
     def _continue(self, cache: Any, position: int, ids: list[int]) -> tuple[Tensor, int]:
         """Read more tokens: hidden state of the last one (H,) and the next position."""
         positions = torch.arange(position, position + len(ids))[None]
-        if self.members.sees_images:
+        if self.has_axes:
             positions = positions.expand(4, -1, -1)
         output = self.full(
             input_ids=torch.tensor([ids]),

@@ -14,19 +14,47 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
 from mr_reward import MultiResponseRewardModel, ResponseGroup
-from mr_reward.data import tiny
+from mr_reward.data import tiny, tiny_molmo2
 from mr_reward.packing import PackedBatch, PackedRow, Packer, collate
 from mr_reward.rendering import Renderer
 
-FAMILIES = ("qwen3_vl", "qwen2_5_vl", "llama")
+FAMILIES = ("qwen3_vl", "qwen2_5_vl", "molmo2", "llama")
 LAYOUTS = ("causal", "isolated", "set")
 # Letters of one to four UTF-8 bytes; the tokenizer has one token a byte.
 LETTERS = "abcdefghij KLMNO 0123456789.,?!\n<|>éßж漢🙂"
+
+# Two forwards that sum the same numbers in another order differ by a few 1e-7 here, scores differ by 1e-1 between
+# responses. 1e-5 therefore tells rounding from a leak; a change that must show has to exceed 1e-4.
+ROUNDING = 1e-5
+VISIBLE_CHANGE = 1e-4
+
+# family, images, videos
+CASES = [
+    pytest.param("qwen3_vl", 0, 0, id="qwen3_vl-text"),
+    pytest.param("qwen3_vl", 1, 0, id="qwen3_vl-1-image"),
+    pytest.param("qwen3_vl", 2, 0, id="qwen3_vl-2-images"),
+    pytest.param("qwen3_vl", 1, 1, id="qwen3_vl-image-and-video"),
+    pytest.param("qwen2_5_vl", 2, 0, id="qwen2_5_vl-2-images"),
+    pytest.param("qwen2_5_vl", 0, 1, id="qwen2_5_vl-video"),
+    pytest.param("molmo2", 0, 0, id="molmo2-text"),
+    pytest.param("molmo2", 1, 0, id="molmo2-1-image"),
+    pytest.param("molmo2", 2, 0, id="molmo2-2-images"),
+    pytest.param("molmo2", 0, 1, id="molmo2-video"),
+    pytest.param("llama", 0, 0, id="llama"),
+]
+# family, images
+BACKBONES = [
+    pytest.param("qwen3_vl", 1, id="qwen3_vl"),
+    pytest.param("qwen2_5_vl", 1, id="qwen2_5_vl"),
+    pytest.param("molmo2", 1, id="molmo2"),
+    ("llama", 0),
+]
 
 
 @dataclass(frozen=True)
@@ -50,6 +78,7 @@ def family(name: str) -> Family:
             tiny.build_qwen3_vl_processor,
         ),
         "qwen2_5_vl": (tiny.build_qwen2_5_vl, tiny.build_qwen2_5_vl_processor),
+        "molmo2": (tiny_molmo2.build_molmo2, tiny_molmo2.build_molmo2_processor),
         "llama": (tiny.build_llama, tiny.build_tokenizer),
     }
     build_model, build_processor = builders[name]
@@ -138,6 +167,15 @@ def random_group(
         videos=[random_video(rng) for _ in range(videos)],
         **options,
     )
+
+
+def mixed_batch(rng: random.Random, n: int, images: int, videos: int) -> list[ResponseGroup]:
+    """The group of interest between a short text-only one and a longer one of another size and with other media."""
+    return [
+        random_group(rng, 2, longest=3),
+        random_group(rng, n, images=images, videos=videos),
+        random_group(rng, 3, images=min(images + videos, 1), longest=60),
+    ]
 
 
 def pack(model: MultiResponseRewardModel, group: ResponseGroup) -> PackedRow:

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mr_reward.backbones.base import continue_positions
+from mr_reward.backbones.base import TextAdapter, continue_positions
 from mr_reward.layouts import PADDING_SEGMENT
 
 __all__ = ["QwenVLAdapter"]
 
 
-class QwenVLAdapter:
+class QwenVLAdapter(TextAdapter):
     """M-RoPE positions come from the backbone's own `get_rope_index`, so that they follow the release in use."""
 
     media_keys: tuple[str, ...] = (
@@ -48,6 +48,6 @@ class QwenVLAdapter:
         axes = continue_positions(axes, segments, offsets)
         return torch.cat([axes.amax(0, keepdim=True), axes])
 
-    def forward_arguments(self, media: dict[str, Tensor]) -> dict[str, Any]:
+    def forward_arguments(self, input_ids: Tensor, media: dict[str, Tensor]) -> dict[str, Any]:
         """The vision tensors; token types are needed for positions only."""
         return {key: value for key, value in media.items() if key not in ("mm_token_type_ids", "second_per_grid_ts")}

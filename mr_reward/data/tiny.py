@@ -50,6 +50,8 @@ __all__ = [
     "build_qwen3_vl",
     "build_qwen3_vl_processor",
     "build_tokenizer",
+    "decoder_sizes",
+    "finish",
 ]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -226,7 +228,7 @@ def build_qwen3_vl(
     third = head_dim // 6
     config = Qwen3VLConfig(
         text_config={
-            **_decoder_sizes(tokenizer, hidden_size, num_layers, num_heads, initializer_range),
+            **decoder_sizes(tokenizer, hidden_size, num_layers, num_heads, initializer_range),
             "head_dim": head_dim,
             "rope_parameters": {
                 "rope_type": "default",
@@ -243,7 +245,7 @@ def build_qwen3_vl(
         tie_word_embeddings=True,
         **_media_token_ids(tokenizer),
     )
-    return _finish(Qwen3VLForConditionalGeneration, config, tokenizer, seed)
+    return finish(Qwen3VLForConditionalGeneration, config, tokenizer, seed)
 
 
 def build_qwen2_5_vl(
@@ -281,7 +283,7 @@ def build_qwen2_5_vl(
     section = 3 * half // 8
     config = Qwen2_5_VLConfig(
         text_config={
-            **_decoder_sizes(tokenizer, hidden_size, num_layers, num_heads, initializer_range),
+            **decoder_sizes(tokenizer, hidden_size, num_layers, num_heads, initializer_range),
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10_000.0,
@@ -296,7 +298,7 @@ def build_qwen2_5_vl(
         tie_word_embeddings=True,
         **_media_token_ids(tokenizer),
     )
-    return _finish(Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed)
+    return finish(Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed)
 
 
 def build_llama(
@@ -327,12 +329,12 @@ def build_llama(
             f"got hidden_size={hidden_size} with num_heads={num_heads}, expected a multiple of {2 * num_heads}"
         )
     tokenizer = build_tokenizer()
-    sizes = _decoder_sizes(tokenizer, hidden_size, num_layers, num_heads, initializer_range)
+    sizes = decoder_sizes(tokenizer, hidden_size, num_layers, num_heads, initializer_range)
     config = LlamaConfig(**sizes, tie_word_embeddings=True)
-    return _finish(LlamaForCausalLM, config, tokenizer, seed)
+    return finish(LlamaForCausalLM, config, tokenizer, seed)
 
 
-def _finish(model_class: type[Model], config: PreTrainedConfig, tokenizer: Qwen2Tokenizer, seed: int) -> Model:
+def finish(model_class: type[Model], config: PreTrainedConfig, tokenizer: Qwen2Tokenizer, seed: int) -> Model:
     """Draw the weights from `seed` without touching the caller's random state, and set the generation defaults."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -343,7 +345,7 @@ def _finish(model_class: type[Model], config: PreTrainedConfig, tokenizer: Qwen2
     return model.eval()
 
 
-def _decoder_sizes(
+def decoder_sizes(
     tokenizer: Qwen2Tokenizer, hidden_size: int, num_layers: int, num_heads: int, initializer_range: float
 ) -> dict[str, Any]:
     """What the decoders of all families have in common."""

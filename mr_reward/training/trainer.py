@@ -121,11 +121,11 @@ class RewardTrainer(Trainer):
             label_smoothing=args.label_smoothing_factor,
             centring_coefficient=args.center_rewards_coefficient or 0.0,
         )
-        self._eval_collator = GroupCollator(eval_packer)
+        self._train_collator, self._eval_collator = GroupCollator(packer), GroupCollator(eval_packer)
         super().__init__(
             model=model if peft_config is None else _with_lora(model, peft_config),
             args=args,
-            data_collator=GroupCollator(packer),
+            data_collator=self._train_collator,
             train_dataset=data,
             eval_dataset=evaluation,
             processing_class=model.processor,
@@ -144,11 +144,8 @@ class RewardTrainer(Trainer):
             transformers' `TrainOutput`.
         """
         if resume_from_checkpoint is True:
-            # One process looks, or ranks could see different folders while an old one is being removed.
-            found = [last_complete_checkpoint(self.args.output_dir, self.args.world_size)]
-            if self.args.world_size > 1:
-                torch.distributed.broadcast_object_list(found, src=0)
-            resume_from_checkpoint = found[0]
+            # Nobody writes before every rank is here, so all ranks find the same folder.
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.world_size)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     def compute_loss(
@@ -216,11 +213,11 @@ class RewardTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As transformers', with the evaluation's token budget."""
-        training_collator, self.data_collator = self.data_collator, self._eval_collator
+        self.data_collator = self._eval_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = training_collator
+            self.data_collator = self._train_collator
 
     def evaluation_loop(
         self,
@@ -232,7 +229,8 @@ class RewardTrainer(Trainer):
     ) -> EvalLoopOutput:
         """As transformers', with the metrics of `evaluation_metrics`."""
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
-        metrics = evaluation_metrics(dataloader.dataset, output.predictions)
+        data: Any = dataloader.dataset
+        metrics = evaluation_metrics(data, output.predictions)
         prefixed = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         return output._replace(metrics={**(output.metrics or {}), **prefixed})
 
