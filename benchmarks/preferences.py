@@ -5,7 +5,8 @@
 Best-of-N (a tied best counts) and pairwise accuracy (over all ordered pairs of all groups, ties left out), intervals
 by resampling groups. `longest` and `random` need no training; `shallow` is a logistic regression on differences of
 surface features of two responses (lengths, layout, digits, overlap with the prompt and, marked +, with the other
-responses), trained on all pairs of the training file. The last line of stdout is one JSON document.
+responses), trained on all pairs of the training file. With `--figure`, learning curves are drawn from the
+`checkpoint-*` folders beside the models. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
@@ -24,6 +26,7 @@ from sklearn.preprocessing import StandardScaler
 
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.data.preferences import load_preferences
+from mr_reward.evaluation.figures import plot_curves
 from mr_reward.evaluation.ranking import score_baseline
 
 Scores = Sequence[Sequence[float]]
@@ -117,7 +120,10 @@ def main() -> None:
     parser.add_argument("--val", type=Path, required=True)
     parser.add_argument("--max_tokens", type=int, default=8192, help="of a forward pass")
     parser.add_argument("--num_orders", type=int, default=1, help="orders to average over, for layout causal")
+    parser.add_argument("--over_length", default="truncate_responses")
+    parser.add_argument("--dtype", default=None, help="of the backbone, for example bfloat16")
     parser.add_argument("--output", type=Path, default=Path("outputs/preferences.json"))
+    parser.add_argument("--figure", type=Path, help="PNG file for the learning curves")
     options = parser.parse_args()
     train, val = load_preferences(options.train), load_preferences(options.val)
     names = ["all", *sorted({group.source or "unknown" for group in val})]
@@ -128,7 +134,11 @@ def main() -> None:
     for entry in options.models:
         name, folder = entry.split("=", 1)
         model = GroupScorer.from_pretrained(
-            folder, max_tokens_per_batch=options.max_tokens, num_orders=options.num_orders
+            folder,
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
+            max_tokens_per_batch=options.max_tokens,
+            num_orders=options.num_orders,
+            over_length=options.over_length,
         )
         scores[name] = [list(row or ()) for row in model.score(val)]
     results = {}
@@ -145,7 +155,27 @@ def main() -> None:
             model_name, *(" / ".join(cell(by_source[name][key]) for key in by_source[name]) for name in names)
         )
     Console(width=200).print(table)
+    if options.figure is not None:
+        plot_curves(learning_curves(options.models), options.figure, title="text preferences")
     print(json.dumps({"groups": document["groups"], "results": results}))
+
+
+def learning_curves(models: Sequence[str]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+    """What the Trainer logged, by panel and model, from the newest checkpoint of each model folder."""
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for entry in models:
+        name, folder = entry.split("=", 1)
+        newest = max(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+        history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+        for panel, suffix in (("training loss", "loss"), ("validation, pairwise", "_pairwise_accuracy")):
+            logged = [
+                (record["step"], value)
+                for record in history
+                for key, value in record.items()
+                if key == suffix or (suffix != "loss" and key.endswith(suffix))
+            ]
+            panels.setdefault(panel, {})[name] = ([step for step, _ in logged], [value for _, value in logged])
+    return panels
 
 
 def cell(estimate: list[float]) -> str:
