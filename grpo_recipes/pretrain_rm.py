@@ -117,7 +117,10 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
         layout=arguments.layout,
         **{key: value for key, value in load_options.items() if value is not None},
     )
-    trainer = pretrain(model, train_groups, eval_groups, args, model_config)
+    # A single set is reported without its name, so that metric_for_best_model need not know the file's.
+    single = eval_groups is not None and len(eval_groups) == 1
+    evaluation = next(iter(eval_groups.values())) if eval_groups is not None and single else eval_groups
+    trainer = pretrain(model, train_groups, evaluation, args, model_config)
     if eval_groups is None or not trainer.is_world_process_zero():
         return
     scorer = GroupScorer.from_pretrained(

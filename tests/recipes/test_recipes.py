@@ -79,7 +79,7 @@ def test_pretrain_rm(tmp_path: Path, backbone: Path, lora: bool) -> None:
     stdout = run(recipe("pretrain_rm.py", "rm_tiny_handwriting_cpu.yaml", *arguments), tmp_path)
     assert "order_flip_rate" in stdout
     metrics = json.loads((tmp_path / "rm" / "eval_metrics.json").read_text())
-    assert 0 <= metrics["best_of_n_accuracy"] <= 1
+    assert 0 <= metrics["handwriting"]["best_of_n_accuracy"] <= 1
     model = MultiResponseRewardModel.from_pretrained(tmp_path / "rm")
     assert model.config.layout == "causal"
     assert not any("lora" in name for name, _ in model.named_parameters())
