@@ -1,0 +1,30 @@
+"""The commands put together, and how they report errors."""
+
+import logging
+import sys
+
+import typer
+from rich.console import Console
+
+from mr_reward.cli.data import data
+from mr_reward.errors import MRRewardError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Multi-response reward models: data, checkpoints.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data, name="data")
+
+
+def main() -> None:
+    """Entry point of `mr-reward`: an error of this package is one line and exit code 1, not a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        app()
+    except MRRewardError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}", markup=True, highlight=False)
+        sys.exit(1)

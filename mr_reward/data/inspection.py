@@ -1,0 +1,165 @@
+"""What a set of ranked groups looks like: sizes, ties, lengths, media, and whether the order gives the answer away.
+
+Legend: N responses of a group.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from mr_reward.groups import ResponseGroup
+
+__all__ = ["Inspection", "inspect_groups", "render_inspections"]
+
+# A best response at one place more often than this many times the even share would let a model learn the place.
+_LEAK_FACTOR = 1.5
+_LEAK_MIN_GROUPS = 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """Counts of one set of groups.
+
+    Args:
+        name: of the set.
+        num_groups: groups.
+        sizes: N -> groups of that size.
+        with_ties: groups in which two responses share a rank.
+        all_tied: groups without an ordered pair; they teach nothing.
+        unranked: groups without rankings.
+        lengths: characters of a response: mean, median, 95th percentile.
+        best_length: mean characters of the best responses.
+        other_length: mean characters of the others.
+        best_positions: place in the group -> how often a best response stands there, ties counted in parts.
+        expected_positions: the same, were the places drawn evenly.
+        modalities: text, image, video, or several joined by + -> groups.
+        repeated_prompts: groups whose prompt text occurred before.
+    """
+
+    name: str
+    num_groups: int
+    sizes: dict[int, int]
+    with_ties: int
+    all_tied: int
+    unranked: int
+    lengths: tuple[float, float, float]
+    best_length: float
+    other_length: float
+    best_positions: dict[int, float]
+    expected_positions: dict[int, float]
+    modalities: dict[str, int]
+    repeated_prompts: int
+
+    @property
+    def leaking_position(self) -> int | None:
+        """The place that holds the best response far more often than chance, counted from 0; None if none does."""
+        if self.num_groups < _LEAK_MIN_GROUPS:
+            return None
+        ratios = {
+            place: self.best_positions.get(place, 0.0) / expected
+            for place, expected in self.expected_positions.items()
+            if expected >= _LEAK_MIN_GROUPS / 4
+        }
+        place = max(ratios, key=lambda key: ratios[key], default=None)
+        return place if place is not None and ratios[place] > _LEAK_FACTOR else None
+
+
+def inspect_groups(groups: Sequence[ResponseGroup], name: str = "all") -> Inspection:
+    """Count.
+
+    Args:
+        groups: any groups, ranked or not.
+        name: of the set, for the table.
+
+    Returns:
+        The counts.
+
+    Example:
+        >>> inspect_groups([ResponseGroup(prompt="a", responses=["b", "c"], rankings=[1, 1])]).all_tied
+        1
+    """
+    ranked = [group for group in groups if group.rankings is not None]
+    lengths = sorted(len(text) for group in groups for text in group.responses)
+    best_lengths: list[int] = []
+    other_lengths: list[int] = []
+    positions: defaultdict[int, float] = defaultdict(float)
+    expected: defaultdict[int, float] = defaultdict(float)
+    for group in ranked:
+        ranks = group.rankings or ()
+        best = [i for i, rank in enumerate(ranks) if rank == 1]
+        for i, text in enumerate(group.responses):
+            (best_lengths if i in best else other_lengths).append(len(text))
+        if len(set(ranks)) > 1:
+            for i in range(len(ranks)):
+                positions[i] += (i in best) / len(best)
+                expected[i] += 1 / len(ranks)
+    prompts = Counter(_prompt_text(group) for group in groups)
+    return Inspection(
+        name=name,
+        num_groups=len(groups),
+        sizes=dict(sorted(Counter(group.num_responses for group in groups).items())),
+        with_ties=sum(len(set(group.rankings or ())) < group.num_responses for group in ranked),
+        all_tied=sum(len(set(group.rankings or ())) == 1 and group.num_responses > 1 for group in ranked),
+        unranked=len(groups) - len(ranked),
+        lengths=(
+            statistics.fmean(lengths) if lengths else 0.0,
+            statistics.median(lengths) if lengths else 0.0,
+            float(lengths[int(0.95 * (len(lengths) - 1))]) if lengths else 0.0,
+        ),
+        best_length=statistics.fmean(best_lengths) if best_lengths else 0.0,
+        other_length=statistics.fmean(other_lengths) if other_lengths else 0.0,
+        best_positions=dict(sorted(positions.items())),
+        expected_positions=dict(sorted(expected.items())),
+        modalities=dict(Counter(_modality(group) for group in groups).most_common()),
+        repeated_prompts=sum(count - 1 for count in prompts.values()),
+    )
+
+
+def render_inspections(inspections: Sequence[Inspection]) -> Table:
+    """One column for each set.
+
+    Args:
+        inspections: counts of several sets.
+
+    Returns:
+        A table for rich's console.
+    """
+    table = Table("", *(entry.name for entry in inspections))
+    rows = {
+        "groups": lambda x: str(x.num_groups),
+        "responses per group": lambda x: ", ".join(f"{n}: {count}" for n, count in x.sizes.items()),
+        "modality": lambda x: ", ".join(f"{name}: {count}" for name, count in x.modalities.items()),
+        "groups with ties": lambda x: _share(x.with_ties, x.num_groups),
+        "groups all tied": lambda x: _share(x.all_tied, x.num_groups),
+        "groups without ranks": lambda x: _share(x.unranked, x.num_groups),
+        "repeated prompts": lambda x: _share(x.repeated_prompts, x.num_groups),
+        "characters: mean, median, p95": lambda x: ", ".join(f"{value:.0f}" for value in x.lengths),
+        "characters: best, others": lambda x: f"{x.best_length:.0f}, {x.other_length:.0f}",
+        "best response at place": lambda x: ", ".join(
+            f"{i + 1}: {count / max(sum(x.best_positions.values()), 1):.0%}" for i, count in x.best_positions.items()
+        ),
+        "order gives it away": lambda x: (
+            "no" if x.leaking_position is None else f"[red]yes, place {x.leaking_position + 1}; shuffle[/red]"
+        ),
+    }
+    for label, cell in rows.items():
+        table.add_row(label, *(cell(entry) for entry in inspections))
+    return table
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} ({count / max(total, 1):.1%})"
+
+
+def _prompt_text(group: ResponseGroup) -> str:
+    return "\n".join(block["text"] for turn in group.messages for block in turn["content"] if block["type"] == "text")
+
+
+def _modality(group: ResponseGroup) -> str:
+    kinds = [name for name, media in (("image", group.images), ("video", group.videos)) if media]
+    return "+".join(kinds) or "text"
