@@ -2,6 +2,7 @@
 
     python grpo_recipes/pretrain_rm.py --config grpo_recipes/rm_tiny_handwriting_cpu.yaml
     accelerate launch grpo_recipes/pretrain_rm.py --config my.yaml --train_file train.jsonl --output_dir rm
+    accelerate launch --config_file configs/deepspeed/zero3.yaml grpo_recipes/pretrain_rm.py --config my.yaml
 
 Every field of `RewardTrainingArguments` (all of transformers' `TrainingArguments`) and of TRL's `ModelConfig` (LoRA
 included) can stand in the YAML file or on the command line. With `resume_from_checkpoint: true` the same command
@@ -26,6 +27,7 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.ranking import evaluate_ranking
 from mr_reward.training.arguments import RewardTrainingArguments
 from mr_reward.training.trainer import RewardTrainer
+from mr_reward.zero3 import outside_zero3
 
 
 @dataclass
@@ -123,11 +125,12 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
     trainer = pretrain(model, train_groups, evaluation, args, model_config)
     if eval_groups is None or not trainer.is_world_process_zero():
         return
-    scorer = GroupScorer.from_pretrained(
-        str(args.output_dir),
-        max_tokens_per_batch=args.eval_max_tokens or args.max_tokens,
-        over_length=args.over_length,
-    )
+    with outside_zero3():  # this rank goes on alone, with the whole model
+        scorer = GroupScorer.from_pretrained(
+            str(args.output_dir),
+            max_tokens_per_batch=args.eval_max_tokens or args.max_tokens,
+            over_length=args.over_length,
+        )
     metrics = {name: evaluate_ranking(scorer, groups, seed=args.seed) for name, groups in eval_groups.items()}
     (Path(str(args.output_dir)) / "eval_metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     table = Table("metric", *metrics, title=f"{arguments.layout}, whole groups in two orders")

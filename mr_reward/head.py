@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 
 from mr_reward.errors import ConfigurationError
 from mr_reward.layouts import TokenKind
+from mr_reward.zero3 import whole_weights
 
 __all__ = ["ReadoutVectors", "ValueHead"]
 
@@ -20,24 +21,30 @@ class ValueHead(nn.Module):
     """Linear, activation, Linear: one score per response, always computed in float32.
 
     bf16 has steps of 0.008 near 1; jitter of that size between equal completions becomes a full-size GRPO advantage.
-    The last layer has no bias, a constant shift of all scores of a group has no meaning.
+    The last layer has no bias unless asked for: a constant shift of all scores of a group has no meaning, but the
+    public heads of arXiv 2604.10966 have one.
 
     Args:
         hidden_size: H.
         intermediate_size: width of the hidden layer.
-        activation: a name of transformers' `ACT2FN`.
+        activation: `selu` or a name of transformers' `ACT2FN`.
+        bias: of the last layer.
 
     Raises:
         ConfigurationError: unknown activation.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "silu") -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: str = "silu", *, bias: bool = False
+    ) -> None:
         super().__init__()
-        if activation not in ACT2FN:
-            raise ConfigurationError(f"unknown head activation {activation!r}, expected one of {', '.join(ACT2FN)}")
+        if activation != "selu" and activation not in ACT2FN:
+            raise ConfigurationError(
+                f"unknown head activation {activation!r}, expected one of selu, {', '.join(ACT2FN)}"
+            )
         self.dense = nn.Linear(hidden_size, intermediate_size, dtype=torch.float32)
-        self.activation = ACT2FN[activation]
-        self.out = nn.Linear(intermediate_size, 1, bias=False, dtype=torch.float32)
+        self.activation = nn.SELU() if activation == "selu" else ACT2FN[activation]
+        self.out = nn.Linear(intermediate_size, 1, bias=bias, dtype=torch.float32)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden states to scores.
@@ -51,7 +58,8 @@ class ValueHead(nn.Module):
         # Weights are cast too: an engine that casts the whole module (DeepSpeed bf16) must not change the arithmetic.
         with torch.autocast(hidden.device.type, enabled=False):
             inner = F.linear(hidden.float(), self.dense.weight.float(), self.dense.bias.float())
-            return F.linear(self.activation(inner), self.out.weight.float()).squeeze(-1)
+            bias = None if self.out.bias is None else self.out.bias.float()
+            return F.linear(self.activation(inner), self.out.weight.float(), bias).squeeze(-1)
 
 
 class ReadoutVectors(nn.Module):
@@ -72,13 +80,14 @@ class ReadoutVectors(nn.Module):
         nn.init.normal_(self.comparison, std=_INIT_STD)
 
     @torch.no_grad()
-    def initialise_from(self, embedding: Tensor) -> None:
+    def initialise_from(self, embedding: nn.Embedding) -> None:
         """Start from the mean input embedding plus small noise, so that the backbone meets vectors of a known scale.
 
         Args:
-            embedding: (V, H) input embedding matrix.
+            embedding: the input embedding, with a `weight` (V, H).
         """
-        mean, std = embedding.float().mean(0), embedding.float().std(0)
+        with whole_weights(embedding):
+            mean, std = embedding.weight.float().mean(0), embedding.weight.float().std(0)
         for vector in (self.summary, self.comparison):
             vector.copy_(mean + 0.5 * std * torch.randn_like(mean))
 

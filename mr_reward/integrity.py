@@ -1,16 +1,26 @@
-"""What makes a checkpoint folder whole: configuration keys, weights, processor.
+"""What makes a checkpoint folder whole: configuration keys, weights, backbone, processor.
 
 A load refuses what it cannot vouch for.
 """
 
 from typing import Any
 
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from mr_reward.errors import CheckpointError
 
-__all__ = ["check_config_keys", "check_loading_info", "load_processor"]
+__all__ = [
+    "align_weights",
+    "check_config_keys",
+    "check_loading_info",
+    "check_template_hash",
+    "has_file",
+    "load_backbone",
+    "load_processor",
+]
 
 # Written by transformers and its Trainer beside the configuration's own fields. None of them changes a score: the
 # model passes use_cache=False itself.
@@ -80,6 +90,84 @@ def check_loading_info(name: str, info: dict[str, Any]) -> None:
         )
 
 
+def check_template_hash(name: str, trained_with: str | None, found: str) -> None:
+    """Refuse a processor or release that turns groups into other text than at training time.
+
+    Args:
+        name: folder or hub id, for the message.
+        trained_with: the checkpoint's hash.
+        found: the hash now.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if found != trained_with:
+        raise CheckpointError(
+            f"{name}: trained with template hash {trained_with}, this processor and release give {found}; restore the "
+            "chat template the model was trained with, or train again with the new one"
+        )
+
+
+def align_weights(model: nn.Module) -> None:
+    """Move weights on the CPU to aligned memory.
+
+    Weights read from a file lie wherever its header ends, and the CPU's kernels sum in another order when they are not
+    aligned. Fresh memory is, and so scores stay equal bit for bit over saving and loading.
+
+    Args:
+        model: changed in place.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
+
+
+def has_file(name: str, file: str, revision: str | None = None) -> bool:
+    """Whether a checkpoint has a file.
+
+    Args:
+        name: folder or hub id.
+        file: its name.
+        revision: of the hub repository.
+
+    Returns:
+        True if it is there.
+    """
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
+    try:
+        return cached_file(name, file, revision=revision, **options) is not None
+    except OSError:  # no such folder or repository: the loading itself says so
+        return False
+
+
+def load_backbone(name: str, **options: Any) -> PreTrainedModel:
+    """Load a backbone whose weights are all there; its language-model head is left aside.
+
+    Args:
+        name: folder or hub id.
+        **options: as transformers' `from_pretrained`.
+
+    Returns:
+        The base model in evaluation mode.
+
+    Raises:
+        CheckpointError: it cannot be read, is an adapter, or weights are missing, unexpected or of another shape.
+    """
+    if has_file(name, "adapter_config.json", options.get("revision")):  # transformers would load half of it
+        raise CheckpointError(
+            f"{name}: holds an adapter, expected a whole backbone; merge the adapter with the code that trained it"
+        )
+    options = {"use_safetensors": True, **options, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        model, info = AutoModel.from_pretrained(name, **options)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{name}: no backbone with safetensors weights could be loaded ({error})") from error
+    unexpected = [key for key in info["unexpected_keys"] if not str(key).startswith("lm_head")]
+    check_loading_info(name, {**info, "unexpected_keys": unexpected})
+    align_weights(model)
+    return model.eval()
+
+
 def load_processor(name: str, revision: str | None = None) -> Any:
     """Load the processor of a vision-language model, or the tokenizer of a text-only one.
 
@@ -93,11 +181,7 @@ def load_processor(name: str, revision: str | None = None) -> Any:
     Raises:
         CheckpointError: neither is there.
     """
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
-    has_processor = any(
-        cached_file(name, file, revision=revision, **options) is not None
-        for file in (PROCESSOR_NAME, "preprocessor_config.json")
-    )
+    has_processor = any(has_file(name, file, revision) for file in (PROCESSOR_NAME, "preprocessor_config.json"))
     loader = AutoProcessor if has_processor else AutoTokenizer
     try:
         return loader.from_pretrained(name, revision=revision or "main")

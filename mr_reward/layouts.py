@@ -83,16 +83,25 @@ def readout_kinds(layout: str) -> tuple[TokenKind, ...]:
     return (TokenKind.SUMMARY, TokenKind.COMPARISON) if layout == "set" else (TokenKind.SUMMARY,)
 
 
-def plan_row(layout: str, num_prompt_tokens: int, num_response_tokens: Sequence[int]) -> RowPlan:
+def plan_row(
+    layout: str,
+    num_prompt_tokens: int,
+    num_response_tokens: Sequence[int],
+    framing: Sequence[tuple[int, int]] | None = None,
+) -> RowPlan:
     """Lay out one group; spans and sites are computed here and never searched for.
 
     Args:
         layout: `causal`, `isolated` or `set`.
         num_prompt_tokens: P, media tokens included.
         num_response_tokens: N lengths of the response texts; 0 is allowed.
+        framing: for templates that separate the responses by text: N numbers of tokens (before, after) each response
+            that belong to the template. The score is then read at the last token of the response's segment, and there
+            are no readout tokens.
 
     Returns:
-        The plan of the row of L = P + sum(lengths) + N * (number of readout tokens) tokens.
+        The plan of the row of L = P + sum(lengths) + N * (number of readout tokens) tokens, or P + sum(lengths) +
+        sum(framing) tokens.
 
     Raises:
         ConfigurationError: unknown layout.
@@ -103,17 +112,19 @@ def plan_row(layout: str, num_prompt_tokens: int, num_response_tokens: Sequence[
         >>> plan_row("set", 2, [1, 0]).score_sites
         (4, 6)
     """
-    kinds_after_text = readout_kinds(check_layout(layout))
+    kinds_after_text = readout_kinds(check_layout(layout)) if framing is None else ()
+    framing = [(0, 0)] * len(num_response_tokens) if framing is None else framing
     segments = [PROMPT_SEGMENT] * num_prompt_tokens
     kinds = [TokenKind.TEXT] * num_prompt_tokens
     offsets = [0] * num_prompt_tokens
     spans, score_sites = [], []
     running = 0
-    for segment, length in enumerate(num_response_tokens, start=1):
-        size = length + len(kinds_after_text)
-        spans.append((len(segments), len(segments) + length))
+    for segment, (length, (before, after)) in enumerate(zip(num_response_tokens, framing, strict=True), start=1):
+        num_text = before + length + after
+        size = num_text + len(kinds_after_text)
+        spans.append((len(segments) + before, len(segments) + before + length))
         segments += [segment] * size
-        kinds += [TokenKind.TEXT] * length + list(kinds_after_text)
+        kinds += [TokenKind.TEXT] * num_text + list(kinds_after_text)
         first = running if layout == "causal" else 0
         offsets += range(first, first + size)
         running += size

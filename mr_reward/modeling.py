@@ -5,74 +5,40 @@ Legend: B rows (one group each), N responses, L tokens, H width of the backbone.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mr_reward.attention import attention_mask, check_backend
 from mr_reward.backbones import get_adapter
+from mr_reward.configuration import MultiResponseRewardConfig, check_layers
 from mr_reward.errors import BackendError, CheckpointError, ConfigurationError
 from mr_reward.head import ReadoutVectors, ValueHead
-from mr_reward.integrity import check_config_keys, check_loading_info, load_processor
+from mr_reward.integrity import (
+    align_weights,
+    check_config_keys,
+    check_loading_info,
+    check_template_hash,
+    load_backbone,
+    load_processor,
+)
 from mr_reward.layouts import check_layout
-from mr_reward.rendering import TEMPLATE, check_template, template_hash
+from mr_reward.lora import is_lora, merge_lora
+from mr_reward.model_card import CARD_FILE, name_in_card, read_card, write_model_card
+from mr_reward.paper_format import is_paper_format, paper_score_scale, read_head, trained_separator, with_separator
+from mr_reward.rendering import JOINED_TEMPLATES, TEMPLATE, check_template, template_hash
 
 __all__ = ["MultiResponseRewardConfig", "MultiResponseRewardModel", "RewardOutput"]
 
-# Layers that a 4-D mask can isolate. A recurrent layer carries one response into the next whatever the mask says.
-_ISOLATING_LAYERS = {"full_attention", "sliding_attention"}
 _FORBIDDEN_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "inputs_embeds")
-
-
-@strict
-class MultiResponseRewardConfig(PreTrainedConfig):
-    """Everything that says how to score, saved beside the weights.
-
-    Args:
-        backbone_config: configuration of the backbone.
-        layout: `causal`, `isolated` or `set` (see `mr_reward.layouts`).
-        head_hidden_size: width of the value head's hidden layer; None for the backbone's width.
-        head_activation: a name of transformers' `ACT2FN`.
-        score_scale: factor on the head's output.
-        template: name of the prompt template (see `mr_reward.rendering`).
-        template_hash: hash of the template and of the processor's chat template at training time.
-        backbone_name_or_path: where the backbone came from.
-        backbone_revision: its commit on the hub, if known.
-        schema_version: of this configuration.
-    """
-
-    model_type = "multi_response_reward"
-    sub_configs = {"backbone_config": AutoConfig}
-
-    backbone_config: dict | PreTrainedConfig | None = None
-    layout: str = "set"
-    head_hidden_size: int | None = None
-    head_activation: str = "silu"
-    score_scale: float = 1.0
-    template: str = TEMPLATE
-    template_hash: str | None = None
-    backbone_name_or_path: str | None = None
-    backbone_revision: str | None = None
-    schema_version: int = 1
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.backbone_config, dict):
-            settings = dict(self.backbone_config)
-            self.backbone_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        super().__post_init__(**kwargs)
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """The backbone's text configuration, where transformers and DeepSpeed look for the width."""
-        if self.backbone_config is None:
-            return self
-        return self.backbone_config.get_text_config(*args, **kwargs)  # type: ignore[union-attr]
 
 
 @dataclass
@@ -117,23 +83,27 @@ class MultiResponseRewardModel(PreTrainedModel):
     def __init__(self, config: MultiResponseRewardConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         check_layout(config.layout)
-        check_template(config.template)
+        check_template(config.template, config.layout)
         if config.backbone_config is None:
             raise ConfigurationError(
                 "backbone_config is missing; build the model with from_backbone or from_pretrained"
             )
         self.adapter = get_adapter(config.backbone_config)
-        _check_layers(config)
+        check_layers(config)
         self.backbone = backbone if backbone is not None else AutoModel.from_config(config.backbone_config)
         check_backend(config.layout, self.attention_backend, self.adapter.media_blocks)
         hidden_size = config.get_text_config().hidden_size
-        self.readouts = ReadoutVectors(hidden_size)
-        self.head = ValueHead(hidden_size, config.head_hidden_size or hidden_size, config.head_activation)
+        # Templates that separate the responses by text read the scores at that text.
+        self.readouts = None if config.template in JOINED_TEMPLATES else ReadoutVectors(hidden_size)
+        self.head = ValueHead(
+            hidden_size, config.head_hidden_size or hidden_size, config.head_activation, bias=config.head_bias
+        )
         self.processor: Any = None
+        self.model_card: str | None = None
         self._no_split_modules = getattr(self.backbone, "_no_split_modules", None)
         # The parts initialise themselves and a given backbone is trained: nothing is drawn again. On the meta device
         # (from_pretrained) transformers has to fill buffers that are not saved, such as rotary frequencies.
-        if self.readouts.summary.device.type != "meta":
+        if self.head.dense.weight.device.type != "meta":
             for module in self.modules():
                 module._is_hf_initialized = True
         self.post_init()
@@ -144,32 +114,39 @@ class MultiResponseRewardModel(PreTrainedModel):
         backbone: str | Path | PreTrainedModel,
         *,
         layout: str = "set",
+        template: str = TEMPLATE,
         processor: Any = None,
         head_hidden_size: int | None = None,
         head_activation: str = "silu",
-        score_scale: float = 1.0,
+        score_scale: float | None = None,
         **load_options: Any,
     ) -> MultiResponseRewardModel:
         """Put a new value head and new readout vectors on a pretrained language or vision-language model.
+
+        With a template of the paper's format, responses are separated by a real token instead of readout vectors. If
+        the tokenizer lacks it, a copy of the processor gets it, and the backbone's embedding is resized in place; the
+        new row is the mean of the others. LoRA leaves that row frozen unless `trainable_token_indices` names it.
 
         Args:
             backbone: hub id, local folder, or a loaded model (its weights are then shared with it, not copied; a
                 language-model head is left aside).
             layout: `causal`, `isolated` or `set`.
+            template: `chat`; or with layout `causal` `mr2rm-assistant` or `mr2rm-user`.
             processor: the processor or tokenizer; None loads it from the same place.
             head_hidden_size: width of the value head's hidden layer; None for the backbone's width.
-            head_activation: a name of transformers' `ACT2FN`.
-            score_scale: factor on the head's output.
+            head_activation: `selu` or a name of transformers' `ACT2FN`.
+            score_scale: factor on the head's output; None for 1, or for 1 / sqrt(width) with the paper's templates.
             **load_options: passed on to transformers' `from_pretrained` (`dtype`, `attn_implementation`, `revision`).
 
         Returns:
             A reward model with an untrained head, in evaluation mode.
 
         Raises:
-            ConfigurationError: a loaded model without a processor; unknown layout.
+            ConfigurationError: a loaded model without a processor; unknown layout or template, or one that does not go
+                with the other.
             BackendError: the attention backend cannot express the layout.
         """
-        check_layout(layout)
+        check_template(template, check_layout(layout))
         if isinstance(backbone, PreTrainedModel):
             if processor is None:
                 raise ConfigurationError("a loaded backbone comes without its processor; pass processor=...")
@@ -178,20 +155,28 @@ class MultiResponseRewardModel(PreTrainedModel):
             name = str(backbone)
             base = AutoModel.from_pretrained(name, **load_options)
             processor = processor if processor is not None else load_processor(name, load_options.get("revision"))
+        joined = template in JOINED_TEMPLATES
+        if joined:
+            processor = with_separator(base, processor)
+        if score_scale is None:
+            score_scale = paper_score_scale(base.config.get_text_config().hidden_size) if joined else 1.0
         config = cls.config_class(
             backbone_config=base.config,
             layout=layout,
             head_hidden_size=head_hidden_size,
             head_activation=head_activation,
+            head_bias=joined,
             score_scale=score_scale,
-            template_hash=template_hash(processor),
+            template=template,
+            template_hash=template_hash(processor, template),
             backbone_name_or_path=name,
             backbone_revision=getattr(base.config, "_commit_hash", None),
             # A new configuration would reset the choice in the backbone's.
             attn_implementation=base.config.get_text_config()._attn_implementation,
         )
         model = cls(config, backbone=base)
-        model.readouts.initialise_from(base.get_input_embeddings().weight)
+        if model.readouts is not None:
+            model.readouts.initialise_from(base.get_input_embeddings())
         model.to(base.device)
         model.processor = processor
         return model.eval()
@@ -201,53 +186,133 @@ class MultiResponseRewardModel(PreTrainedModel):
         """Load a reward model with its processor; nothing is filled in with random weights.
 
         Args:
-            pretrained_model_name_or_path: folder or hub id written by `save_pretrained`.
+            pretrained_model_name_or_path: folder or hub id written by `save_pretrained`; or a LoRA checkpoint of
+                `RewardTrainer`, which is merged into its backbone; or a checkpoint in the public format of the paper.
             *args: as transformers' `from_pretrained`.
-            **kwargs: as transformers' `from_pretrained` (`dtype`, `attn_implementation`, `revision`, `device_map`).
+            **kwargs: as transformers' `from_pretrained` (`dtype`, `attn_implementation`, `revision`, `device_map`);
+                for the paper's format also `template`, `mr2rm-assistant` (default, how it trains) or `mr2rm-user`
+                (how its README scores).
 
         Returns:
             The model in evaluation mode; its value head is float32 whatever `dtype` is.
 
         Raises:
             CheckpointError: not a reward model, unknown configuration key, missing or unexpected weights, another
-                template than at training time.
+                template than at training time, a backbone that cannot be loaded.
+            ConfigurationError: `template` for a checkpoint that says itself which one it has.
         """
         name = str(pretrained_model_name_or_path)
         revision = kwargs.get("revision")
-        check_config_keys(name, revision, cls.config_class)
         wants_info = kwargs.pop("output_loading_info", False)
-        try:
-            # Mismatched shapes are let through here and refused below, with the keys.
-            options = {"use_safetensors": True, **kwargs, "ignore_mismatched_sizes": True}
-            model, info = super().from_pretrained(name, *args, **options, output_loading_info=True)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{name}: no safetensors weights could be read ({error})") from error
-        check_loading_info(name, info)
-        for parameter in model.parameters():
-            # Weights read from a file lie wherever its header ends, and the CPU's kernels sum in another order when
-            # they are not aligned. Fresh memory is, and so scores stay equal bit for bit over saving and loading.
-            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-                parameter.data = parameter.data.clone()
-        model.processor = load_processor(name, revision)
-        found = template_hash(model.processor)
-        if found != model.config.template_hash:
-            raise CheckpointError(
-                f"{name}: trained with template hash {model.config.template_hash}, this processor and release give "
-                f"{found}; restore the chat template the model was trained with, or train again with the new one"
-            )
+        template = kwargs.pop("template", None)
+        info: dict[str, Any] = {}
+        if is_paper_format(name, revision):
+            model = cls._from_paper_format(name, template or JOINED_TEMPLATES[0], kwargs)
+        else:
+            check_config_keys(name, revision, cls.config_class)
+            if template is not None:
+                raise ConfigurationError(
+                    f"{name}: got template={template!r}, but the checkpoint says which one it has; leave it out"
+                )
+            if is_lora(name, revision):
+                model = cls._from_lora(name, kwargs)
+            else:
+                try:
+                    # Mismatched shapes are let through here and refused below, with the keys.
+                    options = {"use_safetensors": True, **kwargs, "ignore_mismatched_sizes": True}
+                    model, info = super().from_pretrained(name, *args, **options, output_loading_info=True)
+                except (OSError, SafetensorError) as error:
+                    raise CheckpointError(f"{name}: no safetensors weights could be read ({error})") from error
+                check_loading_info(name, info)
+                align_weights(model)
+                model.processor = load_processor(name, revision)
+                model.model_card = read_card(name, revision)
+            found = template_hash(model.processor, model.config.template)
+            check_template_hash(name, model.config.template_hash, found)
         return (model, info) if wants_info else model
 
+    @classmethod
+    def _from_paper_format(cls, name: str, template: str, options: dict[str, Any]) -> MultiResponseRewardModel:
+        if template not in JOINED_TEMPLATES:
+            raise ConfigurationError(f"{name}: got template={template!r}, expected {' or '.join(JOINED_TEMPLATES)}")
+        revision = options.get("revision")
+        backbone = load_backbone(name, **options)
+        processor = trained_separator(name, backbone, load_processor(name, revision))
+        settings, weights = read_head(name, backbone.config.get_text_config().hidden_size, revision)
+        model = cls.from_backbone(backbone, layout="causal", template=template, processor=processor, **settings)
+        model.head.load_state_dict(weights)
+        return model
+
+    @classmethod
+    def _from_lora(cls, name: str, options: dict[str, Any]) -> MultiResponseRewardModel:
+        adapter_revision = options.pop("revision", None)
+        config = cls.config_class.from_pretrained(name, revision=adapter_revision)
+        source, revision = config.backbone_name_or_path, config.backbone_revision
+        if source is None:
+            raise CheckpointError(
+                f"{name}: holds a LoRA adapter, but its configuration does not say which backbone it belongs to; put "
+                "the folder or hub id into backbone_name_or_path of its config.json"
+            )
+        backbone = load_backbone(source, revision=revision, **options)
+        if backbone.config.model_type != config.backbone_config.model_type:
+            raise CheckpointError(
+                f"{source}: holds a {backbone.config.model_type!r} backbone, but {name} was trained on a "
+                f"{config.backbone_config.model_type!r} one; correct backbone_name_or_path in its config.json"
+            )
+        if config.template in JOINED_TEMPLATES:
+            with_separator(backbone, load_processor(source, revision))
+        # As in from_backbone: the backend is chosen at loading.
+        config.backbone_config = backbone.config
+        config._attn_implementation = backbone.config.get_text_config()._attn_implementation
+        model = cls(config, backbone=backbone).to(backbone.device)
+        model = merge_lora(model, name, adapter_revision)
+        align_weights(model)
+        model.processor = load_processor(name, adapter_revision)
+        return model.eval()
+
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Write a self-contained folder: configuration, safetensors weights, processor.
+        """Write a self-contained folder: configuration, safetensors weights, processor, model card.
 
         Args:
             save_directory: the folder.
             *args: as transformers' `save_pretrained`.
-            **kwargs: as transformers' `save_pretrained`.
+            **kwargs: as transformers' `save_pretrained`, without `push_to_hub` (there is a method for it).
         """
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.processor is not None:
             self.processor.save_pretrained(save_directory)
+        card = Path(save_directory, CARD_FILE)
+        if kwargs.get("is_main_process", True):
+            if self.model_card is not None:
+                card.write_text(self.model_card)
+            elif not card.exists():
+                write_model_card(save_directory)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes; the card's snippet then names the repository.
+
+        transformers would upload a card of its own, or keep the one of an earlier model.
+
+        Args:
+            repo_id: of the hub repository, made if it does not exist.
+            **options: `private` and `token`, and those of `HfApi.upload_folder` (`commit_message`, `revision`,
+                `create_pr`).
+
+        Returns:
+            The address of the commit.
+        """
+        api = HfApi(token=options.pop("token", None))
+        repo_id = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            name_in_card(folder, repo_id)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+
+    def train(self, mode: bool = True) -> MultiResponseRewardModel:
+        """As `nn.Module.train`; a model that is trained on is no longer the one that its card describes."""
+        if mode:
+            self.model_card = None
+        return super().train(mode)
 
     @property
     def attention_backend(self) -> str | None:
@@ -312,7 +377,9 @@ class MultiResponseRewardModel(PreTrainedModel):
                 f"forward got unknown arguments {sorted(unknown)}; "
                 f"this backbone takes the media tensors {self.adapter.media_keys}"
             )
-        inputs_embeds = self.readouts(self.get_input_embeddings()(input_ids), kinds)
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        if self.readouts is not None:
+            inputs_embeds = self.readouts(inputs_embeds, kinds)
         hidden = self.backbone(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask(
@@ -330,16 +397,3 @@ class MultiResponseRewardModel(PreTrainedModel):
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
         scores = self.head(hidden[rows, score_sites]) * self.config.score_scale
         return RewardOutput(scores=scores.masked_fill(~response_mask, 0.0))
-
-
-def _check_layers(config: MultiResponseRewardConfig) -> None:
-    """Refuse layers through which responses would leak into each other whatever the mask says."""
-    layers = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _ISOLATING_LAYERS
-    if layers and config.layout != "causal":
-        raise BackendError(
-            f"the backbone has layers of type {', '.join(sorted(layers))}, which layout {config.layout!r} cannot "
-            "isolate; use layout='causal' or a backbone with attention layers only"
-        )
-
-
-AutoConfig.register(MultiResponseRewardConfig.model_type, MultiResponseRewardConfig)

@@ -13,7 +13,7 @@ from mr_reward.backbones import check_media, merge_media
 from mr_reward.errors import ConfigurationError, OverLengthError
 from mr_reward.groups import ResponseGroup
 from mr_reward.layouts import PADDING_SEGMENT, check_layout, plan_row, readout_kinds
-from mr_reward.rendering import RenderedGroup, Renderer
+from mr_reward.rendering import RenderedGroup, Renderer, check_template
 
 __all__ = ["OVER_LENGTH_POLICIES", "PackedBatch", "PackedRow", "Packer", "collate", "plan_batches"]
 
@@ -100,7 +100,7 @@ class Packer:
             longest responses. Neither the prompt nor its media are ever cut.
 
     Raises:
-        ConfigurationError: unknown layout or policy, a budget below 1.
+        ConfigurationError: unknown layout or policy, a layout that the template does not go with, a budget below 1.
 
     Example:
         >>> packer = Packer(Renderer(processor), layout="set", max_tokens=4096)  # doctest: +SKIP
@@ -122,8 +122,9 @@ class Packer:
             )
         if max_tokens < 1:
             raise ConfigurationError(f"the token budget is {max_tokens}, expected at least 1")
-        self.renderer = renderer
         self.layout = check_layout(layout)
+        check_template(renderer.template, layout)
+        self.renderer = renderer
         self.max_tokens = max_tokens
         self.context_tokens = context_tokens
         self.over_length = over_length
@@ -159,25 +160,33 @@ class Packer:
         """
         check_media(rendered.media, name)
         lengths = [len(ids) for ids in rendered.response_ids]
+        fixed = self._fixed_lengths(rendered)
         prompt_length = len(rendered.prompt_ids)
-        kept = self._fit(prompt_length, lengths)
+        kept = self._fit(prompt_length, lengths, fixed)
         if kept != lengths:
             if self.over_length == "drop_group":
                 return None
             if self.over_length == "error" or kept is None:
+                if rendered.framing is not None:
+                    prompt_length += sum(fixed)
                 raise OverLengthError(self._explain(name, prompt_length, lengths))
         return self._build_row(rendered, lengths, kept or lengths)
 
-    def _fit(self, prompt_length: int, lengths: list[int]) -> list[int] | None:
+    def _fixed_lengths(self, rendered: RenderedGroup) -> list[int]:
+        """Tokens beside each response that are never cut: readout tokens or the template's framing."""
+        if rendered.framing is None:
+            return [len(readout_kinds(self.layout))] * len(rendered.response_ids)
+        return [len(before) + len(after) for before, after in rendered.framing]
+
+    def _fit(self, prompt_length: int, lengths: list[int], fixed: list[int]) -> list[int] | None:
         """The lengths to keep: the longest responses are cut to one common length. None if even 0 does not fit."""
-        readouts = len(readout_kinds(self.layout))
-        free = self.max_tokens - prompt_length - readouts * len(lengths)
+        free = self.max_tokens - prompt_length - sum(fixed)
         limit = max(lengths)
         if self.context_tokens is not None:
             if self.layout == "causal":
-                free = min(free, self.context_tokens - prompt_length - readouts * len(lengths))
+                free = min(free, self.context_tokens - prompt_length - sum(fixed))
             else:
-                limit = min(limit, self.context_tokens - prompt_length - readouts)
+                limit = min(limit, self.context_tokens - prompt_length - max(fixed))
         if free < 0 or limit < 0:
             return None
         # Water filling: short responses keep everything, the room that is left is shared by the longer ones.
@@ -198,11 +207,15 @@ class Packer:
         )
 
     def _build_row(self, rendered: RenderedGroup, lengths: list[int], kept: list[int]) -> PackedRow:
-        plan = plan_row(self.layout, len(rendered.prompt_ids), kept)
+        framing = rendered.framing
+        sizes = None if framing is None else [(len(before), len(after)) for before, after in framing]
+        plan = plan_row(self.layout, len(rendered.prompt_ids), kept, sizes)
         input_ids = torch.zeros_like(plan.segments)
         input_ids[: len(rendered.prompt_ids)] = rendered.prompt_ids
-        for (start, end), ids in zip(plan.spans, rendered.response_ids, strict=True):
-            input_ids[start:end] = torch.tensor(ids[: end - start], dtype=torch.long)
+        for i, ((start, end), ids) in enumerate(zip(plan.spans, rendered.response_ids, strict=True)):
+            before, after = ([], []) if framing is None else framing[i]
+            ids = [*before, *ids[: end - start], *after]
+            input_ids[start - len(before) : end + len(after)] = torch.tensor(ids, dtype=torch.long)
         return PackedRow(
             input_ids=input_ids,
             segments=plan.segments,

@@ -93,7 +93,7 @@ class GroupScorer:
         self.max_tokens_per_batch = max_tokens_per_batch
         self.num_orders = num_orders if model.config.layout == "causal" else 1
         self.packer = Packer(
-            Renderer(model.processor),
+            Renderer(model.processor, model.config.template),
             layout=model.config.layout,
             max_tokens=max_tokens_per_batch,
             context_tokens=model.context_tokens,

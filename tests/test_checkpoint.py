@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import pickle
-import random
 import shutil
 import subprocess
 import sys
@@ -17,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, LAYOUTS, assert_close, family, random_group, reward_model, score
+from tiny_models import LAYOUTS, assert_close, checkpoint_groups, family, reward_model, score
 
-from mr_reward import GroupScorer, MultiResponseRewardConfig, MultiResponseRewardModel, ResponseGroup
-from mr_reward.errors import BackendError, CheckpointError, ConfigurationError, MediaError
+from mr_reward import GroupScorer, MultiResponseRewardModel
+from mr_reward.errors import BackendError, CheckpointError, ConfigurationError
 
 NAMES = ("qwen3_vl", "molmo2", "llama")
 WEIGHTS = "model.safetensors"
@@ -38,12 +36,6 @@ for key, folder in json.loads(folders).items():
     scores[key] = [[value.hex() for value in row] for row in scorer.score(groups[key.split()[0]])]
 json.dump(scores, open(results, "w"))
 """
-
-
-def groups_for(name: str) -> list[ResponseGroup]:
-    rng = random.Random(11)
-    images = int(family(name).sees_images)
-    return [random_group(rng, 4, images=2 * images), random_group(rng, 2), random_group(rng, 3, images=images)]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +72,7 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
 
 
 def test_scores_of_a_new_process_are_equal_bit_for_bit(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
-    groups = {name: groups_for(name) for name in NAMES}
+    groups = {name: checkpoint_groups(name) for name in NAMES}
     fields = {
         name: [{"prompt": g.messages, "responses": g.responses, "images": g.images} for g in many]
         for name, many in groups.items()
@@ -132,7 +124,7 @@ def test_options_of_the_head_survive(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = MultiResponseRewardModel.from_pretrained(tmp_path)
     assert loaded.head.dense.weight.shape == (24, 64)
-    groups = groups_for("llama")
+    groups = checkpoint_groups("llama")
     for found, expected in zip(score(loaded, groups), score(model, groups), strict=True):
         assert torch.equal(found, expected)
     # The scale is a factor of the score and not of something before the activation.
@@ -146,7 +138,7 @@ def test_sharded_weights_load(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = MultiResponseRewardModel.from_pretrained(tmp_path)
-    groups = groups_for("llama")
+    groups = checkpoint_groups("llama")
     for found, expected in zip(score(loaded, groups), score(model, groups), strict=True):
         assert torch.equal(found, expected)
 
@@ -160,7 +152,7 @@ def test_bf16_keeps_the_head_in_float32(folders: dict[tuple[str, str], Path], na
     exact = reward_model(name, layout)
     for key, value in exact.head.state_dict().items():
         assert torch.equal(loaded.head.state_dict()[key], value), f"{key} went through bfloat16"
-    groups = groups_for(name)
+    groups = checkpoint_groups(name)
     for found, expected in zip(score(loaded, groups), score(exact, groups), strict=True):
         assert found.dtype == torch.float32 and found.isfinite().all()
         # 8 bits of mantissa, a few layers: the scores (spread 0.1 to 1) stay in the neighbourhood.
@@ -176,16 +168,16 @@ def test_a_bf16_backbone_is_saved_and_loaded_as_such(tmp_path: Path) -> None:
         assert torch.equal(loaded.backbone.state_dict()[key], value)
     for key, value in model.head.state_dict().items():
         assert torch.equal(loaded.head.state_dict()[key], value)
-    assert GroupScorer(loaded).score(groups_for("llama")) == GroupScorer(
+    assert GroupScorer(loaded).score(checkpoint_groups("llama")) == GroupScorer(
         MultiResponseRewardModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    ).score(groups_for("llama"))
+    ).score(checkpoint_groups("llama"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_backend_is_chosen_at_loading(folders: dict[tuple[str, str], Path], name: str) -> None:
     loaded = MultiResponseRewardModel.from_pretrained(folders[name, "set"], attn_implementation="eager")
     assert loaded.attention_backend == "eager"
-    groups = groups_for(name)
+    groups = checkpoint_groups(name)
     for found, expected in zip(score(loaded, groups), score(reward_model(name, "set"), groups), strict=True):
         assert_close(found, expected, 1e-5)  # rounding, see test_invariances
 
@@ -343,79 +335,3 @@ def test_missing_files_are_refused(copied: Path, tmp_path: Path) -> None:
 def test_broken_configuration_is_refused(copied: Path) -> None:
     (copied / "config.json").write_text('{"model_type": "multi_response')
     refuses(copied, "config.json")
-
-
-# --- from_backbone ---
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_from_backbone_does_not_change_the_backbone(name: str) -> None:
-    full = copy.deepcopy(family(name).full_model)
-    weights = {key: value.clone() for key, value in full.state_dict().items()}
-    config, backend = full.config.to_dict(), full.config.get_text_config()._attn_implementation
-    model = MultiResponseRewardModel.from_backbone(full, layout="set", processor=family(name).processor)
-    score(model, [random_group(random.Random(0), 2, images=int(family(name).sees_images))])
-    for key, value in full.state_dict().items():
-        assert torch.equal(value, weights[key]), key
-    assert full.config.to_dict() == config
-    assert full.config.get_text_config()._attn_implementation == backend == "sdpa"
-    assert model.backbone is full.base_model, "shared, not copied"
-    assert model.get_input_embeddings() is full.get_input_embeddings()
-    assert len(full.get_input_embeddings().weight) == len(weights[next(iter(k for k in weights if "embed_tok" in k))])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_from_backbone_folder_equals_loaded_model(name: str, tmp_path: Path) -> None:
-    members = family(name)
-    members.full_model.save_pretrained(tmp_path)
-    members.processor.save_pretrained(tmp_path)
-    torch.manual_seed(3)
-    from_model = MultiResponseRewardModel.from_backbone(
-        members.full_model, layout="isolated", processor=members.processor
-    )
-    torch.manual_seed(3)
-    from_folder = MultiResponseRewardModel.from_backbone(tmp_path, layout="isolated")
-    torch.manual_seed(4)
-    other_seed = MultiResponseRewardModel.from_backbone(str(tmp_path), layout="isolated")
-    assert from_folder.config.template_hash == from_model.config.template_hash
-    assert from_folder.config.backbone_name_or_path == str(tmp_path)
-    assert not from_folder.training and not from_model.training
-    found = {key: value for key, value in from_folder.state_dict().items()}
-    assert found.keys() == from_model.state_dict().keys()
-    for key, value in from_model.state_dict().items():
-        assert torch.equal(found[key], value), key
-    assert not torch.equal(other_seed.head.out.weight, from_model.head.out.weight)
-    groups = groups_for(name)
-    for one, other in zip(score(from_folder, groups), score(from_model, groups), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_readout_vectors_start_near_the_embeddings() -> None:
-    model = reward_model("qwen3_vl")
-    embedding = model.get_input_embeddings().weight
-    for vector in (model.readouts.summary, model.readouts.comparison):
-        # The mean embedding plus noise of half its spread.
-        assert 0.2 < (vector - embedding.mean(0)).std() / embedding.std() < 0.8
-    assert not torch.equal(model.readouts.summary, model.readouts.comparison)
-
-
-def test_wrong_options_of_from_backbone_are_refused() -> None:
-    members = family("llama")
-    with pytest.raises(ConfigurationError, match="unknown layout 'ring', expected one of causal, isolated, set"):
-        MultiResponseRewardModel.from_backbone(members.full_model, layout="ring", processor=members.processor)
-    with pytest.raises(ConfigurationError, match="pass processor"):
-        MultiResponseRewardModel.from_backbone(members.full_model)
-    with pytest.raises(ConfigurationError, match="unknown head activation 'sine'"):
-        MultiResponseRewardModel.from_backbone(members.full_model, processor=members.processor, head_activation="sine")
-    with pytest.raises(ConfigurationError, match="backbone_config is missing"):
-        MultiResponseRewardModel(MultiResponseRewardConfig())
-    # A copy: transformers resets the attention backend in a sub-configuration that a new configuration takes in.
-    config = MultiResponseRewardConfig(backbone_config=copy.deepcopy(members.full_model.config), template="alpaca")
-    with pytest.raises(ConfigurationError, match="unknown template 'alpaca'"):
-        MultiResponseRewardModel(config)
-
-
-def test_images_for_a_text_only_backbone_are_refused() -> None:
-    group = random_group(random.Random(0), 2, images=1, id="seen")
-    with pytest.raises(MediaError, match="'seen'.*text-only"):
-        GroupScorer(reward_model("llama")).score([group])

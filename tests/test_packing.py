@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tiny_models import LAYOUTS, family, random_group
 from mr_reward import ResponseGroup
 from mr_reward.errors import ConfigurationError, OverLengthError
 from mr_reward.packing import OVER_LENGTH_POLICIES, PackedRow, Packer, collate, plan_batches
-from mr_reward.rendering import RenderedGroup, Renderer
+from mr_reward.rendering import TEMPLATE, RenderedGroup, Renderer
 
 READOUTS = {"causal": 1, "isolated": 1, "set": 2}
 
@@ -30,7 +31,7 @@ def rendered(prompt: int, lengths: list[int]) -> RenderedGroup:
 
 
 def packer(layout: str, max_tokens: int, context: int | None = None, policy: str = "truncate_responses") -> Packer:
-    renderer: Any = None  # `lay_out` takes rendered groups
+    renderer: Any = SimpleNamespace(template=TEMPLATE)  # `lay_out` takes rendered groups
     return Packer(renderer, layout=layout, max_tokens=max_tokens, context_tokens=context, over_length=policy)
 
 

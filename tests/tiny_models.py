@@ -169,6 +169,13 @@ def random_group(
     )
 
 
+def checkpoint_groups(name: str) -> list[ResponseGroup]:
+    """Groups of several sizes, with images if the family sees them; the same at every call."""
+    rng = random.Random(11)
+    images = int(family(name).sees_images)
+    return [random_group(rng, 4, images=2 * images), random_group(rng, 2), random_group(rng, 3, images=images)]
+
+
 def mixed_batch(rng: random.Random, n: int, images: int, videos: int) -> list[ResponseGroup]:
     """The group of interest between a short text-only one and a longer one of another size and with other media."""
     return [
@@ -179,7 +186,8 @@ def mixed_batch(rng: random.Random, n: int, images: int, videos: int) -> list[Re
 
 
 def pack(model: MultiResponseRewardModel, group: ResponseGroup) -> PackedRow:
-    row = Packer(Renderer(model.processor), layout=model.config.layout, max_tokens=1_000_000).pack(group)
+    renderer = Renderer(model.processor, model.config.template)
+    row = Packer(renderer, layout=model.config.layout, max_tokens=1_000_000).pack(group)
     assert row is not None
     return row
 

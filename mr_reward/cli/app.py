@@ -6,6 +6,7 @@ import sys
 import typer
 from rich.console import Console
 
+from mr_reward.cli.checkpoints import card, export, merge
 from mr_reward.cli.data import data
 from mr_reward.errors import MRRewardError
 
@@ -18,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data, name="data")
+for command in (merge, export, card):
+    app.command()(command)
 
 
 def main() -> None:
@@ -26,5 +29,5 @@ def main() -> None:
     try:
         app()
     except MRRewardError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}", markup=True, highlight=False)
+        Console(stderr=True, soft_wrap=True).print("error:", error, style="red", markup=False, highlight=False)
         sys.exit(1)

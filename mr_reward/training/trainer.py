@@ -28,6 +28,7 @@ from mr_reward.training.collator import GroupCollator
 from mr_reward.training.data import EvaluationGroups, TrainingGroups, check_groups
 from mr_reward.training.evaluation import evaluation_metrics
 from mr_reward.training.resume import last_complete_checkpoint
+from mr_reward.training.saving import check_can_save, save_whole_model
 
 __all__ = ["RewardTrainer"]
 
@@ -75,7 +76,7 @@ class RewardTrainer(Trainer):
         peft_config: LoraConfig | None = None,
         **options: Any,
     ) -> None:
-        renderer = Renderer(model.processor)
+        renderer = Renderer(model.processor, model.config.template)
         packer, eval_packer = (
             Packer(
                 renderer,
@@ -131,6 +132,7 @@ class RewardTrainer(Trainer):
             processing_class=model.processor,
             **options,
         )
+        check_can_save(self.accelerator)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """Train, from the start or from a checkpoint.
@@ -245,13 +247,12 @@ class RewardTrainer(Trainer):
         """Write a folder that `MultiResponseRewardModel.from_pretrained` loads; LoRA is merged into the backbone.
 
         Args:
-            folder: where to. Training cannot go on after a merge.
+            folder: where to. Every rank has to call this, one of them writes.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel):
-            model = model.merge_and_unload()
+        # DeepSpeed ZeRO-3 collects the parts of all ranks here, on the CPU of the one that writes.
+        weights = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save:
-            model.save_pretrained(folder)
+            save_whole_model(self.accelerator.unwrap_model(self.model), weights, folder)
 
 
 def _with_lora(model: MultiResponseRewardModel, config: LoraConfig) -> nn.Module:

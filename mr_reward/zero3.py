@@ -1,0 +1,64 @@
+"""DeepSpeed ZeRO-3 keeps a part of every weight on each rank: how to get at whole ones, and how to stay out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from torch import nn
+from transformers.integrations import deepspeed as hf_deepspeed
+
+__all__ = ["outside_zero3", "whole_weights"]
+
+
+def whole_weights(module: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block the weights of a module are whole on every rank; what rank 0 has changed is kept.
+
+    Without ZeRO-3 this does nothing. With it every rank has to take part, and every rank needs room for the weights.
+
+    Args:
+        module: any part of a model.
+
+    Returns:
+        A context manager.
+
+    Example:
+        >>> embedding = nn.Embedding(3, 2)
+        >>> with whole_weights(embedding):
+        ...     embedding.weight.shape
+        torch.Size([3, 2])
+    """
+    parameters = list(module.parameters())
+    # DeepSpeed's mark on a weight that it has partitioned.
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+@contextmanager
+def outside_zero3() -> Iterator[None]:
+    """Hide the process's DeepSpeed config from transformers for the time of the block.
+
+    While a ZeRO-3 config is alive, every model that is built or loaded is partitioned over the ranks, also one that is
+    meant for this rank only. The often advised `set_zero3_state` is worse: random weights on every rank but 0, and no
+    error. Here transformers forgets the config and gets it back at the end; the whole model has to be built inside.
+    Without a DeepSpeed config this does nothing.
+
+    Example:
+        >>> with outside_zero3():
+        ...     hf_deepspeed.is_deepspeed_zero3_enabled()
+        False
+    """
+    # transformers offers set and unset but no get; the strong reference keeps the config alive while it is hidden
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
+    if config is None:
+        yield
+        return
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed.set_hf_deepspeed_config(config)

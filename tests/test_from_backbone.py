@@ -1,0 +1,87 @@
+"""A reward model on a given backbone: shared and unchanged, from memory or a folder, with a new head."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, checkpoint_groups, family, random_group, reward_model, score
+
+from mr_reward import GroupScorer, MultiResponseRewardConfig, MultiResponseRewardModel
+from mr_reward.errors import ConfigurationError, MediaError
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_from_backbone_does_not_change_the_backbone(name: str) -> None:
+    full = copy.deepcopy(family(name).full_model)
+    weights = {key: value.clone() for key, value in full.state_dict().items()}
+    config, backend = full.config.to_dict(), full.config.get_text_config()._attn_implementation
+    model = MultiResponseRewardModel.from_backbone(full, layout="set", processor=family(name).processor)
+    score(model, [random_group(random.Random(0), 2, images=int(family(name).sees_images))])
+    for key, value in full.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+    assert full.config.to_dict() == config
+    assert full.config.get_text_config()._attn_implementation == backend == "sdpa"
+    assert model.backbone is full.base_model, "shared, not copied"
+    assert model.get_input_embeddings() is full.get_input_embeddings()
+    assert len(full.get_input_embeddings().weight) == len(weights[next(iter(k for k in weights if "embed_tok" in k))])
+
+
+@pytest.mark.parametrize("name", ("qwen3_vl", "molmo2", "llama"))
+def test_from_backbone_folder_equals_loaded_model(name: str, tmp_path: Path) -> None:
+    members = family(name)
+    members.full_model.save_pretrained(tmp_path)
+    members.processor.save_pretrained(tmp_path)
+    torch.manual_seed(3)
+    from_model = MultiResponseRewardModel.from_backbone(
+        members.full_model, layout="isolated", processor=members.processor
+    )
+    torch.manual_seed(3)
+    from_folder = MultiResponseRewardModel.from_backbone(tmp_path, layout="isolated")
+    torch.manual_seed(4)
+    other_seed = MultiResponseRewardModel.from_backbone(str(tmp_path), layout="isolated")
+    assert from_folder.config.template_hash == from_model.config.template_hash
+    assert from_folder.config.backbone_name_or_path == str(tmp_path)
+    assert not from_folder.training and not from_model.training
+    found = {key: value for key, value in from_folder.state_dict().items()}
+    assert found.keys() == from_model.state_dict().keys()
+    for key, value in from_model.state_dict().items():
+        assert torch.equal(found[key], value), key
+    assert not torch.equal(other_seed.head.out.weight, from_model.head.out.weight)
+    groups = checkpoint_groups(name)
+    for one, other in zip(score(from_folder, groups), score(from_model, groups), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_readout_vectors_start_near_the_embeddings() -> None:
+    model = reward_model("qwen3_vl")
+    embedding = model.get_input_embeddings().weight
+    for vector in (model.readouts.summary, model.readouts.comparison):
+        # The mean embedding plus noise of half its spread.
+        assert 0.2 < (vector - embedding.mean(0)).std() / embedding.std() < 0.8
+    assert not torch.equal(model.readouts.summary, model.readouts.comparison)
+
+
+def test_wrong_options_of_from_backbone_are_refused() -> None:
+    members = family("llama")
+    with pytest.raises(ConfigurationError, match="unknown layout 'ring', expected one of causal, isolated, set"):
+        MultiResponseRewardModel.from_backbone(members.full_model, layout="ring", processor=members.processor)
+    with pytest.raises(ConfigurationError, match="pass processor"):
+        MultiResponseRewardModel.from_backbone(members.full_model)
+    with pytest.raises(ConfigurationError, match="unknown head activation 'sine'"):
+        MultiResponseRewardModel.from_backbone(members.full_model, processor=members.processor, head_activation="sine")
+    with pytest.raises(ConfigurationError, match="backbone_config is missing"):
+        MultiResponseRewardModel(MultiResponseRewardConfig())
+    # A copy: transformers resets the attention backend in a sub-configuration that a new configuration takes in.
+    config = MultiResponseRewardConfig(backbone_config=copy.deepcopy(members.full_model.config), template="alpaca")
+    with pytest.raises(ConfigurationError, match="unknown template 'alpaca'"):
+        MultiResponseRewardModel(config)
+
+
+def test_images_for_a_text_only_backbone_are_refused() -> None:
+    group = random_group(random.Random(0), 2, images=1, id="seen")
+    with pytest.raises(MediaError, match="'seen'.*text-only"):
+        GroupScorer(reward_model("llama")).score([group])
