@@ -24,10 +24,10 @@ for command in (merge, export, card):
 
 
 def main() -> None:
-    """Entry point of `mr-reward`: an error of this package is one line and exit code 1, not a traceback."""
+    """Entry point of `mr-reward`: an error of this package or of a file is one line and exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         app()
-    except MRRewardError as error:
+    except (MRRewardError, OSError) as error:
         Console(stderr=True, soft_wrap=True).print("error:", error, style="red", markup=False, highlight=False)
         sys.exit(1)

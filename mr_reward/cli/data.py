@@ -2,123 +2,88 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mr_reward.errors import GroupError, MRRewardError
+from mr_reward.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from mr_reward.data.converters import Converter
-    from mr_reward.groups import ResponseGroup
+    from mr_reward.data.converters.conversion import BadRow
 
 __all__ = ["data"]
-
-logger = logging.getLogger(__name__)
 
 data = typer.Typer(help="Ranked groups: convert public data sets, look at them, clean them.", no_args_is_help=True)
 
 _SHOWN_BAD_ROWS = 20
+_TABLE_COLUMNS = 4  # more are not to be read on a screen
+
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count and list bad rows instead of stopping")]
 
 
 @data.command()
 def convert(
-    name: Annotated[str, typer.Argument(help="Data set, see the list below")],
-    source: Annotated[str, typer.Argument(help="A .jsonl, .json or .parquet file, or a hub id")],
+    name: Annotated[str, typer.Argument(help="Data set, see the list above")],
+    source: Annotated[str, typer.Argument(help="A .jsonl, .json or .parquet file, a folder of them, or a hub id")],
     out: Annotated[Path, typer.Argument(help="The .jsonl file to write; images go to a folder beside it")],
-    split: Annotated[str | None, typer.Option(help="Split, for a hub id")] = None,
-    config: Annotated[str | None, typer.Option(help="Configuration, for a hub id")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split, for a hub id; start of the files' names in a folder")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="Configuration, for a hub id; folder of the files")] = None,
     media: Annotated[Path | None, typer.Option(help="Folder that the rows' media paths count from")] = None,
     axis: Annotated[str | None, typer.Option(help="pku_saferlhf only: agree, better or safer")] = None,
-    limit: Annotated[int | None, typer.Option(help="Read the first rows only")] = None,
-    skip_bad: Annotated[bool, typer.Option(help="Count and list bad rows instead of stopping")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read the first rows only")] = None,
+    keep_order: Annotated[bool, typer.Option("--keep-order", help="Do not shuffle the responses of a group")] = False,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Turn a public data set into ranked groups.
 
     Data sets: mm_rlhf, llava_critic, rlaif_v, vlfeedback, povid, wildvision, tulu, skywork, nectar, pku_saferlhf.
 
+    Rows without a preference (ties, both bad) are counted and left out. A row that contradicts the published schema is
+    an error with its file, line and field.
+
     Example: mr-reward data convert nectar berkeley-nest/Nectar nectar.jsonl --limit 10000
     """
-    from mr_reward.data.converters import get_converter
+    from mr_reward.data.converters import Conversion, get_converter, read_rows
     from mr_reward.data.preferences import save_preferences
 
     converter = get_converter(name, axis=axis)
-    rows = _read_rows(source, config or converter.config, split or converter.split)
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    folder = media or (Path(source).parent if Path(source).is_file() else None)
-    skipped: Counter[str] = Counter()
-    bad: list[str] = []
-    groups = _converted(rows, converter, source, folder, skipped, bad if skip_bad else None)
-    count = save_preferences(tqdm(groups, desc=f"converting {name}", total=len(rows)), out)
-    table = Table("what", "rows", title=f"{name} -> {out}")
+    if not Path(source).exists():
+        split, config = split or converter.split, config or converter.config
+    rows = read_rows(source, split=split, config=config)
+    groups = Conversion(converter, rows, media_root=media, limit=limit, skip_bad=skip_bad, keep_order=keep_order)
+    count = save_preferences(tqdm(groups, desc=f"converting {name}", unit=" groups"), out)
+    table = Table("what", "rows", title=f"{name} -> {escape(str(out))}")
+    table.add_row("rows read", str(groups.num_rows))
     table.add_row("groups written", str(count))
-    for reason, number in skipped.most_common():
-        table.add_row(f"no preference: {reason}", str(number))
-    table.add_row("bad rows skipped", str(len(bad)))
+    for reason, number in groups.skipped.most_common():
+        table.add_row(f"no preference: {escape(reason)}", str(number))
+    table.add_row("bad rows skipped", str(len(groups.bad_rows)))
     console = Console()
     console.print(table)
-    for line in bad[:_SHOWN_BAD_ROWS]:
-        console.print(f"bad: {line}", markup=False, highlight=False, soft_wrap=True)
-    if len(bad) > _SHOWN_BAD_ROWS:
-        console.print(f"... and {len(bad) - _SHOWN_BAD_ROWS} more")
+    _list_bad_rows(groups.bad_rows, console)
     console.print(f"licence of the data: {converter.licence}")
 
 
-def _read_rows(source: str, config: str | None, split: str) -> Any:
-    """A `datasets.Dataset` of a local file or of the hub, images left encoded."""
-    import datasets
-
-    path = Path(source)
-    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if path.is_file() and path.suffix in kinds:
-        rows = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-    elif path.exists():
-        raise GroupError(f"{source}: expected a file that ends with {', '.join(kinds)}, or a hub id")
-    else:
-        rows = datasets.load_dataset(source, config, split=split)
-    for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-    return rows
-
-
-def _converted(
-    rows: Iterable[dict[str, Any]],
-    converter: Converter,
-    source: str,
-    folder: Path | None,
-    skipped: Counter[str],
-    bad: list[str] | None,
-) -> Iterator[ResponseGroup]:
-    """Groups of the good rows; a bad one is an error, or is noted if there is a list for it."""
-    from mr_reward.data.converters import SkippedRow
-    from mr_reward.data.preferences import resolve_media
-
-    to_group = converter.make(rows)
-    for number, row in enumerate(rows, start=1):
-        try:
-            group = to_group(row)
-            yield group if folder is None else resolve_media(group, folder)
-        except SkippedRow as reason:
-            skipped[str(reason)] += 1
-        except MRRewardError as error:
-            if bad is None:
-                raise GroupError(f"{source}, row {number}: {error}; --skip-bad leaves such rows out") from error
-            bad.append(f"row {number}: {error}")
+def _list_bad_rows(bad_rows: Sequence[BadRow], console: Console) -> None:
+    for row in bad_rows[:_SHOWN_BAD_ROWS]:
+        console.print(f"bad: {row.where}: {row.reason}", markup=False, highlight=False, soft_wrap=True)
+    if len(bad_rows) > _SHOWN_BAD_ROWS:
+        console.print(f"... and {len(bad_rows) - _SHOWN_BAD_ROWS} more")
 
 
 @data.command()
 def inspect(
     files: Annotated[list[Path], typer.Argument(help=".jsonl files of ranked groups")],
-    skip_bad: Annotated[bool, typer.Option(help="Count and list bad lines instead of stopping")] = False,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Show sizes, ties, lengths, modalities and where the best response stands, by source.
 
@@ -133,7 +98,8 @@ def inspect(
         entries = [inspect_groups(groups, path.name)]
         if len(sources) > 1:
             entries += [inspect_groups([g for g in groups if g.source == source], source) for source in sources]
-        Console().print(render_inspections(entries))
+        for start in range(0, len(entries), _TABLE_COLUMNS):
+            Console().print(render_inspections(entries[start : start + _TABLE_COLUMNS]))
 
 
 @data.command()
@@ -141,19 +107,34 @@ def decontaminate(
     train: Annotated[list[Path], typer.Argument(help=".jsonl files of training groups")],
     benchmark: Annotated[list[Path], typer.Option(help=".jsonl file of a benchmark, can be repeated")],
     out: Annotated[Path, typer.Option(help="The .jsonl file of clean groups to write")],
+    report: Annotated[Path | None, typer.Option(help="JSON file: each removed group and what it met")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Templates and stock phrases count too")] = False,
+    skip_bad: SkipBad = False,
 ) -> None:
-    """Remove training groups that share a picture, a prompt or a long response with a benchmark.
+    """Remove training groups that share an id, a picture, a prompt or a long response with a benchmark.
+
+    A prompt beside a picture counts if it is long and no template, a response if it is no stock phrase; --strict
+    counts them all. A group stands in the table below each benchmark and reason that it meets.
 
     Example: mr-reward data decontaminate train.jsonl --benchmark vl_rewardbench.jsonl --out clean.jsonl
     """
     from mr_reward.data.decontamination import decontaminate as remove
     from mr_reward.data.preferences import load_preferences, save_preferences
 
-    benchmarks = {path.stem: load_preferences(path) for path in benchmark}
-    groups = [group for path in train for group in load_preferences(path)]
-    result = remove(tqdm(groups, desc="comparing"), benchmarks)
-    count = save_preferences(result.kept, out)
-    table = Table("training source", "benchmark", "same", "groups removed", title=f"{count} of {len(groups)} kept")
-    for (source, name, reason), number in sorted(result.counts.items()):
-        table.add_row(source, name, reason, str(number))
+    if len({path.stem for path in benchmark}) < len(benchmark):
+        raise ConfigurationError(f"got benchmarks {[path.name for path in benchmark]}, expected different names")
+    benchmarks = {path.stem: load_preferences(path, skip_bad=skip_bad) for path in benchmark}
+    groups = [group for path in train for group in load_preferences(path, skip_bad=skip_bad)]
+    result = remove(groups, benchmarks, strict=strict, show_progress=True)
+    table = Table("training source", "benchmark", "same", "groups removed")
+    table.title = f"{len(result.kept)} of {len(groups)} kept"
+    for (source, name, reason), number in result.counts.items():
+        table.add_row(escape(source), escape(name), reason, str(number))
     Console().print(table)
+    if report is not None:
+        removed = [
+            {"id": removal.group.id, "source": removal.group.source, "matches": [[*i, r] for i, r in removal.matches]}
+            for removal in result.removed
+        ]
+        report.write_text(json.dumps(removed, indent=1) + "\n")
+    save_preferences(result.kept, out)

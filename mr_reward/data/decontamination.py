@@ -1,35 +1,74 @@
-"""Take training groups out that share a picture, a prompt or a response with a benchmark.
+"""Remove the training groups that share ids, prompts, media or responses with benchmarks.
 
-The paper's training mixture contains the sources of VL-RewardBench (POVID, RLAIF-V, WildVision, VLFeedback) and of
-MM-RLHF-RewardBench, so numbers on them mean little without this step.
+The paper's mixture holds the sources of two of its benchmarks: VL-RewardBench was built from POVID, RLAIF-V,
+WildVision and VLFeedback, and MM-RLHF-RewardBench shares ids and media with MM-RLHF.
+
+A training group is removed if one of these matches an item of a benchmark:
+
+- `id`: an id of a data set that VL-RewardBench quotes (`RLAIF-V-12`), or a path of MM-RLHF's media (`mcq/073712.png`);
+- `image`: the same picture, see `image_match`; `video`: the same for at least half of its frames (16 are looked at);
+- `prompt`: the same text up to case and white space. Text alone says little where an image or video belongs to it
+  ("Describe this image."), so that there it counts only if it is long (`MIN_PROMPT`) and no template (`STOCK_LIMIT`);
+- `response`: the same text of more than `MIN_RESPONSE` characters, unless it is a stock phrase: "I'm sorry, but I
+  can't help with that." is the answer to thousands of prompts and tells nothing about one.
+
+`strict` drops the conditions on templates and stock phrases, and the length of prompts.
 """
 
 from __future__ import annotations
 
-import hashlib
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
-from scipy.fft import dctn
+from tqdm.auto import tqdm
 
+from mr_reward.data.image_match import Fingerprint, ImageIndex, fingerprint
+from mr_reward.data.normalisation import normalised_text, prompt_text
+from mr_reward.errors import MediaError
 from mr_reward.groups import ResponseGroup
-from mr_reward.media import load_image
 
-__all__ = ["Decontamination", "decontaminate", "perceptual_hash"]
+__all__ = ["Decontamination", "Item", "Removal", "decontaminate"]
 
-# Prompts such as "Describe this image." are shared by thousands of unrelated rows; beside a picture only a longer one
-# says that two rows are the same question.
-_DISTINCTIVE_PROMPT = 40  # characters
-_DISTINCTIVE_RESPONSE = 40
-_HASH_BITS = 64
-_MAX_DISTANCE = 4  # bits; a picture re-encoded or resized stays within, other pictures are some 32 away
-# 64 bits in 5 bands: two hashes at most 4 bits apart agree in at least one whole band.
-_BANDS = np.array_split(np.arange(_HASH_BITS), _MAX_DISTANCE + 1)
+MIN_RESPONSE = 40  # characters, normalised
+MIN_PROMPT = 80
+STOCK_LIMIT = (
+    10  # training prompts (of a response) or groups (of a prompt); what more of them share is no trace of one
+)
+VIDEO_FRAMES = 16
+
+_QUOTED_ID = re.compile(r"(?:rlaif-v|rlhf-v|hallucination_pair|wildvision-battle|lrvinstruction|svit|jailbreak)[-_].+")
+_MM_RLHF_PATH = re.compile(r"(?:^|/)((?:mcq|long|short|safety|video)/\d{5,})(?=[./]|$)")
+
+
+class Item(NamedTuple):
+    """An item of a benchmark.
+
+    Args:
+        benchmark: its name.
+        id: the item's id, its number if it has none.
+    """
+
+    benchmark: str
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A training group that was removed.
+
+    Args:
+        group: the group.
+        matches: what it shares with what: (item, reason), sorted; the reason is `id`, `prompt`, `image`, `video` or
+            `response`.
+    """
+
+    group: ResponseGroup
+    matches: list[tuple[Item, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,31 +77,63 @@ class Decontamination:
 
     Args:
         kept: the clean groups, in their order.
-        removed: (group, benchmark, reason) of each removed group, by the first match.
+        removed: the others.
     """
 
     kept: list[ResponseGroup]
-    removed: list[tuple[ResponseGroup, str, str]]
+    removed: list[Removal]
 
     @property
-    def counts(self) -> Counter[tuple[str, str, str]]:
-        """(training source, benchmark, reason) -> removed groups."""
-        return Counter((group.source or "unknown", benchmark, reason) for group, benchmark, reason in self.removed)
+    def counts(self) -> dict[tuple[str, str, str], int]:
+        """(training source, benchmark, reason) -> removed groups, sorted; a group counts under each that it meets."""
+        found = Counter(
+            (removal.group.source or "unknown", benchmark, reason)
+            for removal in self.removed
+            for benchmark, reason in {(item.benchmark, reason) for item, reason in removal.matches}
+        )
+        return dict(sorted(found.items()))
+
+
+class _Index:
+    """Everything of the benchmarks that training groups are compared with."""
+
+    def __init__(self, benchmarks: Mapping[str, Sequence[ResponseGroup]], show_progress: bool) -> None:
+        self.ids: dict[str, set[Item]] = defaultdict(set)
+        self.prompts: dict[bytes, dict[Item, bool]] = defaultdict(dict)  # whether the item has media
+        self.responses: dict[bytes, set[Item]] = defaultdict(set)
+        self.images = ImageIndex()
+        self.frames = ImageIndex()
+        for name, groups in benchmarks.items():
+            for number, group in enumerate(tqdm(groups, desc=f"reading {name}", disable=not show_progress), start=1):
+                self._add(group, Item(name, group.id if group.id is not None else str(number)))
+
+    def _add(self, group: ResponseGroup, item: Item) -> None:
+        for name in _ids(group):
+            self.ids[name].add(item)
+        self.prompts[_prompt_key(group)][item] = _has_media(group)
+        for key in _response_keys(group):
+            self.responses[key].add(item)
+        for image in group.images:
+            self.images.add(_fingerprint(image, group), item)
+        for number, video in enumerate(group.videos):
+            for frame in _sampled(video):
+                self.frames.add(_fingerprint(frame, group), (item, number))
 
 
 def decontaminate(
-    groups: Iterable[ResponseGroup], benchmarks: Mapping[str, Sequence[ResponseGroup]]
+    groups: Sequence[ResponseGroup],
+    benchmarks: Mapping[str, Sequence[ResponseGroup]],
+    *,
+    strict: bool = False,
+    show_progress: bool = False,
 ) -> Decontamination:
-    """Remove training groups that meet a benchmark.
-
-    A group is removed for the first of these: `image`, the same picture (equal pixels, or a perceptual hash at most
-    4 of 64 bits away); `prompt`, the same text up to case, spacing and Unicode form, where a group with media counts
-    only if its prompt has at least 40 characters; `response`, an equal response of at least 40 characters. Videos are
-    compared by their first frame.
+    """Remove the training groups that meet a benchmark, by the rules at the head of this file.
 
     Args:
         groups: training groups.
         benchmarks: name -> the benchmark's groups.
+        strict: every equal prompt and long response counts.
+        show_progress: show bars.
 
     Returns:
         Kept and removed groups.
@@ -72,99 +143,105 @@ def decontaminate(
 
     Example:
         >>> clean = ResponseGroup(prompt="a", responses=["b", "c"], rankings=[1, 2])
-        >>> decontaminate([clean], {"bench": [ResponseGroup(prompt="A ", responses=["d", "e"])]}).removed[0][1:]
-        ('bench', 'prompt')
+        >>> bench = ResponseGroup(prompt="A ", responses=["d", "e"], id="1")
+        >>> decontaminate([clean], {"bench": [bench]}).counts
+        {('unknown', 'bench', 'prompt'): 1}
     """
-    indices = {name: _Index(items) for name, items in benchmarks.items()}
-    kept, removed = [], []
-    for group in groups:
-        match = next(
-            ((name, reason) for name, index in indices.items() if (reason := index.match(group)) is not None), None
-        )
-        if match is None:
-            kept.append(group)
+    index = _Index(benchmarks, show_progress)
+    stock: frozenset[bytes] = frozenset() if strict else _stock_texts(groups, index)
+    kept: list[ResponseGroup] = []
+    removed: list[Removal] = []
+    # Data sets show one picture in several groups; what it met, by path.
+    seen: dict[str, set[Any]] = {}
+    for group in tqdm(groups, desc="comparing", disable=not show_progress):
+        found = {*_text_matches(group, index, stock, strict), *_media_matches(group, index, seen)}
+        if found:
+            removed.append(Removal(group, sorted(found)))
         else:
-            removed.append((group, *match))
+            kept.append(group)
     return Decontamination(kept, removed)
 
 
-def perceptual_hash(image: Image.Image) -> np.ndarray:
-    """64 bits that re-encoding and resizing hardly change: signs of the low frequencies of the grey picture.
-
-    Args:
-        image: any picture.
-
-    Returns:
-        (64,) bool.
-    """
-    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
-    low = dctn(grey, norm="ortho")[:8, :8].flatten()
-    return low > np.median(low[1:])  # the first is the mean brightness
-
-
-class _Index:
-    """Look-ups over one benchmark."""
-
-    def __init__(self, groups: Sequence[ResponseGroup]) -> None:
-        self.prompts = {_normalise(_prompt_text(group)) for group in groups}
-        self.responses = {text for group in groups for text in _long_responses(group)}
-        self.pixels: set[str] = set()
-        self.bands: dict[tuple[int, bytes], list[np.ndarray]] = {}
-        for group in groups:
-            for image in _pictures(group):
-                self.pixels.add(_pixel_hash(image))
-                found = perceptual_hash(image)
-                for key in _band_keys(found):
-                    self.bands.setdefault(key, []).append(found)
-
-    def match(self, group: ResponseGroup) -> str | None:
-        """The first reason for which a group meets the benchmark."""
-        tests: dict[str, Callable[[ResponseGroup], bool]] = {
-            "image": self._shares_image,
-            "prompt": self._shares_prompt,
-            "response": lambda g: not self.responses.isdisjoint(_long_responses(g)),
-        }
-        return next((reason for reason, test in tests.items() if test(group)), None)
-
-    def _shares_prompt(self, group: ResponseGroup) -> bool:
-        prompt = _normalise(_prompt_text(group))
-        has_media = bool(group.images or group.videos)
-        return prompt in self.prompts and (not has_media or len(prompt) >= _DISTINCTIVE_PROMPT)
-
-    def _shares_image(self, group: ResponseGroup) -> bool:
-        if not self.pixels:
-            return False
-        for image in _pictures(group):
-            if _pixel_hash(image) in self.pixels:
-                return True
-            found = perceptual_hash(image)
-            candidates = [other for key in _band_keys(found) for other in self.bands.get(key, ())]
-            if any(np.count_nonzero(found != other) <= _MAX_DISTANCE for other in candidates):
-                return True
-        return False
+def _text_matches(
+    group: ResponseGroup, index: _Index, stock: frozenset[bytes], strict: bool
+) -> Iterator[tuple[Item, str]]:
+    yield from ((item, "id") for key in _ids(group) for item in index.ids.get(key, ()))
+    prompt = _prompt_key(group)
+    distinctive = strict or (prompt not in stock and len(normalised_text(prompt_text(group))) >= MIN_PROMPT)
+    for item, item_has_media in index.prompts.get(prompt, {}).items():
+        if distinctive or not (item_has_media or _has_media(group)):
+            yield item, "prompt"
+    for key in _response_keys(group):
+        if key not in stock:
+            yield from ((item, "response") for item in index.responses.get(key, ()))
 
 
-def _pictures(group: ResponseGroup) -> list[Image.Image]:
-    media: list[Any] = [*group.images, *(video[0] for video in group.videos)]
-    return [load_image(item) for item in media]
+def _media_matches(group: ResponseGroup, index: _Index, seen: dict[str, set[Any]]) -> Iterator[tuple[Item, str]]:
+    for image in group.images:
+        yield from ((item, "image") for item in _find(image, index.images, group, seen))
+    for video in group.videos:
+        frames = _sampled(video)
+        owners = Counter(owner for frame in frames for owner in _find(frame, index.frames, group, {}))
+        yield from ((item, "video") for (item, _), count in owners.items() if 2 * count >= len(frames))
 
 
-def _pixel_hash(image: Image.Image) -> str:
-    return hashlib.sha256(repr(image.size).encode() + image.convert("RGB").tobytes()).hexdigest()
+def _stock_texts(groups: Iterable[ResponseGroup], index: _Index) -> frozenset[bytes]:
+    """Texts of the benchmarks that too many training groups hold, or too many items, to be a trace of one."""
+    in_training: Counter[bytes] = Counter()
+    prompts_of: dict[bytes, set[bytes]] = defaultdict(set)
+    for group in groups:
+        prompt = _prompt_key(group)
+        if prompt in index.prompts:
+            in_training[prompt] += 1
+        for key in _response_keys(group):
+            if key in index.responses:
+                prompts_of[key].add(prompt)
+    sizes = [(key, len(items)) for key, items in index.prompts.items()]
+    sizes += [*in_training.items(), *((key, len(found)) for key, found in prompts_of.items())]
+    return frozenset(key for key, size in sizes if size > STOCK_LIMIT)
 
 
-def _band_keys(found: np.ndarray) -> list[tuple[int, bytes]]:
-    return [(number, found[band].tobytes()) for number, band in enumerate(_BANDS)]
+def _ids(group: ResponseGroup) -> set[str]:
+    """The names under which benchmarks and training data know the same row."""
+    found = {group.id.lower()} if group.id is not None and _QUOTED_ID.fullmatch(group.id.lower()) else set()
+    media = [*group.images, *(frame for video in group.videos for frame in video)]
+    paths = [Path(medium).as_posix() for medium in media if isinstance(medium, (str, Path))]
+    return found | {f"mm-rlhf {match[1]}" for path in paths if (match := _MM_RLHF_PATH.search(path))}
 
 
-def _long_responses(group: ResponseGroup) -> set[str]:
-    texts = {_normalise(response) for response in group.responses}
-    return {text for text in texts if len(text) >= _DISTINCTIVE_RESPONSE}
+def _prompt_key(group: ResponseGroup) -> bytes:
+    return sha256(b"prompt " + _encoded(normalised_text(prompt_text(group)))).digest()
 
 
-def _normalise(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+def _response_keys(group: ResponseGroup) -> set[bytes]:
+    texts = {normalised_text(response) for response in group.responses}
+    return {sha256(b"response " + _encoded(text)).digest() for text in texts if len(text) > MIN_RESPONSE}
 
 
-def _prompt_text(group: ResponseGroup) -> str:
-    return " ".join(block["text"] for turn in group.messages for block in turn["content"] if block["type"] == "text")
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # a response may hold a lone surrogate
+
+
+def _has_media(group: ResponseGroup) -> bool:
+    return bool(group.images or group.videos)
+
+
+def _find(image: Any, index: ImageIndex, group: ResponseGroup, seen: dict[str, set[Any]]) -> set[Any]:
+    if not isinstance(image, (str, Path)):
+        return set(index.find(_fingerprint(image, group)))
+    if str(image) not in seen:
+        seen[str(image)] = set(index.find(_fingerprint(image, group)))
+    return seen[str(image)]
+
+
+def _fingerprint(image: Any, group: ResponseGroup) -> Fingerprint:
+    try:
+        return fingerprint(image)
+    except MediaError as error:
+        raise MediaError(f"{group.name}: {error}") from error
+
+
+def _sampled(video: Sequence[Any]) -> list[Any]:
+    """At most `VIDEO_FRAMES` frames, evenly spread."""
+    count = min(len(video), VIDEO_FRAMES)
+    return [video[i * len(video) // count] for i in range(count)]

@@ -1,31 +1,29 @@
-"""Ranked groups in JSON Lines: one object per line with `prompt`, `responses`, `rankings` and optional media.
+"""Ranked groups in JSON Lines, read and written.
 
-It is the form of the paper's public data (`prompt, responses, rankings, image, video`), with several media per row.
+One object per line: `prompt` (text or chat messages), `responses`, `rankings` (1 = best, ties share a rank) and, where
+there are any, `images`, `videos`, `id` and `source`. The paper's public data (`prompt, responses, rankings, image,
+video`, arXiv 2604.10966) reads as it is.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from mr_reward.data.media_files import resolve_media, write_image
+from mr_reward.errors import GroupError, MRRewardError
+from mr_reward.groups import Message, ResponseGroup
 
-from mr_reward.errors import GroupError, MediaError, MRRewardError
-from mr_reward.groups import ResponseGroup
-from mr_reward.media import load_image
-
-__all__ = ["load_preferences", "resolve_media", "save_preferences"]
+__all__ = ["json_lines", "load_preferences", "save_preferences"]
 
 logger = logging.getLogger(__name__)
 
-_KEYS = {"prompt", "responses", "rankings", "image", "images", "video", "videos", "id", "source"}
-_FRAME_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"}
+_REQUIRED = ("prompt", "responses", "rankings")
+_KEYS = {*_REQUIRED, "image", "images", "video", "videos", "id", "source"}
 
 
 def load_preferences(path: str | Path, *, skip_bad: bool = False) -> list[ResponseGroup]:
@@ -33,15 +31,16 @@ def load_preferences(path: str | Path, *, skip_bad: bool = False) -> list[Respon
 
     Args:
         path: a `.jsonl` file. `image` is one path, `images` a list of paths; `video` is one video and `videos` a list,
-            a video being a folder of frames, in the order of their names, or a list of frame paths. Relative paths
-            count from the file's folder. Other keys are ignored.
+            a video being a folder of frames, in the order of the numbers in their names, or a list of frame paths, one
+            frame a second. Relative paths count from the file's folder. Other keys are ignored.
         skip_bad: leave out lines that are no valid group; they are listed in a warning, with their number.
 
     Returns:
         The groups in file order.
 
     Raises:
-        GroupError: a line that is no valid group (the message names file and line), or no group at all.
+        GroupError: a line that is no valid group or whose media do not exist (the message names file, line and field),
+            or no group at all.
 
     Example:
         >>> groups = load_preferences("train.jsonl")  # doctest: +SKIP
@@ -50,16 +49,15 @@ def load_preferences(path: str | Path, *, skip_bad: bool = False) -> list[Respon
     if not path.is_file():
         raise GroupError(f"{path}: is not a file; give a .jsonl file with one ranked group per line")
     groups, bad = [], []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                groups.append(_read_group(json.loads(line), path, number))
-            except (json.JSONDecodeError, MRRewardError) as error:
-                if not skip_bad:
-                    raise GroupError(f"{path}, line {number}: {error}") from error
-                bad.append(f"line {number}: {error}")
+    for number, row in json_lines(path):
+        try:
+            if isinstance(row, GroupError):
+                raise row
+            groups.append(resolve_media(_group(row, f"{path.name}:{number}"), path.parent))
+        except MRRewardError as error:
+            if not skip_bad:
+                raise GroupError(f"{path}, line {number}: {error}") from error
+            bad.append(f"line {number}: {error}")
     if bad:
         logger.warning("%s: skipped %d bad lines\n%s", path, len(bad), "\n".join(bad))
     if not groups:
@@ -68,116 +66,127 @@ def load_preferences(path: str | Path, *, skip_bad: bool = False) -> list[Respon
 
 
 def save_preferences(groups: Iterable[ResponseGroup], path: str | Path) -> int:
-    """Write groups so that `load_preferences` reads the same ones.
+    """Write ranked groups so that `load_preferences` reads equal ones.
 
-    Images in memory go to a folder beside the file, named by their content, so that a picture that many groups share
-    is written once. The file appears when it is whole.
+    Media that are paths stay where they are, relative to the file's folder. Embedded ones (bytes, PIL images) are
+    written beside the file, to `<name>_media/<sha256>.<type>`, so that a picture that many groups share is there once.
+    The file appears when it is whole.
 
     Args:
-        groups: groups.
-        path: of the `.jsonl` file.
+        groups: ranked groups; an iterator is read one group at a time.
+        path: the `.jsonl` file, replaced if it exists.
 
     Returns:
-        The number of groups written.
+        The number of groups.
 
     Raises:
-        MediaError: a medium that is no image, path or bytes.
+        GroupError: a group without rankings, or no group at all.
+        MediaError: a medium that is no image.
+
+    Example:
+        >>> save_preferences(groups, "train.jsonl")  # doctest: +SKIP
+        1234
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     count = 0
-    with partial.open("w", encoding="utf-8") as lines:
-        for group in groups:
-            row: dict[str, Any] = {
-                "id": group.id,
-                "source": group.source,
-                "prompt": group.messages,
-                "responses": list(group.responses),
-                "rankings": None if group.rankings is None else list(group.rankings),
-                "images": [_stored(image, path) for image in group.images],
-                "videos": [[_stored(frame, path) for frame in video] for video in group.videos],
-            }
-            lines.write(json.dumps({key: value for key, value in row.items() if value}) + "\n")
-            count += 1
-    partial.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as lines:
+            for group in groups:
+                # ASCII: a lone surrogate in a response would be no UTF-8.
+                lines.write(json.dumps(_row(group, path)) + "\n")
+                count += 1
+        if not count:
+            raise GroupError(f"{path}: there is no group to write; check the source and what was skipped")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return count
 
 
-def resolve_media(group: ResponseGroup, folder: Path) -> ResponseGroup:
-    """Let relative paths count from a folder, and read a video that is a folder of frames.
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The lines of a JSON Lines file with their numbers from 1 on; blank ones are left out.
 
     Args:
-        group: a group.
-        folder: where its media are.
+        path: the file.
 
-    Returns:
-        A group whose media are absolute or as they were in memory.
-
-    Raises:
-        MediaError: a video that is neither a folder of frames nor a list of them.
+    Yields:
+        Number and value; the value is a `GroupError` for a line that is no JSON.
     """
-    return replace(
-        group,
-        prompt=group.messages,
-        images=[folder / image if isinstance(image, (str, Path)) else image for image in group.images],
-        videos=[_frames(video, folder) for video in group.videos],
-    )
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError as error:  # no JSON, or no UTF-8
+                    yield number, GroupError(f"the line is no JSON ({error})")
 
 
-def _read_group(row: Any, path: Path, number: int) -> ResponseGroup:
-    missing = {"prompt", "responses", "rankings"} - set(row if isinstance(row, dict) else ())
+def _group(row: Any, fallback_id: str) -> ResponseGroup:
+    """One object of the file. Its media are not looked at yet; a video given as a folder is a list of that path."""
+    if not isinstance(row, Mapping):
+        raise GroupError(f"the row is {type(row).__name__}, expected an object with {', '.join(_REQUIRED)}")
+    missing = [key for key in _REQUIRED if row.get(key) is None]
     if missing:
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise GroupError(f"keys {sorted(missing)} are missing, found {found}; known keys are {sorted(_KEYS)}")
-    videos = row.get("videos") or ([row["video"]] if row.get("video") else [])
-    group = ResponseGroup(
+        raise GroupError(f"keys {missing} are missing, found {sorted(row)}; known keys are {sorted(_KEYS)}")
+    for key in ("id", "source"):
+        if isinstance(row.get(key), (Mapping, list)):
+            raise GroupError(f"{key} is {row[key]!r:.60}, expected a text")
+    images, videos = _one_or_many(row, "image"), _one_or_many(row, "video")
+    return ResponseGroup(
         prompt=row["prompt"],
         responses=row["responses"],
         rankings=row["rankings"],
-        images=row.get("images") or ([row["image"]] if row.get("image") else []),
+        images=images,
         videos=[[video] if isinstance(video, str) else video for video in videos],
-        id=str(row.get("id", f"{path.name}:{number}")),
-        source=row.get("source"),
+        id=str(row["id"]) if row.get("id") is not None else fallback_id,
+        source=str(row["source"]) if row.get("source") is not None else None,
     )
-    return resolve_media(group, path.parent)
 
 
-def _frames(video: Sequence[Any], folder: Path) -> list[Any]:
-    """The frames of one video; a single path names a folder or the only frame."""
-    frames = [folder / frame if isinstance(frame, (str, Path)) else frame for frame in video]
-    if len(frames) != 1 or not isinstance(frames[0], Path):
-        return frames
-    only = frames[0]
-    if only.is_dir():
-        found = sorted(path for path in only.iterdir() if path.suffix.lower() in _FRAME_SUFFIXES)
-        if not found:
-            raise MediaError(f"video {only}: the folder holds no image; give a folder of frames")
-        return list(found)
-    if only.suffix.lower() not in _FRAME_SUFFIXES:
-        raise MediaError(
-            f"video {only}: expected a folder of frames or a list of frame files; extract them first, for example "
-            f"with ffmpeg -i {only.name} -vf fps=1 {only.stem}/%04d.png"
+def _one_or_many(row: Mapping[str, Any], key: str) -> list[Any]:
+    """The media under `image` or `images`; the same for videos."""
+    one, many = row.get(key), row.get(f"{key}s")
+    if one and many:
+        raise GroupError(f"{key} and {key}s are both given; keep one of them")
+    if many and not isinstance(many, list):
+        raise GroupError(f"{key}s is {type(many).__name__}, expected a list; a single one goes under {key!r}")
+    return [one] if one else many or []
+
+
+def _row(group: ResponseGroup, path: Path) -> dict[str, Any]:
+    if group.rankings is None:
+        raise GroupError(
+            f"{group.name}: has no rankings, expected 1 = best, ties share a rank; rank it or leave it out"
         )
-    return frames
+    row: dict[str, Any] = {"id": group.id, "source": group.source, "prompt": _prompt(group)}
+    row |= {"responses": list(group.responses), "rankings": list(group.rankings)}
+    row["images"] = [_stored(image, path) for image in group.images]
+    row["videos"] = [[_stored(frame, path) for frame in video] for video in group.videos]
+    return {key: value for key, value in row.items() if value not in (None, [])}
 
 
-def _stored(medium: Any, path: Path) -> str:
-    """The path of a medium for the file, written beside it if it is in memory."""
-    if isinstance(medium, (str, Path)):
-        medium = Path(medium)
-        return str(medium.relative_to(path.parent) if medium.is_relative_to(path.parent) else medium.absolute())
-    image = load_image(medium)  # refuses what no image can be read from
-    if isinstance(medium, bytes):
-        with Image.open(io.BytesIO(medium)) as opened:
-            content, suffix = medium, f".{(opened.format or 'img').lower()}"
-    else:
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        content, suffix = buffer.getvalue(), ".png"
-    folder = path.with_name(path.stem + "_media")
-    folder.mkdir(exist_ok=True)
-    stored = folder / (hashlib.sha256(content).hexdigest()[:32] + suffix)
-    if not stored.is_file():
-        stored.write_bytes(content)
-    return f"{folder.name}/{stored.name}"
+def _prompt(group: ResponseGroup) -> str | list[Message]:
+    """The prompt in its shortest form that reads as the same messages."""
+    messages = group.messages
+    text = [block["text"] for block in messages[0]["content"] if block["type"] == "text"]
+    if len(messages) == len(text) == 1:
+        short = ResponseGroup(prompt=text[0], responses=group.responses, images=group.images, videos=group.videos)
+        if short.messages == messages:
+            return text[0]
+    return [
+        {**message, "content": message["content"][0]["text"]}
+        if [block["type"] for block in message["content"]] == ["text"]
+        else message
+        for message in messages
+    ]
+
+
+def _stored(image: Any, path: Path) -> str:
+    """The path of an image as it stands in the file at `path`."""
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if not isinstance(image, (str, Path)):
+        image = write_image(image, path.with_name(f"{path.stem}_media"))
+    return Path(os.path.relpath(image, path.parent)).as_posix()

@@ -17,12 +17,18 @@ from typer.testing import CliRunner
 
 from mr_reward.cli.app import app
 from mr_reward.data.preferences import load_preferences
-from mr_reward.errors import GroupError, MRRewardError
+from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
+from mr_reward.groups import ResponseGroup
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def best(group: ResponseGroup) -> str:
+    """The response with rank 1."""
+    return group.responses[list(group.rankings or ()).index(1)]
 
 
 def run(*arguments: object) -> str:
@@ -47,8 +53,10 @@ def test_convert_parquet_with_embedded_images(tmp_path: Path) -> None:
     output = run("data", "convert", "rlaif_v", tmp_path / "rlaif.parquet", tmp_path / "out" / "train.jsonl")
     assert "groups written" in output and "cc-by-nc-4.0" in output
     groups = load_preferences(tmp_path / "out" / "train.jsonl")
-    assert [group.responses for group in groups] == [("a", "c"), ("b", "d")]
-    assert groups[0].source == "rlaif_v"
+    assert [sorted(group.responses) for group in groups] == [["a", "c"], ["b", "d"]]
+    assert [best(group) for group in groups] == ["a", "b"]
+    assert [group.source for group in groups] == ["rlaif_v"] * 2
+    assert [group.id for group in groups] == ["RLAIF-V-1", "RLAIF-V-2"]
     with Image.open(groups[0].images[0]) as image:
         assert image.size == (6, 5)
     assert groups[0].images == groups[1].images
@@ -71,20 +79,122 @@ def test_a_bad_row_is_an_error_with_file_and_row_or_listed(tmp_path: Path) -> No
     rows = [ROWS["skywork"], {**ROWS["skywork"], "chosen": []}, ROWS["skywork"]]
     source = write_jsonl(tmp_path / "sky.jsonl", rows)
     out = tmp_path / "train.jsonl"
-    with pytest.raises(GroupError, match="sky.jsonl, row 2: field 'chosen'"):
+    with pytest.raises(GroupError, match="sky.jsonl, line 2: field 'chosen'"):
         run("data", "convert", "skywork", source, out)
-    assert not out.exists()
+    assert list(tmp_path.iterdir()) == [source], "nothing is left of what was begun"
     output = run("data", "convert", "skywork", source, out, "--skip-bad")
-    assert "bad: row 2: field 'chosen'" in output
+    assert f"bad: {source}, line 2: field 'chosen'" in output
     assert len(load_preferences(out)) == 2
-    assert len(load_preferences(out)) != len(rows)
+
+
+def test_bad_rows_of_every_kind_are_listed(tmp_path: Path) -> None:
+    """Each line is read by itself: one of other types, or that is no JSON, does not take the file with it."""
+    good = json.dumps(ROWS["tulu"])
+    lines = [good, json.dumps({**ROWS["tulu"], "chosen": 3}), "{", "[1]", json.dumps({"chosen": {}}), good]
+    source = tmp_path / "t.jsonl"
+    source.write_text("\n".join(lines) + "\n" + "{}\n" * 30)
+    output = run("data", "convert", "tulu", source, tmp_path / "out.jsonl", "--skip-bad")
+    for number, words in ((2, "'chosen' is int"), (3, "no JSON"), (4, "the row is [1]"), (5, "'chosen' is dict")):
+        assert any(f"line {number}: " in line and words in line for line in output.splitlines()), (number, output)
+    assert "... and 14 more" in output
+    assert len(load_preferences(tmp_path / "out.jsonl")) == 2
+
+
+def test_a_missing_picture_is_a_bad_row(tmp_path: Path) -> None:
+    Image.new("RGB", (6, 5)).save(tmp_path / "here.png")
+    rows = [{**ROWS["rlaif_v"], "image": name} for name in ("here.png", "gone.png")]
+    source = write_jsonl(tmp_path / "r.jsonl", rows)
+    with pytest.raises(GroupError, match=r"r.jsonl, line 2: images\[0\]: .*gone.png"):
+        run("data", "convert", "rlaif_v", source, tmp_path / "out.jsonl")
+    run("data", "convert", "rlaif_v", source, tmp_path / "out" / "t.jsonl", "--skip-bad")
+    assert len(load_preferences(tmp_path / "out" / "t.jsonl")) == 1
+    assert "../here.png" in (tmp_path / "out" / "t.jsonl").read_text()
+
+
+def test_a_folder_of_files_by_split_and_config(tmp_path: Path) -> None:
+    for config in ("a", "b"):
+        (tmp_path / "data" / config).mkdir(parents=True)
+        for split in ("train", "test"):
+            row = {**ROWS["pku_saferlhf"], "prompt": f"{config} {split}"}
+            write_jsonl(tmp_path / "data" / config / f"{split}.jsonl", [row])
+    out = tmp_path / "out.jsonl"
+
+    def prompts(*options: str) -> list[str]:
+        run("data", "convert", "pku_saferlhf", tmp_path / "data", out, *options)
+        return [group.messages[0]["content"][0]["text"] for group in load_preferences(out)]
+
+    assert prompts() == ["a test", "a train", "b test", "b train"]
+    assert prompts("--split", "train") == ["a train", "b train"]
+    assert prompts("--split", "test", "--config", "b") == ["b test"]
+    with pytest.raises(ConfigurationError, match="holds no .* file for split dev"):
+        prompts("--split", "dev")
+
+
+def test_a_json_list_and_a_column_wise_parquet_file(tmp_path: Path) -> None:
+    (tmp_path / "povid.json").write_text(json.dumps([ROWS["povid"], ROWS["povid"]]))
+    picture = tmp_path / ROWS["povid"]["image"]
+    picture.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(picture)
+    run("data", "convert", "povid", tmp_path / "povid.json", tmp_path / "povid.jsonl")
+    assert len(load_preferences(tmp_path / "povid.jsonl")) == 2
+    completions = [{key: c[key] for key in ("response", "annotations")} for c in ROWS["vlfeedback"]["completions"]]
+    columns = {key: [completion[key] for completion in completions] for key in completions[0]}
+    row = {"prompt": "What?", "completions": columns, "img_path": ROWS["povid"]["image"]}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "vlfeedback.parquet")
+    run("data", "convert", "vlfeedback", tmp_path / "vlfeedback.parquet", tmp_path / "vl.jsonl", "--media", tmp_path)
+    assert sorted(load_preferences(tmp_path / "vl.jsonl")[0].rankings or ()) == [1, 1, 2]
+
+
+def test_a_hub_id_is_loaded_with_its_default_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load_dataset(*arguments: object, **options: object) -> datasets.Dataset:
+        calls.append((arguments, options))
+        features = datasets.Features({key: datasets.Value("string") for key in ("question", "chosen", "rejected")})
+        features["image"] = datasets.Image()
+        row = {"question": "Q?", "chosen": "a", "rejected": "b", "image": Image.new("RGB", (3, 3))}
+        return datasets.Dataset.from_list([row] * 70, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    run("data", "convert", "rlaif_v", "openbmb/RLAIF-V-Dataset", tmp_path / "out.jsonl", "--limit", 66)
+    assert calls == [(("openbmb/RLAIF-V-Dataset", None), {"split": "train"})]
+    groups = load_preferences(tmp_path / "out.jsonl")
+    assert len(groups) == 66 and groups[65].id == "rlaif_v-66"
+    assert len(list((tmp_path / "out_media").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("nobody/nothing", "cannot be loaded"), ("no.jsonl", "is no file, no folder and no hub id")],
+)
+def test_a_source_that_is_not_there_is_refused(tmp_path: Path, source: str, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        run("data", "convert", "nectar", source, tmp_path / "out.jsonl")
+    with pytest.raises(GroupError, match="cannot be read as parquet"):
+        (tmp_path / "bad.parquet").write_text("text")
+        run("data", "convert", "nectar", tmp_path / "bad.parquet", tmp_path / "out.jsonl")
+
+
+def test_responses_are_shuffled_and_the_same_at_every_run(tmp_path: Path) -> None:
+    """Public pairs store the better response first; the file must not."""
+    source = write_jsonl(tmp_path / "s.jsonl", [ROWS["skywork"]] * 200)
+    for name in ("a", "b"):
+        run("data", "convert", "skywork", source, tmp_path / f"{name}.jsonl")
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+    groups = load_preferences(tmp_path / "a.jsonl")
+    assert {best(group) for group in groups} == {"Good"}
+    assert 70 < sum(group.responses[0] == "Good" for group in groups) < 130
+    assert len({group.id for group in groups}) == 200
+    assert "order gives it away" in (output := run("data", "inspect", tmp_path / "a.jsonl")) and "yes" not in output
+    run("data", "convert", "skywork", source, tmp_path / "c.jsonl", "--keep-order")
+    assert {group.responses[0] for group in load_preferences(tmp_path / "c.jsonl")} == {"Good"}
 
 
 def test_limit_and_axis(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "pku.jsonl", [{**ROWS["pku_saferlhf"], "safer_response_id": 0}] * 5)
     run("data", "convert", "pku_saferlhf", source, tmp_path / "a.jsonl", "--axis", "safer", "--limit", 3)
     groups = load_preferences(tmp_path / "a.jsonl")
-    assert [group.rankings for group in groups] == [(1, 2)] * 3
+    assert [best(group) for group in groups] == ["Like this."] * 3
 
 
 def test_inspect_shows_sources_and_leaks(tmp_path: Path) -> None:
@@ -94,6 +204,12 @@ def test_inspect_shows_sources_and_leaks(tmp_path: Path) -> None:
     ]
     output = run("data", "inspect", write_jsonl(tmp_path / "t.jsonl", rows))
     assert "t.jsonl" in output and "yes, place 1" in output and "80" in output and "40" in output
+
+
+def test_inspect_splits_wide_tables(tmp_path: Path) -> None:
+    rows = [{"prompt": str(i), "responses": ["a", "b"], "rankings": [1, 2], "source": f"set{i}"} for i in range(6)]
+    output = run("data", "inspect", write_jsonl(tmp_path / "t.jsonl", rows))
+    assert all(f"set{i}" in output for i in range(6)) and output.count("modality") == 2
 
 
 def test_decontaminate_reports_and_writes(tmp_path: Path) -> None:
@@ -107,8 +223,14 @@ def test_decontaminate_reports_and_writes(tmp_path: Path) -> None:
         write_jsonl(tmp_path / "bench.jsonl", bench),
         "--out",
         tmp_path / "clean.jsonl",
+        "--report",
+        tmp_path / "removed.json",
     )
+    assert json.loads((tmp_path / "removed.json").read_text()) == [
+        {"id": "train.jsonl:1", "source": "s", "matches": [["bench", "bench.jsonl:1", "prompt"]]}
+    ]
     assert "1 of 2 kept" in output and "prompt" in output and "bench" in output
+    assert load_preferences(tmp_path / "clean.jsonl")[0].id == "train.jsonl:2"
     assert len(load_preferences(tmp_path / "clean.jsonl")) == 1
 
 

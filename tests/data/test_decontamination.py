@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from mr_reward import ResponseGroup
-from mr_reward.data.decontamination import decontaminate, perceptual_hash
+from mr_reward.data.decontamination import decontaminate
 from mr_reward.data.handwriting import make_groups
+from mr_reward.data.image_match import ImageIndex, fingerprint, same_picture
 
-LONG = "What is written on the sign to the left of the door?"
+LONG = "What is written on the wooden sign to the left of the door, and in which language is it written?"
 
 
 def photo(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
@@ -39,7 +41,9 @@ def group(prompt: str, responses: tuple[str, str] = ("a", "b"), **options: objec
 def reason(train: ResponseGroup, *benchmark: ResponseGroup) -> str | None:
     result = decontaminate([train], {"bench": list(benchmark)})
     assert len(result.kept) + len(result.removed) == 1
-    return result.removed[0][2] if result.removed else None
+    reasons = {reason for removal in result.removed for _, reason in removal.matches}
+    assert len(reasons) <= 1, reasons
+    return next(iter(reasons), None)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -58,41 +62,63 @@ def test_the_same_picture_is_found_re_encoded_and_resized(seed: int) -> None:
 
 
 def test_different_pictures_are_far_apart() -> None:
-    hashes = [perceptual_hash(photo(seed)) for seed in range(60)]
-    distances = [int((a != b).sum()) for i, a in enumerate(hashes) for b in hashes[:i]]
+    hashes = [fingerprint(photo(seed)).phash or 0 for seed in range(60)]
+    distances = [(a ^ b).bit_count() for i, a in enumerate(hashes) for b in hashes[:i]]
     assert min(distances) > 4 and 28 < sum(distances) / len(distances) < 36
 
 
-def test_bands_find_every_hash_within_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against comparing with all: any four flipped bits leave one band whole."""
-    base = perceptual_hash(photo(0))
-    bench = group("bench", images=[photo(0)])
+def test_the_index_finds_what_comparing_with_all_finds() -> None:
+    """Hashes of one picture with flipped bits: the bands must lose none that is at most four bits away."""
     rng = random.Random(0)
-    for flips in (1, 4, 5, 12):
-        for _ in range(40):
-            found = base.copy()
-            found[rng.sample(range(64), flips)] ^= True
-            monkeypatch.setattr("mr_reward.data.decontamination.perceptual_hash", lambda image, found=found: found)
-            train = group("other", images=[photo(1)])
-            monkeypatch.undo()
-            index = decontaminate([], {"bench": [bench]})
-            assert index.kept == []
-            result = _with_hash(monkeypatch, found, train, bench)
-            assert (result == "image") == (flips <= 4)
+    base = fingerprint(photo(0))
+    assert base.phash is not None
+    variants = [
+        replace(
+            base, digest=bytes([flips, i]), phash=base.phash ^ sum(1 << bit for bit in rng.sample(range(64), flips))
+        )
+        for flips in (0, 1, 3, 4, 5, 12)
+        for i in range(40)
+    ]
+    index = ImageIndex()
+    for i, variant in enumerate(variants):
+        index.add(variant, i)
+    assert index.find(base) == set(range(160))
+    for query in variants[::7]:
+        assert index.find(query) == {i for i, variant in enumerate(variants) if same_picture(query, variant)}
 
 
-def _with_hash(
-    monkeypatch: pytest.MonkeyPatch, found: np.ndarray, train: ResponseGroup, bench: ResponseGroup
-) -> str | None:
-    import mr_reward.data.decontamination as module
+def drawing(seed: int) -> Image.Image:
+    """A triangle with a number, as in a book of exercises: the same frame, other words."""
+    rng = random.Random(seed)
+    image = Image.new("RGB", (400, 400), "white")
+    draw = ImageDraw.Draw(image)
+    corners = [(x + rng.randint(-6, 6), y) for x, y in ((60, 340), (340, 340), (200, 60))]
+    draw.polygon(corners, outline="black", width=2)
+    draw.text((100, 200), str(rng.randint(1, 99)), fill="black")
+    return image
 
-    real = module.perceptual_hash
-    hashes = iter([real(photo(0)), found])  # first the benchmark's picture, then the training one's
-    monkeypatch.setattr(module, "perceptual_hash", lambda image: next(hashes))
-    try:
-        return reason(train, bench)
-    finally:
-        monkeypatch.undo()
+
+def test_drawings_of_one_kind_are_different_pictures() -> None:
+    prints = [fingerprint(drawing(seed)) for seed in range(40)]
+    pairs = [(a, b) for i, a in enumerate(prints) for b in prints[:i]]
+    alike = [(a, b) for a, b in pairs if ((a.phash or 0) ^ (b.phash or 0)).bit_count() <= 4]
+    assert len(alike) > 20, "else this tests nothing"
+    assert sum(same_picture(a, b) for a, b in alike) <= len(alike) / 10
+    again = [jpeg(drawing(seed).resize((280, 280), Image.Resampling.LANCZOS), 60) for seed in range(40)]
+    # Drawings have few low frequencies, so that some hashes turn in more than four bits.
+    assert sum(same_picture(fingerprint(a), b) for a, b in zip(again, prints, strict=True)) >= 36
+
+
+def test_flat_pictures_match_only_themselves() -> None:
+    """White pages and black frames have no low frequencies to compare."""
+    white, grey = Image.new("RGB", (30, 30), "white"), Image.new("RGB", (30, 30), (250, 250, 250))
+    assert reason(group("x", images=[white]), group("y", images=[grey])) is None
+    assert reason(group("x", images=[white]), group("y", images=[white.copy()])) == "image"
+
+
+def test_another_shape_is_another_picture() -> None:
+    picture = photo(0)
+    assert reason(group("x", images=[picture.resize((160, 60))]), group("y", images=[picture])) is None
 
 
 def test_prompts() -> None:
@@ -110,14 +136,64 @@ def test_responses() -> None:
     assert reason(group("x", ("Yes.", "b")), group("y", ("c", "Yes."))) is None, "short answers are everyone's"
 
 
-def test_videos_by_their_first_frame() -> None:
-    bench = group("b", videos=[[photo(1), photo(2)]])
-    assert reason(group("x", videos=[[jpeg(photo(1), 70), photo(3)]]), bench) == "image"
-    assert reason(group("x", videos=[[photo(2), photo(1)]]), bench) is None
+def test_a_template_beside_pictures_says_nothing() -> None:
+    template = "Answer the question about the picture with a single word or phrase, and give no explanation for it."
+    train = [group(f"{template}", images=[photo(i)], id=str(i)) for i in range(12)]
+    bench = {"bench": [group(template, images=[photo(100)])]}
+    assert len(decontaminate(train, bench).kept) == 12
+    assert len(decontaminate(train[:10], bench).kept) == 0, "few share it: it may be one question"
+    assert len(decontaminate(train, bench, strict=True).kept) == 0
+
+
+def test_a_stock_phrase_says_nothing() -> None:
+    refusal = "I'm sorry, but I can't assist with that request, it may hurt people."
+    train = [group(f"how to {i}", (refusal, "like this")) for i in range(12)]
+    bench = {"bench": [group("another", (refusal, "so"))]}
+    assert len(decontaminate(train, bench).kept) == 12
+    assert decontaminate(train, bench, strict=True).counts == {("unknown", "bench", "response"): 12}
+    assert len(decontaminate(train[:10], bench).kept) == 0
+
+
+def test_a_short_prompt_with_a_picture_on_one_side_only() -> None:
+    assert reason(group("Why?", images=[photo(1)]), group("why?")) is None
+    assert reason(group("Why?"), group("why?", images=[photo(1)])) is None
+
+
+@pytest.mark.parametrize(
+    ("train", "bench", "found"),
+    [
+        ("RLAIF-V-12", "rlaif-v-12", "id"),
+        ("svit-000123", "svit-000123", "id"),
+        ("RLAIF-V-12", "RLAIF-V-13", None),
+        ("12", "12", None),
+        ("train.jsonl:3", "train.jsonl:3", None),
+    ],
+)
+def test_only_ids_of_known_data_sets_count(train: str, bench: str, found: str | None) -> None:
+    assert reason(group("x", id=train), group("y", id=bench)) == found
+
+
+def test_media_paths_of_mm_rlhf_count(tmp_path: Path) -> None:
+    for folder, seed in (("train/mcq", 1), ("bench/images/mcq", 2), ("other/pictures", 3)):
+        (tmp_path / folder).mkdir(parents=True)
+        photo(seed).save(tmp_path / folder / "073712.png")
+    bench = group("y", images=[tmp_path / "bench/images/mcq/073712.png"])
+    assert reason(group("x", images=[tmp_path / "train/mcq/073712.png"]), bench) == "id"
+    assert reason(group("x", images=[tmp_path / "other/pictures/073712.png"]), bench) is None
+
+
+def test_videos_by_half_of_their_frames() -> None:
+    bench = group("b", videos=[[photo(i) for i in range(4)]])
+    assert reason(group("x", videos=[[jpeg(photo(0), 70), photo(1), photo(8), photo(9)]]), bench) == "video"
+    assert reason(group("x", videos=[[photo(0), photo(7), photo(8), photo(9)]]), bench) is None
+    # Films open with a black frame.
+    black = Image.new("RGB", (160, 120))
+    films = [[black, *(photo(i) for i in range(start, start + 3))] for start in (10, 20)]
+    assert reason(group("x", videos=[films[0]]), group("b", videos=[films[1]])) is None
 
 
 def test_counts_by_source_benchmark_and_reason() -> None:
-    benchmarks = {"one": [group("p1")], "two": [group("p2", images=[photo(3)])]}
+    benchmarks = {"one": [group("p1")], "two": [group("p2", images=[photo(3)]), group("p1", id="i")]}
     train = [
         group("P1", source="s"),
         group("clean", source="s"),
@@ -126,7 +202,14 @@ def test_counts_by_source_benchmark_and_reason() -> None:
     ]
     result = decontaminate(train, benchmarks)
     assert [item.messages[0]["content"][0]["text"] for item in result.kept] == ["clean"]
-    assert result.counts == {("s", "one", "prompt"): 1, ("t", "two", "image"): 1, ("t", "one", "prompt"): 1}
+    assert result.counts == {
+        ("s", "one", "prompt"): 1,
+        ("s", "two", "prompt"): 1,
+        ("t", "one", "prompt"): 1,
+        ("t", "two", "image"): 1,
+        ("t", "two", "prompt"): 1,
+    }, "below each benchmark that they meet"
+    assert result.removed[0].matches == [(("one", "1"), "prompt"), (("two", "i"), "prompt")]
 
 
 def test_unrelated_real_pictures_stay() -> None:
@@ -134,7 +217,7 @@ def test_unrelated_real_pictures_stay() -> None:
     train, bench = make_groups("train", 60), make_groups("test", 60)
     images = [ResponseGroup(prompt=str(i), responses=["a", "b"], images=g.images) for i, g in enumerate(train)]
     result = decontaminate(images, {"bench": bench})
-    assert len(result.kept) >= 54
+    assert len(result.kept) == 60
 
 
 def test_paths_are_read(tmp_path: Path) -> None:

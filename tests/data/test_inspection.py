@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 
+import pytest
 from PIL import Image
 from rich.console import Console
 
@@ -24,7 +25,10 @@ def test_counts_by_hand() -> None:
     assert (found.num_groups, found.sizes) == (4, {1: 1, 2: 2, 3: 1})
     assert (found.with_ties, found.all_tied, found.unranked) == (2, 1, 1)
     assert found.modalities == {"text": 2, "image": 1, "video": 1}
-    assert found.repeated_prompts == 1
+    assert found.repeated_prompts == 0, "the same words about a picture are another prompt"
+    assert inspect_groups([*GROUPS, GROUPS[1]]).repeated_prompts == 1
+    assert found.tied_pairs == 2 / 5
+    assert found.longest_is_best == 1.0
     assert found.lengths == (15 / 8, 1.5, 3.0)
     assert (found.best_length, found.other_length) == (11 / 5, 3 / 2)
     # The all-tied group has no best place. The tie for first counts half at each of its places.
@@ -47,6 +51,13 @@ def test_an_order_that_gives_the_answer_away_is_seen() -> None:
     for place in range(4):
         assert inspect_groups(groups_with_best_at(place)).leaking_position == place
     assert inspect_groups(groups_with_best_at(None)).leaking_position is None
+
+
+@pytest.mark.parametrize(("first_wins", "leaks"), [(0.5, False), (0.56, False), (0.65, True), (0.35, True)])
+def test_a_lean_to_one_side_is_seen_in_pairs(first_wins: float, leaks: bool) -> None:
+    ranks = [[1, 2] if i < first_wins * 1000 else [2, 1] for i in range(1000)]
+    groups = [ResponseGroup(prompt=str(i), responses=["a", "b"], rankings=r) for i, r in enumerate(ranks)]
+    assert (inspect_groups(groups).leaking_position is not None) == leaks
 
 
 def test_the_table_shows_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,84 @@ def test_a_video_that_is_no_frames_says_what_to_do(tmp_path: Path, video: str, w
     with pytest.raises(GroupError, match="v.jsonl, line 1") as caught:
         load_preferences(path)
     assert words in str(caught.value)
+
+
+def test_a_short_prompt_is_written_as_text(tmp_path: Path) -> None:
+    groups = [
+        ResponseGroup(prompt="plain", responses=["a", "b"], rankings=[2, 1], images=[RED], videos=[[BLUE]]),
+        ResponseGroup(prompt=[{"role": "system", "content": "s"}], responses=["\ud800", "b"], rankings=[2, 1]),
+    ]
+    save_preferences(groups, tmp_path / "t.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert rows[0]["prompt"] == "plain"
+    assert rows[1]["prompt"] == [{"role": "system", "content": "s"}]
+    assert all(same(*pair) for pair in zip(load_with_own_ids(tmp_path / "t.jsonl"), groups, strict=True))
+
+
+def load_with_own_ids(path: Path) -> list[ResponseGroup]:
+    """Groups without an id get one that names their line."""
+    loaded = load_preferences(path)
+    assert [group.id for group in loaded] == [f"{path.name}:{i + 1}" for i in range(len(loaded))]
+    return [replace(group, prompt=group.messages, id=None) for group in loaded]
+
+
+def test_the_folder_can_be_moved(tmp_path: Path) -> None:
+    """Paths in the file are relative to it, also those of media that lie elsewhere."""
+    (tmp_path / "a" / "raw").mkdir(parents=True)
+    RED.save(tmp_path / "a" / "raw" / "red.png")
+    group = ResponseGroup(
+        prompt="p", responses=["a", "b"], rankings=[2, 1], images=[tmp_path / "a" / "raw" / "red.png", encoded(BLUE)]
+    )
+    save_preferences([group], tmp_path / "a" / "train" / "t.jsonl")
+    assert str(tmp_path) not in (tmp_path / "a" / "train" / "t.jsonl").read_text()
+    (tmp_path / "a").rename(tmp_path / "b")
+    found = load_preferences(tmp_path / "b" / "train" / "t.jsonl")[0]
+    assert [load_image(image).size for image in found.images] == [RED.size, BLUE.size]
+
+
+def test_what_cannot_be_read_back_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    with pytest.raises(GroupError, match="group 'x': has no rankings"):
+        save_preferences([ResponseGroup(prompt="a", responses=["b", "c"], id="x")], path)
+    with pytest.raises(GroupError, match="no group to write"):
+        save_preferences([], path)
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "film").mkdir()
+    for number in (10, 9, 1):
+        RED.save(tmp_path / "film" / f"frame{number}.png")
+    path = tmp_path / "v.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "responses": ["a", "b"], "rankings": [2, 1], "videos": ["film"]}))
+    assert [frame.name for frame in load_preferences(path)[0].videos[0]] == ["frame1.png", "frame9.png", "frame10.png"]
+
+
+ROW = {"prompt": "p", "responses": ["a", "b"], "rankings": [2, 1]}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (json.dumps({**ROW, "rankings": None}), "keys ['rankings'] are missing"),
+        (json.dumps({**ROW, "image": "no.png"}), "images[0]: "),
+        (json.dumps({**ROW, "image": 3}), "images[0]: is 3, expected a path"),
+        (json.dumps({**ROW, "image": "https://a.b/c.png"}), "is a URL and nothing is fetched"),
+        (json.dumps({**ROW, "images": "a.png"}), "images is str, expected a list"),
+        (json.dumps({**ROW, "image": "a.png", "images": ["b.png"]}), "image and images are both given"),
+        (json.dumps({**ROW, "video": ["no.png"]}), "videos[0][0]: "),
+        (json.dumps({**ROW, "source": {}}), "source is {}, expected a text"),
+        (json.dumps({**ROW, "prompt": 3}), "prompt is 3"),
+        ("\xff", "the line is no JSON"),
+    ],
+)
+def test_a_bad_line_names_its_field(tmp_path: Path, line: str, words: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(json.dumps(ROW).encode() + b"\n\n" + line.encode("latin-1"))
+    with pytest.raises(GroupError, match="t.jsonl, line 3") as caught:
+        load_preferences(path)
+    assert words in str(caught.value)
+    assert len(load_preferences(path, skip_bad=True)) == 1
 
 
 def test_bad_lines_can_be_skipped_and_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from mr_reward.data.converters.base import Convert, Converter, Row, SkippedRow
+from mr_reward.data.converters.conversion import Conversion
 from mr_reward.data.converters.llava_critic import llava_critic
+from mr_reward.data.converters.reading import Rows, read_rows
 from mr_reward.data.converters.text import AXES, chat_pair, nectar, pku_saferlhf
 from mr_reward.data.converters.vision import make_mm_rlhf, povid, rlaif_v, vlfeedback, wildvision
 from mr_reward.errors import ConfigurationError
 
-__all__ = ["AXES", "CONVERTERS", "Converter", "SkippedRow", "get_converter"]
+__all__ = ["AXES", "CONVERTERS", "Conversion", "Converter", "Rows", "SkippedRow", "get_converter", "read_rows"]
 
 
 def _plain(convert: Convert) -> Callable[[Iterable[Row]], Convert]:

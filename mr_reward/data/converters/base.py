@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from PIL import Image
 
 from mr_reward.errors import GroupError
 from mr_reward.groups import ResponseGroup, dense_ranks
@@ -15,16 +18,20 @@ __all__ = [
     "Converter",
     "Row",
     "SkippedRow",
+    "exchange",
     "field",
     "graded_group",
+    "image_field",
     "messages_field",
+    "numbers_field",
+    "row_id",
     "strip_placeholders",
 ]
 
 Row = Mapping[str, Any]
 Convert = Callable[[Row], ResponseGroup]
 
-_PLACEHOLDERS = re.compile(r"<(?:image|video)>\n?")
+_PLACEHOLDERS = re.compile(r"[ \t]*<(?:image|video)>[ \t]*")
 
 
 class SkippedRow(Exception):
@@ -52,13 +59,14 @@ class Converter:
     split: str = "train"
 
 
-def field(row: Row, name: str, kind: type | tuple[type, ...]) -> Any:
+def field(row: Any, name: str, kind: type | tuple[type, ...], *, at: str = "") -> Any:
     """A field of the published schema.
 
     Args:
-        row: the row.
+        row: the row, or an object inside it.
         name: of the field.
-        kind: type or types that it must have.
+        kind: type or types that it must have; a bool is no int.
+        at: where the object stands in the row, such as `answers[2]`, for the message.
 
     Returns:
         Its value.
@@ -70,17 +78,58 @@ def field(row: Row, name: str, kind: type | tuple[type, ...]) -> Any:
         >>> field({"question": "Why?"}, "question", str)
         'Why?'
     """
+    path = f"{at}.{name}" if at else name
+    if not isinstance(row, Mapping):
+        raise GroupError(
+            f"{at or 'the row'} is {row!r:.60}, expected an object with {name!r}; check data set and version"
+        )
     if name not in row:
         raise GroupError(
-            f"field {name!r} is missing, found {sorted(row)}; the published schema has it, check data set and version"
+            f"field {path!r} is missing, found {sorted(row)}; the published schema has it, check data set and version"
         )
-    if not isinstance(row[name], kind):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
         raise GroupError(
-            f"field {name!r} is {type(row[name]).__name__} ({row[name]!r:.60}), expected "
+            f"field {path!r} is {type(row[name]).__name__} ({row[name]!r:.60}), expected "
             f"{' or '.join(k.__name__ for k in kinds)}; check data set and version"
         )
     return row[name]
+
+
+def numbers_field(row: Row, name: str, size: int) -> list[float]:
+    """A field with one number for each of the responses.
+
+    Args:
+        row: the row.
+        name: of the field.
+        size: number of responses.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        GroupError: something else, or another count.
+    """
+    values = field(row, name, list)
+    valid = all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in values)
+    if len(values) != size or not valid:
+        raise GroupError(
+            f"field {name!r} is {values!r:.60}, expected {size} numbers, one per response; check the data set"
+        )
+    return [float(value) for value in values]
+
+
+def row_id(row: Row, name: str = "id") -> str | None:
+    """The row's own name, if it has one.
+
+    Args:
+        row: the row.
+        name: of the field.
+
+    Returns:
+        The name, or None.
+    """
+    return str(row[name]) if row.get(name) not in (None, "") else None
 
 
 def messages_field(row: Row, name: str) -> list[dict[str, str]]:
@@ -112,7 +161,7 @@ def messages_field(row: Row, name: str) -> list[dict[str, str]]:
 
 
 def exchange(row: Row, name: str) -> tuple[str, str]:
-    """The first human and gpt turn of a field in LLaVA's form.
+    """A field in LLaVA's form that holds one human and one gpt turn.
 
     Args:
         row: the row.
@@ -125,9 +174,9 @@ def exchange(row: Row, name: str) -> tuple[str, str]:
         GroupError: something else.
     """
     turns = field(row, name, list)
-    if [turn.get("from") for turn in turns if isinstance(turn, Mapping)][:2] != ["human", "gpt"]:
+    if [turn.get("from") if isinstance(turn, Mapping) else None for turn in turns] != ["human", "gpt"]:
         raise GroupError(f"field {name!r} is {turns!r:.80}, expected a human and a gpt turn; check the data set")
-    return field(turns[0], "value", str), field(turns[1], "value", str)
+    return field(turns[0], "value", str, at=f"{name}[0]"), field(turns[1], "value", str, at=f"{name}[1]")
 
 
 def image_field(row: Row, name: str) -> Any:
@@ -143,11 +192,15 @@ def image_field(row: Row, name: str) -> Any:
     Raises:
         GroupError: there is none.
     """
-    if row.get(name) is None:
-        raise GroupError(f"field {name!r} is missing or empty, found {sorted(row)}; the published schema has an image")
-    value = row[name]
+    value = row.get(name)
     if isinstance(value, Mapping):
-        return value.get("bytes") or field(value, "path", str)
+        value = value.get("bytes") or value.get("path")
+    if value is None or value == "" or value == b"":
+        raise GroupError(f"field {name!r} is missing or empty, found {sorted(row)}; the published schema has an image")
+    if not isinstance(value, (str, bytes, Image.Image)):
+        raise GroupError(
+            f"field {name!r} is {value!r:.60}, expected an image, a path or encoded bytes; check the data set"
+        )
     return value
 
 
@@ -157,21 +210,22 @@ def graded_group(
     badness: Sequence[float],
     *,
     source: str,
-    id: str,
+    id: str | None,
     images: Sequence[Any] = (),
     videos: Sequence[Sequence[Any]] = (),
 ) -> ResponseGroup:
     """A ranked group of responses with grades, smaller is better, equal grades tie.
 
-    Empty responses are left out. Of equal texts the first stays if their grades agree; if they differ, the judges have
-    contradicted themselves and all of them go.
+    Empty responses are left out. Of texts that are equal but for white space around them the first stays if their
+    grades agree; if they differ, the judges have contradicted themselves and all of them go.
 
     Args:
-        prompt: text or chat messages; `<image>` and `<video>` placeholders of text are taken out.
+        prompt: text or chat messages; `<image>` and `<video>` placeholders are taken out of a text that comes with
+            media, and are words like others in one that comes without.
         responses: texts.
         badness: a grade for each.
         source: name of the data set.
-        id: of the row.
+        id: of the row, if it has one.
         images: of the prompt.
         videos: of the prompt.
 
@@ -189,16 +243,18 @@ def graded_group(
     if len(responses) != len(badness):
         raise GroupError(f"{len(responses)} responses with {len(badness)} grades, expected one each")
     grades: dict[str, set[float]] = {}
+    first: dict[str, str] = {}
     for text, grade in zip(responses, badness, strict=True):
-        grades.setdefault(text, set()).add(grade)
-    kept = [(text, min(values)) for text, values in grades.items() if text.strip() and len(values) == 1]
+        grades.setdefault(text.strip(), set()).add(grade)
+        first.setdefault(text.strip(), text)
+    kept = [(first[text], min(values)) for text, values in grades.items() if text and len(values) == 1]
     if len(kept) < 2:
         raise SkippedRow("fewer than two different responses")
     if len({grade for _, grade in kept}) == 1:
         raise SkippedRow("all responses tie")
     if isinstance(prompt, str):
-        prompt = strip_placeholders(prompt)
-        if not prompt:
+        prompt = strip_placeholders(prompt) if images or videos else prompt
+        if not prompt.strip():
             raise GroupError("the prompt is empty, expected a question; check data set and version")
     return ResponseGroup(
         prompt=prompt,
@@ -220,4 +276,4 @@ def strip_placeholders(text: str) -> str:
     Returns:
         The text, stripped.
     """
-    return _PLACEHOLDERS.sub("", text).strip()
+    return _PLACEHOLDERS.sub(" ", text).strip()

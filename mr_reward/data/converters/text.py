@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
-from mr_reward.data.converters.base import Row, SkippedRow, field, graded_group, messages_field
+from mr_reward.data.converters.base import Row, SkippedRow, field, graded_group, messages_field, row_id
 from mr_reward.errors import GroupError
 from mr_reward.groups import ResponseGroup
 
 __all__ = ["AXES", "chat_pair", "nectar", "pku_saferlhf"]
 
 AXES = ("agree", "better", "safer")
+_SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
 
 
 def chat_pair(row: Row, *, source: str) -> ResponseGroup:
@@ -33,7 +36,7 @@ def chat_pair(row: Row, *, source: str) -> ResponseGroup:
     if not chosen[:-1]:
         raise GroupError("field 'chosen' has a single turn, expected a prompt before the answer")
     answers = [chosen[-1]["content"], rejected[-1]["content"]]
-    return graded_group(chosen[:-1], answers, [1, 2], source=source, id=str(row.get("id", "")))
+    return graded_group(chosen[:-1], answers, [1, 2], source=source, id=row_id(row))
 
 
 def nectar(row: Row) -> ResponseGroup:
@@ -50,28 +53,32 @@ def nectar(row: Row) -> ResponseGroup:
         SkippedRow: a turn marker inside an answer, or no preference.
     """
     turns = _dialogue(field(row, "prompt", str))
-    answers = [
-        (field(answer, "answer", str), float(field(answer, "rank", (int, float))))
-        for answer in field(row, "answers", list)
-    ]
+    answers = []
+    for i, answer in enumerate(field(row, "answers", list)):
+        rank = float(field(answer, "rank", (int, float), at=f"answers[{i}]"))
+        if not math.isfinite(rank):
+            raise GroupError(f"field 'answers[{i}].rank' is {rank}, expected a finite number; check the data set")
+        answers.append((field(answer, "answer", str, at=f"answers[{i}]"), rank))
     # Such an answer goes on with the dialogue by itself.
     answers = [(text, rank) for text, rank in answers if "Human:" not in text and "Assistant:" not in text]
     return graded_group(
-        turns, [text for text, _ in answers], [rank for _, rank in answers], source="nectar", id=str(row.get("id", ""))
+        turns, [text for text, _ in answers], [rank for _, rank in answers], source="nectar", id=row_id(row)
     )
 
 
 def _dialogue(text: str) -> list[dict[str, Any]]:
     """`Human: ... Assistant: ... Human: ... Assistant:` -> messages."""
-    body = text.strip()
-    if not body.startswith("Human:") or not body.endswith("Assistant:"):
-        raise GroupError(f"field 'prompt' is {text!r:.60}, expected 'Human: ... Assistant:'; check the data set")
-    messages = []
-    for human in body.removesuffix("Assistant:").split("Human:")[1:]:
-        question, *answers = human.split("Assistant:")
-        messages.append({"role": "user", "content": question.strip()})
-        messages += [{"role": "assistant", "content": answer.strip()} for answer in answers]
-    return messages
+    # Only at the start of a paragraph: a question may speak of "Human:" itself.
+    opening, *parts = _SPEAKER.split(text)
+    speakers, texts = parts[::2], [part.strip() for part in parts[1::2]]
+    in_turns = bool(speakers) and speakers == ["Human", "Assistant"] * (len(speakers) // 2)
+    if opening.strip() or not in_turns or texts[-1] or not all(texts[:-1]):
+        raise GroupError(
+            f"field 'prompt' is {text!r:.80}, expected 'Human: ... Assistant:', in turns, the last one empty; "
+            "check the data set"
+        )
+    pairs = zip(speakers[:-1], texts[:-1], strict=True)
+    return [{"role": "user" if speaker == "Human" else "assistant", "content": said} for speaker, said in pairs]
 
 
 def pku_saferlhf(row: Row, *, axis: str = "agree") -> ResponseGroup:
@@ -100,5 +107,5 @@ def pku_saferlhf(row: Row, *, axis: str = "agree") -> ResponseGroup:
         [field(row, "response_0", str), field(row, "response_1", str)],
         [int(winner != 0), int(winner != 1)],
         source="pku_saferlhf",
-        id=str(row.get("id", "")),
+        id=row_id(row),
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import statistics
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from scipy.stats import spearmanr
 
@@ -16,12 +19,16 @@ from mr_reward.data.converters.base import (
     graded_group,
     image_field,
     messages_field,
+    numbers_field,
+    row_id,
     strip_placeholders,
 )
 from mr_reward.errors import GroupError
 from mr_reward.groups import ResponseGroup
 
 __all__ = ["make_mm_rlhf", "povid", "rlaif_v", "vlfeedback", "wildvision"]
+
+logger = logging.getLogger(__name__)
 
 _ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
 _MM_RLHF_ASPECTS = ("faithfulness", "helpfulness", "ethical")
@@ -47,7 +54,8 @@ def rlaif_v(row: Row) -> ResponseGroup:
         [1, 2],
         images=[image_field(row, "image")],
         source="rlaif_v",
-        id=str(row.get("idx", "")),
+        # As VL-RewardBench calls the rows of this data set that it holds.
+        id=f"RLAIF-V-{row['idx']}" if row_id(row, "idx") else None,
     )
 
 
@@ -65,27 +73,46 @@ def vlfeedback(row: Row) -> ResponseGroup:
         GroupError: a field is wrong.
         SkippedRow: no preference.
     """
-    completions = field(row, "completions", (list, Mapping))
-    if isinstance(completions, Mapping):
-        columns = {name: field(completions, name, list) for name in ("response", "annotations")}
-        completions = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     responses, badness = [], []
-    for completion in completions:
-        annotations = field(completion, "annotations", Mapping)
-        ratings = [field(field(annotations, aspect, Mapping), "Rating", str) for aspect in _ASPECTS]
-        try:
-            badness.append(-statistics.fmean(map(float, ratings)))
-        except ValueError:  # "N/A"
-            continue
-        responses.append(field(completion, "response", str))
+    for i, completion in enumerate(_completions(row)):
+        at = f"completions[{i}]"
+        response = field(completion, "response", str, at=at)
+        rating = _mean_rating(field(completion, "annotations", Mapping, at=at), f"{at}.annotations")
+        if rating is not None:
+            responses.append(response)
+            badness.append(-rating)
     return graded_group(
         field(row, "prompt", str),
         responses,
         badness,
-        images=[image_field(row, "image" if "image" in row else "img_path")],
+        images=[image_field(row, "img_path" if row.get("image") is None else "image")],
         source="vlfeedback",
-        id=str(row.get("id", "")),
+        id=row_id(row),
     )
+
+
+def _completions(row: Row) -> list[Any]:
+    completions = field(row, "completions", (list, Mapping))
+    if isinstance(completions, list):
+        return completions
+    columns = {name: field(completions, name, list, at="completions") for name in ("response", "annotations")}
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise GroupError(
+            f"field 'completions' has columns of lengths {lengths}, expected equal ones; check the data set"
+        )
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _mean_rating(annotations: Mapping[str, Any], at: str) -> float | None:
+    ratings = [
+        field(field(annotations, aspect, Mapping, at=at), "Rating", str, at=f"{at}.{aspect}") for aspect in _ASPECTS
+    ]
+    try:
+        mean = statistics.fmean(map(float, ratings))
+    except ValueError:  # "N/A"
+        return None
+    return mean if math.isfinite(mean) else None  # float("nan") is a float
 
 
 def povid(row: Row) -> ResponseGroup:
@@ -101,14 +128,18 @@ def povid(row: Row) -> ResponseGroup:
         GroupError: a field is wrong.
         SkippedRow: no preference.
     """
-    (question, chosen), (_, rejected) = (exchange(row, name) for name in ("conversations", "rejected_conversations"))
+    (question, chosen), (other, rejected) = (
+        exchange(row, name) for name in ("conversations", "rejected_conversations")
+    )
+    if strip_placeholders(other) != strip_placeholders(question):
+        raise GroupError("fields 'conversations' and 'rejected_conversations' ask different things, expected the same")
     return graded_group(
         question,
         [chosen, rejected],
         [1, 2],
         images=[image_field(row, "image")],
         source="povid",
-        id=str(row.get("id", "")),
+        id=row_id(row),
     )
 
 
@@ -144,7 +175,7 @@ def wildvision(row: Row) -> ResponseGroup:
         [int(winner != "model_a"), int(winner != "model_b")],
         images=[image_field(row, "image")],
         source="wildvision",
-        id=str(field(row, "question_id", str)),
+        id=row_id(row, "question_id"),
     )
 
 
@@ -155,17 +186,20 @@ def make_mm_rlhf(rows: Iterable[Row]) -> Convert:
     follow the direction that agrees with the mean of the humans' scores.
 
     Args:
-        rows: all rows of the data set.
+        rows: all rows of the data set; wrong ones are left to the returned function.
 
     Returns:
         The function from a row to a group.
 
     Raises:
-        GroupError: a field is wrong, or ranking and scores agree in neither direction.
+        GroupError: ranking and scores agree in neither direction.
     """
     correlations = []
     for row in rows:
-        ranking, means = field(row, "final_ranking", list), _mean_scores(row)
+        try:
+            ranking, means = _final_ranking(row), _mean_scores(row)
+        except GroupError:
+            continue
         if len(set(ranking)) > 1 and len(set(means)) > 1:
             correlations.append(float(spearmanr(ranking, means).statistic))
     agreement = statistics.fmean(correlations) if correlations else 0.0
@@ -174,33 +208,43 @@ def make_mm_rlhf(rows: Iterable[Row]) -> Convert:
             f"field 'final_ranking' and the mean scores correlate by {agreement:.2f} over {len(correlations)} rows, "
             f"expected at least {_LEAST_AGREEMENT} in one direction; check data set and version"
         )
+    logger.info("final_ranking and the mean scores correlate by %.2f over %d rows", agreement, len(correlations))
     # Scores grow with quality: ranks that fall with them have 1 as the best.
     sign = 1 if agreement < 0 else -1
 
     def convert(row: Row) -> ResponseGroup:
+        outputs = _outputs(row)
         images, videos = [], []
         if row.get("video"):
-            frames = field(row, "video", (str, list))
-            videos = [frames if isinstance(frames, list) else [frames]]
+            videos = [[field(row, "video", str)]]
         else:
             images = [image_field(row, "image")]
         return graded_group(
             field(row, "question", str),
-            [field({"models_output": text}, "models_output", str) for text in field(row, "models_output", list)],
-            [sign * rank for rank in field(row, "final_ranking", list)],
+            outputs,
+            [sign * rank for rank in _final_ranking(row)],
             images=images,
             videos=videos,
             source="mm_rlhf",
-            id=str(row.get("id", "")),
+            id=row_id(row),
         )
 
     return convert
 
 
+def _outputs(row: Row) -> list[str]:
+    outputs = field(row, "models_output", list)
+    for i, text in enumerate(outputs):
+        if not isinstance(text, str):
+            raise GroupError(f"field 'models_output[{i}]' is {text!r:.60}, expected str; check data set and version")
+    return outputs
+
+
+def _final_ranking(row: Row) -> list[float]:
+    return numbers_field(row, "final_ranking", len(_outputs(row)))
+
+
 def _mean_scores(row: Row) -> list[float]:
-    columns = [field(row, aspect, list) for aspect in _MM_RLHF_ASPECTS]
-    size = len(field(row, "models_output", list))
-    for aspect, column in zip(_MM_RLHF_ASPECTS, columns, strict=True):
-        if len(column) != size or not all(isinstance(value, (int, float)) for value in column):
-            raise GroupError(f"field {aspect!r} is {column!r:.60}, expected {size} numbers, one per answer")
+    size = len(_outputs(row))
+    columns = [numbers_field(row, aspect, size) for aspect in _MM_RLHF_ASPECTS]
     return [statistics.fmean(values) for values in zip(*columns, strict=True)]

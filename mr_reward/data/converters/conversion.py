@@ -1,0 +1,122 @@
+"""One pass of a converter over the rows of a data set, with a count of everything that became no group."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mr_reward.data.converters.base import Converter, SkippedRow
+from mr_reward.data.converters.reading import Rows
+from mr_reward.data.media_files import resolve_media
+from mr_reward.errors import GroupError, MRRewardError
+from mr_reward.groups import ResponseGroup
+
+__all__ = ["BadRow", "Conversion"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that is no group.
+
+    Args:
+        where: file and line.
+        reason: the field, what was found and what was expected.
+    """
+
+    where: str
+    reason: str
+
+
+class Conversion:
+    """The groups of a data set, made while they are iterated over; the counts are complete at the end.
+
+    Public pairs store the chosen response first, which a model that sees all responses would learn. So the order of
+    the responses is shuffled, for each group in the same way at every run.
+
+    Args:
+        converter: of the data set.
+        rows: its rows.
+        media_root: relative paths in the rows count from here; the folder of the source if None.
+        limit: stop after so many rows.
+        skip_bad: leave a bad row out and go on; otherwise it is an error.
+        keep_order: do not shuffle the responses.
+
+    Attributes:
+        num_rows: rows that were read.
+        num_groups: groups that were made.
+        skipped: rows without a preference, by reason.
+        bad_rows: rows that contradict the schema or whose media are missing.
+
+    Raises:
+        GroupError: rows that contradict what the converter has to know about all of them; while iterating: a bad
+            row, with file, line and field.
+
+    Example:
+        >>> conversion = Conversion(get_converter("nectar"), read_rows("rlaif.parquet"))  # doctest: +SKIP
+        >>> save_preferences(conversion, "nectar.jsonl"), conversion.skipped  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        converter: Converter,
+        rows: Rows,
+        *,
+        media_root: str | Path | None = None,
+        limit: int | None = None,
+        skip_bad: bool = False,
+        keep_order: bool = False,
+    ) -> None:
+        self.converter = converter
+        self.rows = rows
+        self.media_root = rows.folder if media_root is None else Path(media_root)
+        self.limit = limit
+        self.skip_bad = skip_bad
+        self.keep_order = keep_order
+        self._convert = converter.make(row for _, row in rows)
+        self.num_rows = 0
+        self.num_groups = 0
+        self.skipped: Counter[str] = Counter()
+        self.bad_rows: list[BadRow] = []
+
+    def __iter__(self) -> Iterator[ResponseGroup]:
+        self.num_rows = self.num_groups = 0
+        self.skipped.clear()
+        self.bad_rows.clear()
+        for place, row in self.rows:
+            if self.limit is not None and self.num_rows >= self.limit:
+                break
+            self.num_rows += 1
+            try:
+                if isinstance(row, GroupError):
+                    raise row
+                group = self._finish(self._convert(row))
+            except SkippedRow as reason:
+                self.skipped[str(reason)] += 1
+                continue
+            except MRRewardError as error:
+                if not self.skip_bad:
+                    raise GroupError(
+                        f"{place}: {error} (converter {self.converter.name}; --skip-bad leaves such rows out)"
+                    ) from error
+                self.bad_rows.append(BadRow(place, str(error)))
+                continue
+            self.num_groups += 1
+            yield group
+        if self.bad_rows:
+            logger.warning("%s: skipped %d of %d rows as bad", self.rows.name, len(self.bad_rows), self.num_rows)
+
+    def _finish(self, group: ResponseGroup) -> ResponseGroup:
+        """Find the media, name the group and its source, shuffle the responses."""
+        name = group.id if group.id is not None else f"{self.converter.name}-{self.num_rows}"
+        group = replace(resolve_media(group, self.media_root), id=name, source=group.source or self.converter.name)
+        if self.keep_order:
+            return group
+        # By the row's number too: ids need not be unique.
+        order = random.Random(f"{name} {self.num_rows}").sample(range(group.num_responses), group.num_responses)
+        return group.select(order)

@@ -1,0 +1,143 @@
+"""Rows of a local file, a folder of files or a data set of the hub, each with the place it came from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mr_reward.data.preferences import json_lines
+from mr_reward.errors import ConfigurationError, GroupError
+
+__all__ = ["Rows", "read_rows"]
+
+SUFFIXES = (".parquet", ".jsonl", ".json")  # of a folder with several kinds the first kind is read
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_BATCH = 64  # rows in memory at a time; they may hold images
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows that can be read more than once, from the start each time.
+
+    Args:
+        name: of the source.
+        folder: relative paths in the rows count from here, unless told otherwise.
+        read: starts a reading of (place, row); a row that cannot be read is a `GroupError`.
+
+    Example:
+        >>> for place, row in read_rows("data.jsonl"): ...  # doctest: +SKIP
+    """
+
+    name: str
+    folder: Path
+    read: Callable[[], Iterator[tuple[str, Any]]]
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return self.read()
+
+
+def read_rows(source: str | Path, *, split: str | None = None, config: str | None = None) -> Rows:
+    """Open a data set; its rows are read when they are asked for.
+
+    Args:
+        source: a `.jsonl`, `.json` (one list) or `.parquet` file, a folder of them, or a hub id `owner/name`.
+        split: of a hub data set, `train` if None; of a folder, only files whose name starts with it.
+        config: of a hub data set; of a folder, only files below a folder of this name.
+
+    Returns:
+        The rows. Embedded images are `{"bytes": ..., "path": ...}` and not decoded.
+
+    Raises:
+        ConfigurationError: nothing there, a file of another kind, or a data set, config or split that the hub does not
+            give.
+
+    Example:
+        >>> rows = read_rows("berkeley-nest/Nectar", split="train")  # doctest: +SKIP
+    """
+    path = Path(source)
+    if path.is_file():
+        if split or config:
+            raise ConfigurationError(f"{path} is one file, expected no split and no config with it; leave them out")
+        return Rows(str(path), path.parent, lambda: _read_file(path))
+    if path.is_dir():
+        files = _files(path, split, config)
+        return Rows(str(path), path, lambda: (row for file in files for row in _read_file(file)))
+    if path.suffix not in SUFFIXES and _HUB_ID.fullmatch(str(source)):
+        return _hub_rows(str(source), split or "train", config)
+    raise ConfigurationError(
+        f"{source} is no file, no folder and no hub id; give a {', '.join(SUFFIXES)} file, a folder or 'owner/name'"
+    )
+
+
+def _files(folder: Path, split: str | None, config: str | None) -> list[Path]:
+    for suffix in SUFFIXES:
+        found = [
+            path
+            for path in sorted(folder.rglob(f"*{suffix}"))
+            if (split is None or path.name.startswith(split))
+            and (config is None or config in path.relative_to(folder).parts[:-1])
+        ]
+        if found:
+            return found
+    raise ConfigurationError(
+        f"{folder} holds no {', '.join(SUFFIXES)} file for split {split} and config {config}; a split is the start of "
+        "the file's name, a config a folder above it"
+    )
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".jsonl":
+        yield from ((f"{path}, line {number}", row) for number, row in json_lines(path))
+    elif path.suffix == ".json":
+        yield from ((f"{path}, item {number}", row) for number, row in enumerate(_json_list(path), start=1))
+    elif path.suffix == ".parquet":
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(_parquet(path), start=1))
+    else:
+        raise ConfigurationError(f"{path} is no {', '.join(SUFFIXES)} file; convert it to one of them")
+
+
+def _json_list(path: Path) -> list[Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise GroupError(f"{path} is no JSON ({error}); one object per line goes into a .jsonl file") from error
+    if not isinstance(content, list):
+        raise GroupError(f"{path} holds one {type(content).__name__}, expected a list of rows")
+    return content
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    # Through `datasets` every file would be copied into its cache first.
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_BATCH):
+                yield from batch.to_pylist()
+    except ArrowException as error:
+        raise GroupError(f"{path} cannot be read as parquet ({error}); replace it") from error
+
+
+def _hub_rows(hub_id: str, split: str, config: str | None) -> Rows:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(hub_id, config, split=split)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"data set {hub_id!r} (config {config}, split {split!r}) cannot be loaded: {error}; check the names and "
+            "the connection, or give a local file or folder"
+        ) from error
+    # Arrow's own values: images stay encoded.
+    stored = data.with_format("arrow")
+
+    def read() -> Iterator[tuple[str, Any]]:
+        batches = (batch.to_pylist() for batch in stored.iter(batch_size=_BATCH))
+        rows = (row for batch in batches for row in batch)
+        yield from ((f"{hub_id} [{split}], row {number}", row) for number, row in enumerate(rows, start=1))
+
+    return Rows(hub_id, Path("."), read)

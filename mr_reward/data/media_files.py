@@ -1,0 +1,151 @@
+"""Media of groups as files: what a row names -> media that exist, and media -> files named by their content."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mr_reward.errors import MediaError
+from mr_reward.groups import ResponseGroup
+from mr_reward.media import load_image
+
+__all__ = ["frames_in", "resolve_media", "write_image"]
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
+
+
+def resolve_media(group: ResponseGroup, root: Path) -> ResponseGroup:
+    """Turn the media of a row into media that can be opened: paths that exist, encoded bytes, PIL images.
+
+    Args:
+        group: images are paths, bytes, PIL images or rows of `datasets` (`{"bytes": ..., "path": ...}`); a video is a
+            list of such frames, or holds one path, that of a folder of frames.
+        root: relative paths count from here.
+
+    Returns:
+        A group with absolute or root-relative `Path`s, bytes or PIL images.
+
+    Raises:
+        MediaError: a medium that does not exist, is no image, or is a video file; the message names the field.
+
+    Example:
+        >>> resolve_media(group, Path("data")).images  # doctest: +SKIP
+        (PosixPath('data/a.png'),)
+    """
+    if not group.images and not group.videos:
+        return group
+    images = [_resolve_image(image, root, f"images[{i}]") for i, image in enumerate(group.images)]
+    videos = [_resolve_video(video, root, f"videos[{i}]") for i, video in enumerate(group.videos)]
+    # The messages hold the placeholders and no media; the prompt as given may still hold both.
+    return replace(group, prompt=group.messages, images=images, videos=videos)
+
+
+def frames_in(folder: Path) -> list[Path]:
+    """The images of a folder in the order of the numbers in their names (frame 2 before frame 10).
+
+    Args:
+        folder: with one image file per frame.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        MediaError: no image in the folder.
+    """
+    frames = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not frames:
+        raise MediaError(f"{str(folder)!r} holds no image file, expected one for each frame of the video")
+    return sorted(frames, key=lambda path: _natural_key(path.name))
+
+
+def write_image(image: Any, folder: Path) -> Path:
+    """Write an image under the hash of its content; what is there already is left alone.
+
+    Args:
+        image: encoded bytes, written as they are, or anything that `load_image` takes, written as PNG.
+        folder: where to; made if needed.
+
+    Returns:
+        The path, `<sha256>.<type>`.
+
+    Raises:
+        MediaError: no image.
+    """
+    if isinstance(image, (bytes, bytearray)):
+        content, suffix = bytes(image), _suffix(bytes(image))
+    else:
+        buffer = BytesIO()
+        load_image(image).save(buffer, "PNG")
+        content, suffix = buffer.getvalue(), ".png"
+    path = folder / f"{sha256(content).hexdigest()}{suffix}"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    return path
+
+
+def _resolve_image(image: Any, root: Path, field: str) -> Any:
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, (bytes, bytearray)):
+        try:
+            _suffix(bytes(image))
+        except MediaError as error:
+            raise MediaError(f"{field}: {error}") from error
+        return bytes(image)
+    path = _path(image, root, field)
+    if not path.is_file():
+        raise MediaError(f"{field}: {str(path)!r} is not a file; check the path and the folder that it counts from")
+    return path
+
+
+def _resolve_video(video: Sequence[Any], root: Path, field: str) -> list[Any]:
+    if len(video) == 1 and isinstance(video[0], (str, Path)):
+        path = _path(video[0], root, field)
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            # torchvision reads no videos any more, and no decoder is among the dependencies.
+            raise MediaError(
+                f"{field}: {str(path)!r} is a video file and none is decoded here; write its frames into a folder, "
+                f"for example `ffmpeg -i {path.name} -vf fps=1 {path.stem}/%05d.jpg`, and give the folder"
+            )
+        if path.is_dir():
+            try:
+                return list(frames_in(path))
+            except MediaError as error:
+                raise MediaError(f"{field}: {error}") from error
+    return [_resolve_image(frame, root, f"{field}[{i}]") for i, frame in enumerate(video)]
+
+
+def _path(value: Any, root: Path, field: str) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise MediaError(f"{field}: is {value!r:.60}, expected a path, encoded bytes or a PIL image")
+    if str(value).startswith(("http://", "https://")):
+        raise MediaError(f"{field}: {value!r:.200} is a URL and nothing is fetched; download it and give the path")
+    return root / value
+
+
+def _suffix(content: bytes) -> str:
+    """The file type of encoded bytes; reads the header only."""
+    try:
+        with Image.open(BytesIO(content)) as image:
+            return f".{(image.format or 'image').lower()}".replace(".jpeg", ".jpg")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(f"{len(content)} bytes are no image ({error}); replace or remove it") from error
+
+
+def _natural_key(name: str) -> list[Any]:
+    # Text and digits alternate, text first, so that the keys of two names compare part by part.
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
