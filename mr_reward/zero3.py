@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch import nn
 from transformers.integrations import deepspeed as hf_deepspeed
 
-__all__ = ["outside_zero3", "whole_weights"]
+__all__ = ["match_partitioned_dtype", "outside_zero3", "whole_weights"]
 
 
 def whole_weights(module: nn.Module) -> AbstractContextManager[None]:
@@ -35,6 +35,24 @@ def whole_weights(module: nn.Module) -> AbstractContextManager[None]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def match_partitioned_dtype(model: nn.Module) -> None:
+    """Give all trained weights one dtype where ZeRO-3 has partitioned some of them.
+
+    transformers partitions a backbone while it is loaded, in bfloat16 for example; the parts that are added to it
+    start in float32, and ZeRO-3 cannot train both in one group. It keeps float32 copies of all for the optimizer, and
+    the value head computes in float32 whatever its weights are. With LoRA the partitioned weights are frozen and
+    nothing changes, nor does it without ZeRO-3.
+
+    Args:
+        model: changed in place.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    dtype = next((parameter.dtype for parameter in trained if hasattr(parameter, "ds_id")), None)
+    for parameter in trained:
+        if dtype is not None and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager

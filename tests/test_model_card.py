@@ -90,7 +90,7 @@ def test_absent_facts_are_not_given(tmp_path: Path) -> None:
     ("backbone", "told", "base_model"),
     [
         ("someone/some-model", "someone/some-model (llama)", "someone/some-model"),
-        ("/home/someone/model", "a local folder (llama)", None),
+        ("/somewhere/model", "a local folder (llama)", None),
         ("./model", "a local folder (llama)", None),
         (None, "not given (llama)", None),
     ],

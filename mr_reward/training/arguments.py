@@ -1,7 +1,9 @@
 """Arguments of reward-model training: transformers' `TrainingArguments` and the few that N-way preferences add."""
 
+import os
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from mr_reward.errors import ConfigurationError
@@ -49,10 +51,20 @@ class RewardTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Share of each training set, None for their sizes"}
     )
     eval_orders: int = field(default=2, metadata={"help": "2 measures order flips in evaluation, 1 saves the time"})
+    ddp_backend: str | None = field(default=None, metadata={"help": "gloo without a GPU if DeepSpeed runs"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Groups are no columns; keep False"})
     label_names: list[str] | None = field(default_factory=lambda: ["rankings"], metadata={"help": "Keep as it is"})
 
     def __post_init__(self) -> None:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            if self.use_cpu:
+                raise ConfigurationError(
+                    "got use_cpu=true in a run that was launched with DeepSpeed; accelerate would leave DeepSpeed "
+                    "out. Remove use_cpu: on a machine without a GPU DeepSpeed runs on the CPU by itself"
+                )
+            if self.ddp_backend is None and not torch.accelerator.is_available():
+                # accelerate knows none for DeepSpeed on the CPU, and then every process takes itself for a whole run.
+                self.ddp_backend = "gloo"
         super().__post_init__()
         get_loss(
             self.loss,

@@ -29,6 +29,7 @@ from mr_reward.training.data import EvaluationGroups, TrainingGroups, check_grou
 from mr_reward.training.evaluation import evaluation_metrics
 from mr_reward.training.resume import last_complete_checkpoint
 from mr_reward.training.saving import check_can_save, save_whole_model
+from mr_reward.zero3 import match_partitioned_dtype
 
 __all__ = ["RewardTrainer"]
 
@@ -123,8 +124,10 @@ class RewardTrainer(Trainer):
             centring_coefficient=args.center_rewards_coefficient or 0.0,
         )
         self._train_collator, self._eval_collator = GroupCollator(packer), GroupCollator(eval_packer)
+        trained = model if peft_config is None else _with_lora(model, peft_config)
+        match_partitioned_dtype(trained)
         super().__init__(
-            model=model if peft_config is None else _with_lora(model, peft_config),
+            model=trained,
             args=args,
             data_collator=self._train_collator,
             train_dataset=data,
