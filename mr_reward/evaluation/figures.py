@@ -82,8 +82,8 @@ def _new_figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window of about a tenth of the curve."""
-    half = max(1, len(values) // 20)
+    """Mean over a centred window of about a tenth of the curve; a curve of a few points stays as it is."""
+    half = len(values) // 20
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
