@@ -47,6 +47,7 @@ class QuickstartArguments:
         seed: of weights, data and rollouts.
         layout: causal, isolated or set.
         num_digits: digits in each image.
+        questions: what is asked about them.
         sft_steps: steps of supervised training, a multiple of 3; None for the YAML's.
         rm_groups: groups to train the reward model on; None for the YAML's.
         grpo_steps: steps of GRPO; None for the YAML's.
@@ -57,6 +58,7 @@ class QuickstartArguments:
     seed: int = field(default=0, metadata={"help": "Of weights, data and rollouts"})
     layout: str = field(default="set", metadata={"help": "causal, isolated or set"})
     num_digits: int = field(default=2, metadata={"help": "Digits in each image"})
+    questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "What is asked about them"})
     sft_steps: int | None = field(default=None, metadata={"help": "Steps of SFT"})
     rm_groups: int | None = field(default=None, metadata={"help": "Groups to train the reward model on"})
     grpo_steps: int | None = field(default=None, metadata={"help": "Steps of GRPO"})
@@ -68,7 +70,7 @@ def read_recipe(name: str, types: tuple[type, ...], **overrides: Any) -> Any:
     arguments = ["--config", str(RECIPES / name)]
     for key, value in overrides.items():
         if value is not None:
-            arguments += [f"--{key}", str(value)]
+            arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return TrlParser(types).parse_args_and_config(args=arguments)
 
 
@@ -83,7 +85,9 @@ def train_reader(options: QuickstartArguments, folder: Path) -> Path:
         save_steps=options.sft_steps and options.sft_steps // 3,
     )
     num_tasks = args.max_steps * args.per_device_train_batch_size
-    tasks = make_tasks("train", num_tasks, num_digits=options.num_digits, seed=options.seed)
+    tasks = make_tasks(
+        "train", num_tasks, num_digits=options.num_digits, questions=options.questions, seed=options.seed
+    )
     processor = build_qwen3_vl_processor()
     trainer = SFTTrainer(
         build_qwen3_vl(options.seed),
@@ -106,6 +110,7 @@ def train_reward_model(options: QuickstartArguments, backbone: Path, folder: Pat
         model_name_or_path=backbone,
         layout=options.layout,
         num_digits=options.num_digits,
+        questions=options.questions,
         seed=options.seed,
         num_train_groups=options.rm_groups,
     )
@@ -130,6 +135,7 @@ def run_grpo(options: QuickstartArguments, policy: Path, reward_model: Path, fol
         model_name_or_path=policy,
         reward_model=reward_model,
         num_digits=options.num_digits,
+        questions=options.questions,
         seed=options.seed,
         max_steps=options.grpo_steps,
     )
@@ -140,7 +146,8 @@ def measure_policy(folder: Path, options: QuickstartArguments) -> float:
     """True accuracy of greedy answers on unseen scans."""
     model = AutoModelForImageTextToText.from_pretrained(folder)
     # The same images for every seed and policy.
-    tasks = make_tasks("test", options.eval_samples, num_digits=options.num_digits, seed=0)
+    world: dict[str, Any] = {"num_digits": options.num_digits, "questions": options.questions, "seed": 0}
+    tasks = make_tasks("test", options.eval_samples, **world)
     answers = policy_answers(model, AutoProcessor.from_pretrained(folder), tasks)
     rewards = handwriting_accuracy(answers, [task.question for task in tasks], [task.digits for task in tasks])
     return sum(rewards) / len(rewards)
@@ -176,7 +183,8 @@ def main(options: QuickstartArguments) -> dict[str, Any]:
     with stage("rm", f"2/3  reward model, layout {options.layout}: which of four answers is best?"):
         rm_log = train_reward_model(options, output / "sft", output / "rm")
         scorer = GroupScorer.from_pretrained(output / "rm")
-        groups = make_groups("test", options.eval_samples, num_responses=4, num_digits=options.num_digits, seed=0)
+        world: dict[str, Any] = {"num_digits": options.num_digits, "questions": options.questions, "seed": 0}
+        groups = make_groups("test", options.eval_samples, num_responses=4, **world)
         ranking = evaluate_ranking(scorer, groups)
     with stage("grpo", "3/3  GRPO: the reward model compares the rollouts of each prompt"):
         grpo_log = run_grpo(options, weak_policy, output / "rm", output / "policy")

@@ -17,6 +17,8 @@ from mr_reward import MultiResponseReward
 from mr_reward.data.handwriting import make_policy_rows, make_tasks
 from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.handwriting import handwriting_accuracy
+from mr_reward.grpo.validation import PolicyValidation
+from mr_reward.grpo.warning_signs import WarningSigns
 
 
 @dataclass
@@ -33,7 +35,10 @@ class PolicyArguments:
         dataset: a data set with `prompt` (text or messages) and optional `image(s)`, local file or hub id; or
             "handwriting".
         dataset_split: its split.
+        eval_dataset: held-out prompts for `eval_strategy`, named like `dataset`; None for no validation.
+        eval_dataset_split: its split.
         num_prompts: number of handwriting prompts.
+        num_eval_prompts: number of held-out handwriting prompts.
         num_digits: digits per image of the handwriting world.
         questions: questions of the handwriting world.
     """
@@ -46,25 +51,24 @@ class PolicyArguments:
     reward_num_orders: int = field(default=1, metadata={"help": "Orders to average over (layout causal)"})
     dataset: str = field(default="handwriting", metadata={"help": "Data set with prompts, or handwriting"})
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set"})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out prompts, or handwriting"})
+    eval_dataset_split: str = field(default="validation", metadata={"help": "Split of the held-out prompts"})
     num_prompts: int = field(default=4096, metadata={"help": "Number of handwriting prompts"})
+    num_eval_prompts: int = field(default=32, metadata={"help": "Number of held-out handwriting prompts"})
     num_digits: int = field(default=3, metadata={"help": "Digits per image of the handwriting world"})
     questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "Handwriting questions"})
 
 
-def load_prompts(arguments: PolicyArguments, seed: int) -> Dataset:
-    """The prompts as a data set that `GRPOTrainer` takes."""
-    if arguments.dataset == "handwriting":
+def load_prompts(arguments: PolicyArguments, name: str, split: str, num_prompts: int, seed: int) -> Dataset:
+    """Prompts as a data set that `GRPOTrainer` takes."""
+    if name == "handwriting":
         tasks = make_tasks(
-            arguments.dataset_split,
-            arguments.num_prompts,
-            num_digits=arguments.num_digits,
-            questions=arguments.questions,
-            seed=seed,
+            split, num_prompts, num_digits=arguments.num_digits, questions=arguments.questions, seed=seed
         )
         return Dataset.from_list(make_policy_rows(tasks))
-    if arguments.dataset.endswith((".json", ".jsonl")):
-        return load_dataset("json", data_files=arguments.dataset, split="train")
-    return load_dataset(arguments.dataset, split=arguments.dataset_split)
+    if name.endswith((".json", ".jsonl")):
+        return load_dataset("json", data_files=name, split="train")
+    return load_dataset(name, split=split)
 
 
 def make_reward(arguments: PolicyArguments, num_generations: int) -> MultiResponseReward:
@@ -86,7 +90,8 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
     """Train, write the policy to `args.output_dir`, and return the trainer with its history."""
     if not model_config.model_name_or_path:
         raise ConfigurationError("model_name_or_path is missing; give the policy's folder or hub id")
-    reward_funcs: list[Any] = [make_reward(arguments, args.num_generations)]
+    reward = make_reward(arguments, args.num_generations)
+    reward_funcs: list[Any] = [reward]
     if arguments.dataset == "handwriting":
         # The truth watches with weight 0, unless asked for more: it is logged, and the policy does not learn from it.
         reward_funcs.append(handwriting_accuracy)
@@ -100,11 +105,23 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         **{key: value for key, value in load_options.items() if value is not None},
         **(args.model_init_kwargs or {}),
     }
+    train_dataset = load_prompts(
+        arguments, arguments.dataset, arguments.dataset_split, arguments.num_prompts, args.seed
+    )
+    eval_dataset, callbacks = None, []
+    if arguments.eval_dataset is not None:
+        eval_dataset = load_prompts(  # the same prompts for every seed
+            arguments, arguments.eval_dataset, arguments.eval_dataset_split, arguments.num_eval_prompts, seed=0
+        )
+        truths = ["rewards/handwriting_accuracy/mean"] if handwriting_accuracy in reward_funcs else []
+        callbacks.append(PolicyValidation(reward, str(args.output_dir), signs=WarningSigns(truths=truths)))
     trainer = GRPOTrainer(
         model=model_config.model_name_or_path,
         reward_funcs=reward_funcs,
         args=args,
-        train_dataset=load_prompts(arguments, args.seed),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
         peft_config=get_peft_config(model_config),
         quantization_config=get_quantization_config(model_config),
     )

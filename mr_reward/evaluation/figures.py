@@ -7,7 +7,7 @@ from typing import Any
 from mr_reward.groups import ResponseGroup
 from mr_reward.media import load_image
 
-__all__ = ["plot_curves", "plot_scored_groups"]
+__all__ = ["plot_bands", "plot_curves", "plot_scored_groups"]
 
 Curve = tuple[Sequence[float], Sequence[float]]
 _COLOURS = ("#2563eb", "#16a34a", "#d97706", "#9333ea")
@@ -26,11 +26,32 @@ def plot_curves(panels: Mapping[str, Mapping[str, Curve]], path: str | Path, *, 
         for colour, (label, (steps, values)) in zip(_COLOURS, curves.items(), strict=False):
             axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
             axis.plot(steps, _smooth(values), color=colour, linewidth=2, label=label)
-        axis.set_title(name, fontsize=11, loc="left")
-        axis.set_xlabel("step")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.25)
-        axis.legend(frameon=False, fontsize=9)
+        _finish_axis(axis, name)
+    figure.suptitle(title, fontsize=12)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def plot_bands(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]]],
+    path: str | Path,
+    *,
+    title: str = "",
+) -> None:
+    """Draw line charts side by side, each line the mean of several runs in a band from smallest to largest.
+
+    Args:
+        panels: panel title -> legend -> (steps, one list of values for each run).
+        path: of the PNG file.
+        title: over all panels.
+    """
+    figure, axes = _new_figure(1, len(panels), (5.6 * len(panels), 3.6))
+    for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
+        for colour, (label, (steps, runs)) in zip(_COLOURS, curves.items(), strict=False):
+            points = list(zip(*runs, strict=True))
+            axis.fill_between(steps, [min(p) for p in points], [max(p) for p in points], color=colour, alpha=0.15)
+            axis.plot(steps, [sum(p) / len(p) for p in points], color=colour, linewidth=2, label=label)
+        _finish_axis(axis, name)
     figure.suptitle(title, fontsize=12)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -79,6 +100,14 @@ def _new_figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
 
     figure = Figure(figsize=size)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _finish_axis(axis: Any, title: str) -> None:
+    axis.set_title(title, fontsize=11, loc="left")
+    axis.set_xlabel("step")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.25)
+    axis.legend(frameon=False, fontsize=9)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

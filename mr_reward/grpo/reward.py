@@ -94,6 +94,9 @@ class MultiResponseReward:
             hence no advantage from this reward; `"truncate_responses"` cuts them; `"error"` ends the training.
         num_orders: response orders that the scores are averaged over; see `GroupScorer`.
 
+    Attributes:
+        last_scored: the groups that this rank scored in the last call, with their N scores; dropped ones are left out.
+
     Raises:
         ConfigurationError: an option has a value that does not exist.
         CheckpointError: the checkpoint cannot be loaded.
@@ -138,6 +141,7 @@ class MultiResponseReward:
             "over_length": over_length,
             "num_orders": num_orders,
         }
+        self.last_scored: list[tuple[ResponseGroup, list[float]]] = []
         self._arguments = (model, num_generations), {"reward": reward, **options}
         self._scorer = build_scorer(model, **{**options, "device": device if device is not None else default_device()})
         self._exchange = Exchange()
@@ -199,6 +203,7 @@ class MultiResponseReward:
         self, own: Sequence[PlannedGroup], local: Sequence[ResponseGroup], prefix: str
     ) -> tuple[dict[int, GroupOutcome], float]:
         """Score the groups that this rank owns; their outcomes by group index, and the seconds it took."""
+        self.last_scored = []
         if not own:
             return {}, 0.0
         groups = []
@@ -219,6 +224,11 @@ class MultiResponseReward:
         for group, result in zip(groups, results, strict=True):
             if result.scores is None:
                 logger.warning("%s gets no reward: %s", group.id, result.drop_reason)
+        self.last_scored = [
+            (group, list(result.scores))
+            for group, result in zip(groups, results, strict=True)
+            if result.scores is not None
+        ]
         outcomes = [GroupOutcome(result.scores, result.truncated) for result in results]
         return {planned.index: outcome for planned, outcome in zip(own, outcomes, strict=True)}, seconds
 
