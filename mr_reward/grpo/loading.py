@@ -11,6 +11,7 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.zero3 import outside_zero3
 
 if TYPE_CHECKING:
+    from mr_reward.grpo.placement import OffloadedScorer
     from mr_reward.scoring import GroupScorer
 
 __all__ = ["build_scorer", "default_device", "outside_zero3"]
@@ -27,29 +28,40 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def build_scorer(model: Any, **options: Any) -> GroupScorer:
-    """Make a `GroupScorer` from a checkpoint or from a loaded model.
+def build_scorer(
+    model: Any, *, device: torch.device | str | None = None, placement: str = "resident", **options: Any
+) -> GroupScorer | OffloadedScorer:
+    """Make a scorer from a checkpoint or from a loaded model.
 
     Args:
         model: folder or hub id (str or path), or a loaded `MultiResponseRewardModel`.
+        device: where to score; None for this rank's.
+        placement: one of `PLACEMENTS`: the weights stay on the device, or go there for each call only.
         options: keyword options of `GroupScorer`.
 
     Returns:
         The scorer.
 
     Raises:
-        ConfigurationError: `model` is something else.
+        ConfigurationError: `model` is something else, or there is no such placement.
         CheckpointError: the checkpoint cannot be loaded.
     """
+    from mr_reward.grpo.placement import PLACEMENTS, OffloadedScorer
     from mr_reward.modeling import MultiResponseRewardModel
     from mr_reward.scoring import GroupScorer
 
+    if placement not in PLACEMENTS:
+        raise ConfigurationError(f"placement is {placement!r}, expected one of {', '.join(PLACEMENTS)}")
+    target = torch.device(device) if device is not None else default_device()
+    device = torch.device("cpu") if placement == "offload" else target
     with outside_zero3():
         if isinstance(model, str | os.PathLike):
-            return GroupScorer.from_pretrained(os.fspath(model), **options)
-        if isinstance(model, MultiResponseRewardModel):
-            return GroupScorer(model, **options)
-    raise ConfigurationError(
-        f"model is {type(model).__name__}, expected a folder, a hub id or a loaded MultiResponseRewardModel; pass the "
-        "folder that save_pretrained wrote"
-    )
+            scorer = GroupScorer.from_pretrained(os.fspath(model), device=device, **options)
+        elif isinstance(model, MultiResponseRewardModel):
+            scorer = GroupScorer(model, device=device, **options)
+        else:
+            raise ConfigurationError(
+                f"model is {type(model).__name__}, expected a folder, a hub id or a loaded MultiResponseRewardModel; "
+                "pass the folder that save_pretrained wrote"
+            )
+    return OffloadedScorer(scorer, target) if placement == "offload" else scorer

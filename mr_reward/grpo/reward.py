@@ -15,7 +15,7 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.exchange import Exchange
 from mr_reward.grpo.groups import PlannedGroup, plan_groups
-from mr_reward.grpo.loading import build_scorer, default_device
+from mr_reward.grpo.loading import build_scorer
 from mr_reward.grpo.rows import Completion, Prompt, read_rollouts
 from mr_reward.grpo.telemetry import GroupOutcome, measure
 from mr_reward.packing import OVER_LENGTH_POLICIES
@@ -93,6 +93,8 @@ class MultiResponseReward:
         over_length: what to do with a group that does not fit: `"drop_group"` gives its rollouts the reward None,
             hence no advantage from this reward; `"truncate_responses"` cuts them; `"error"` ends the training.
         num_orders: response orders that the scores are averaged over; see `GroupScorer`.
+        placement: `"resident"` keeps the weights on the device; `"offload"` keeps them in CPU memory and copies them to
+            the device for each call, so that they leave it to the policy, or to vLLM, in between.
 
     Attributes:
         last_scored: the groups that this rank scored in the last call, with their N scores; dropped ones are left out.
@@ -119,6 +121,7 @@ class MultiResponseReward:
         max_tokens_per_batch: int = 16384,
         over_length: str = "drop_group",
         num_orders: int = 1,
+        placement: str = "resident",
     ) -> None:
         if isinstance(num_generations, bool) or not isinstance(num_generations, int) or num_generations < 1:
             raise ConfigurationError(
@@ -140,10 +143,11 @@ class MultiResponseReward:
             "max_tokens_per_batch": max_tokens_per_batch,
             "over_length": over_length,
             "num_orders": num_orders,
+            "placement": placement,
         }
         self.last_scored: list[tuple[ResponseGroup, list[float]]] = []
         self._arguments = (model, num_generations), {"reward": reward, **options}
-        self._scorer = build_scorer(model, **{**options, "device": device if device is not None else default_device()})
+        self._scorer = build_scorer(model, **options)
         self._exchange = Exchange()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:

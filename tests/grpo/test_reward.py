@@ -146,16 +146,17 @@ def test_a_model_that_is_neither_folder_nor_reward_model_is_refused() -> None:
 
 
 def test_options_reach_the_scorer(built: list[Any]) -> None:
-    MultiResponseReward("folder", 4, dtype=torch.bfloat16, max_tokens_per_batch=99, num_orders=3)
+    MultiResponseReward("folder", 4, dtype=torch.bfloat16, max_tokens_per_batch=99, num_orders=3, placement="offload")
     assert built == [
         (
             "folder",
             {
-                "device": default_device(),
+                "device": None,
                 "dtype": torch.bfloat16,
                 "max_tokens_per_batch": 99,
                 "over_length": "drop_group",
                 "num_orders": 3,
+                "placement": "offload",
             },
         )
     ]
