@@ -86,7 +86,8 @@ class PolicyValidation(TrainerCallback):
         """Keep what an interrupted run had written up to the checkpoint, or start anew."""
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write([record for record in self._read() if record["step"] < state.global_step])
+            kept = [record for record in self._read() if record["step"] <= state.global_step]
+            self._write(kept if state.global_step else [])  # a new run replaces what an older one left here
             for logs in state.log_history:  # of the run that is resumed
                 self._pending.extend(self.signs.update(logs))
 
