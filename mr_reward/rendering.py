@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from mr_reward.encoding import TextEncoder, encodable
@@ -307,7 +308,7 @@ class Renderer:
                 {**message, "content": "".join(encodable(block["text"]) for block in message["content"])}
                 for message in messages
             ]
-            return self._apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+            return self._apply_chat_template(group, messages, add_generation_prompt=add_generation_prompt)
         images, videos = iter(group.images), iter(group.videos)
         messages = [
             {
@@ -325,7 +326,7 @@ class Renderer:
             options = {"do_sample_frames": False, "video_metadata": [metadata]}
         try:
             return self._apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, processor_kwargs=options
+                group, messages, add_generation_prompt=add_generation_prompt, processor_kwargs=options
             )
         except ValueError as error:
             if not (group.images or group.videos):
@@ -335,15 +336,23 @@ class Renderer:
                 "resize or remove them"
             ) from error
 
-    def _apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> dict[str, Tensor]:
-        rendered = self.processor.apply_chat_template(
-            [messages],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            sanitize_control_tokens=True,
-            **options,
-        )
+    def _apply_chat_template(
+        self, group: ResponseGroup, messages: list[dict[str, Any]], **options: Any
+    ) -> dict[str, Tensor]:
+        try:
+            rendered = self.processor.apply_chat_template(
+                [messages],
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                sanitize_control_tokens=True,
+                **options,
+            )
+        except TemplateError as error:  # Molmo2's takes no system turn, for instance
+            roles = ", ".join(message["role"] for message in messages)
+            raise GroupError(
+                f"{group.name}: the backbone's chat template refuses the turns ({roles}): {error}; change the prompt"
+            ) from error
         return {
             key: value
             for key, value in rendered.items()

@@ -106,6 +106,7 @@ class GroupScorer:
         pretrained_model_name_or_path: str | Path,
         *,
         dtype: torch.dtype | None = None,
+        template: str | None = None,
         **options: Any,
     ) -> GroupScorer:
         """Load a reward model for scoring.
@@ -113,6 +114,7 @@ class GroupScorer:
         Args:
             pretrained_model_name_or_path: folder or hub id.
             dtype: of the backbone; None for the checkpoint's.
+            template: for a checkpoint in the paper's format, see `MultiResponseRewardModel.from_pretrained`.
             **options: as for the constructor.
 
         Returns:
@@ -121,7 +123,8 @@ class GroupScorer:
         Raises:
             CheckpointError: the folder is not a complete reward model.
         """
-        load_options = {} if dtype is None else {"dtype": dtype}
+        given = {"dtype": dtype, "template": template}
+        load_options = {key: value for key, value in given.items() if value is not None}
         return cls(MultiResponseRewardModel.from_pretrained(pretrained_model_name_or_path, **load_options), **options)
 
     def score(self, groups: Sequence[ResponseGroup]) -> list[list[float] | None]:

@@ -83,6 +83,8 @@ def test_templates_differ(folders: dict[str, Path]) -> None:
         for options in ({}, {"template": "mr2rm-assistant"}, {"template": "mr2rm-user"})
     ]
     assert scores[0] == scores[1] != scores[2], "the default is the template of the training"
+    direct = GroupScorer.from_pretrained(folders["qwen3_vl"], template="mr2rm-user")
+    assert direct.score([group]) == scores[2]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.data import tiny
-from mr_reward.errors import ConfigurationError, MediaError, OverLengthError
+from mr_reward.errors import ConfigurationError, GroupError, MediaError, OverLengthError
 from mr_reward.packing import Packer
 from mr_reward.rendering import TEMPLATE, Renderer, check_template, template_hash
 
@@ -352,6 +352,20 @@ def test_unknown_template_is_refused() -> None:
     check_template(TEMPLATE)
     with pytest.raises(ConfigurationError, match="unknown template 'alpaca', expected 'chat'"):
         check_template("alpaca")
+
+
+@pytest.mark.parametrize("name", ["llama", "molmo2"])
+def test_turns_that_the_chat_template_refuses_name_the_group(name: str) -> None:
+    processor = copy.deepcopy(family(name).processor)
+    processor.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        + processor.chat_template
+    )
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    group = ResponseGroup(prompt=turns, responses=["a"], id="seen")
+    with pytest.raises(GroupError, match=r"'seen': .*template refuses the turns \(system, user\): no system turn"):
+        Renderer(processor).render(group)
+    Renderer(processor).render(ResponseGroup(prompt=turns[1:], responses=["a"]))
 
 
 def test_media_for_a_text_only_backbone_are_refused() -> None:
