@@ -26,3 +26,27 @@ def test_training_step_keeps_less_than_the_full_language_model() -> None:
     for checkpointing in ("off", "on"):
         assert results[checkpointing]["memory_full_over_ours"] > 1.5
         assert results[checkpointing]["speed_ours_over_full"] > 1.0
+
+
+@pytest.mark.slow
+def test_policy_comparison_runs_resumes_and_sums_up(tmp_path: Path) -> None:
+    """Three judges from one start; what is finished is not run again."""
+    sizes = {"num_digits": 1, "sft_steps": 6, "rm_groups": 64, "grpo_steps": 2, "eval_steps": 1, "eval_prompts": 16}
+    sizes |= {"test_samples": 16, "num_generations": 4}
+    command = [sys.executable, str(BENCHMARKS / "policy_comparison.py"), "--output", str(tmp_path)]
+    command += ["--seeds", "3", "--questions", "read", "even"]
+    for name, value in sizes.items():
+        command += [f"--{name}", str(value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    documents = []
+    for _ in range(2):
+        run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=500, env=environment)
+        documents.append(json.loads(run.stdout.splitlines()[-1]))
+    assert documents[0] == documents[1], "seconds and all come from the first run"
+    (record,) = documents[0]["seeds"]
+    assert set(record["judges"]) == {"multi-response", "single-response", "truth"}
+    for judge in record["judges"].values():
+        assert [point["step"] for point in judge["validation"]] == [0, 1, 2]
+    # One start for all: before the first step the policies are the same, so are the right answers of their rollouts.
+    assert len({judge["validation"][0]["truth"] for judge in record["judges"].values()}) == 1
+    assert (tmp_path / "policy_comparison.png").stat().st_size > 10_000

@@ -93,8 +93,8 @@ class MultiResponseReward:
         over_length: what to do with a group that does not fit: `"drop_group"` gives its rollouts the reward None,
             hence no advantage from this reward; `"truncate_responses"` cuts them; `"error"` ends the training.
         num_orders: response orders that the scores are averaged over; see `GroupScorer`.
-        placement: `"resident"` keeps the weights on the device; `"offload"` keeps them in CPU memory and copies them to
-            the device for each call, so that they leave it to the policy, or to vLLM, in between.
+        placement: `"resident"` keeps the weights on the device; `"offload"` keeps them in CPU memory and copies them
+            to the device for each call, so that they leave it to the policy, or to vLLM, in between.
 
     Attributes:
         last_scored: the groups that this rank scored in the last call, with their N scores; dropped ones are left out.
