@@ -25,6 +25,7 @@ from mr_reward.data.handwriting import make_groups
 from mr_reward.data.preferences import load_preferences
 from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.ranking import evaluate_ranking
+from mr_reward.model_card import write_model_card
 from mr_reward.training.arguments import RewardTrainingArguments
 from mr_reward.training.trainer import RewardTrainer
 from mr_reward.zero3 import outside_zero3
@@ -123,7 +124,11 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
     single = eval_groups is not None and len(eval_groups) == 1
     evaluation = next(iter(eval_groups.values())) if eval_groups is not None and single else eval_groups
     trainer = pretrain(model, train_groups, evaluation, args, model_config)
-    if eval_groups is None or not trainer.is_world_process_zero():
+    if not trainer.is_world_process_zero():
+        return
+    trained_on = [{"name": name, "groups": len(groups)} for name, groups in train_groups.items()]
+    if eval_groups is None:
+        write_model_card(str(args.output_dir), training_data=trained_on)
         return
     with outside_zero3():  # this rank goes on alone, with the whole model
         scorer = GroupScorer.from_pretrained(
@@ -133,6 +138,7 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
         )
     metrics = {name: evaluate_ranking(scorer, groups, seed=args.seed) for name, groups in eval_groups.items()}
     (Path(str(args.output_dir)) / "eval_metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_model_card(str(args.output_dir), training_data=trained_on, metrics=metrics)
     table = Table("metric", *metrics, title=f"{arguments.layout}, whole groups in two orders")
     for key in next(iter(metrics.values())):
         table.add_row(key, *(f"{values[key]:.4f}" for values in metrics.values()))

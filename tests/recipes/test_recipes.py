@@ -80,6 +80,9 @@ def test_pretrain_rm(tmp_path: Path, backbone: Path, lora: bool) -> None:
     assert "order_flip_rate" in stdout
     metrics = json.loads((tmp_path / "rm" / "eval_metrics.json").read_text())
     assert 0 <= metrics["handwriting"]["best_of_n_accuracy"] <= 1
+    card = (tmp_path / "rm" / "README.md").read_text()
+    assert "| handwriting | 64 |" in card
+    assert f"{metrics['handwriting']['best_of_n_accuracy']:.3f}" in card
     model = MultiResponseRewardModel.from_pretrained(tmp_path / "rm")
     assert model.config.layout == "causal"
     assert not any("lora" in name for name, _ in model.named_parameters())
