@@ -15,7 +15,7 @@ class WarningSigns:
     """Watches the logs of a GRPO run for what policies do when they play the reward model instead of the task.
 
     Means over the last `window` logs are compared with fixed limits, or with the means of the first `window` logs. A
-    sign is told once, when it appears, and again only after it had gone. None of them is a proof: a policy that has
+    sign is told once, when it appears, and again only after it had been gone for `window` logs. None of them is a proof: a policy that has
     become sure of itself repeats itself too. Look at the samples.
 
     Args:
@@ -45,7 +45,8 @@ class WarningSigns:
     truths: Sequence[str] = ()
     fall: float = 0.05
     _values: dict[str, list[float]] = field(default_factory=dict, init=False, repr=False)
-    _present: set[str] = field(default_factory=set, init=False, repr=False)
+    _last_seen: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+    _count: int = field(default=0, init=False, repr=False)
 
     def update(self, logs: Mapping[str, object]) -> list[str]:
         """Take in one log of the trainer.
@@ -59,9 +60,12 @@ class WarningSigns:
         for key, value in logs.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 self._values.setdefault(key, []).append(float(value))
-        seen = self._signs()
-        new = [text for name, text in seen.items() if name not in self._present]
-        self._present = set(seen)
+        self._count += 1
+        new = []
+        for name, text in self._signs().items():
+            if name not in self._last_seen or self._count - self._last_seen[name] > self.window:
+                new.append(text)
+            self._last_seen[name] = self._count
         return new
 
     def _signs(self) -> dict[str, str]:

@@ -60,6 +60,15 @@ def test_each_sign_is_told_with_its_numbers_once_and_again_when_it_comes_back(
     assert re.search(words, text), text
 
 
+def test_a_sign_that_comes_and_goes_is_told_once() -> None:
+    signs = WarningSigns(window=10)
+    told = []
+    for step in range(100):  # the mean of a window goes over the limit and back all the time
+        correlation = 0.6 + (0.05 if step % 4 < 2 else -0.04)
+        told += signs.update({"mr_reward/score_length_correlation": correlation})
+    assert len(told) == 1
+
+
 def test_truth_may_fall_when_the_score_does_too() -> None:
     signs = WarningSigns(window=1, truths=["rewards/truth/mean"])
     signs.update(HEALTHY)
