@@ -3,7 +3,8 @@
     python benchmarks/policy_comparison.py --seeds 0 1 2
 
 The paper's experiment in small, on the handwriting world, harder than the quickstart: three digits and several
-questions. For each seed the same weak policy is trained three times by `grpo_recipes/train_policy.py`:
+questions. For each seed the same policy, a checkpoint of supervised training, is trained three times by
+`grpo_recipes/train_policy.py`; the judge is:
 
 - `multi-response`: layout `set`, cross-entropy over the scores of each group;
 - `single-response`: layout `isolated`, which equals scoring each response alone, with the Bradley-Terry loss on all
@@ -72,8 +73,8 @@ def train_reader(folder: Path, seed: int, options: argparse.Namespace) -> Path:
         arguments = quickstart.QuickstartArguments(
             seed=seed, num_digits=options.num_digits, sft_steps=options.sft_steps, questions=options.questions
         )
-        quickstart.train_reader(arguments, folder)
-    return folder / f"checkpoint-{options.sft_steps // 3}"
+        quickstart.train_reader(arguments, folder, options.start_step)
+    return folder / f"checkpoint-{options.start_step}"
 
 
 def greedy_accuracy(folder: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -234,9 +235,10 @@ def main() -> None:
     parser.add_argument("--num_digits", type=int, default=3)
     parser.add_argument("--questions", nargs="+", default=["read", "largest", "even"])
     parser.add_argument("--num_generations", type=int, default=8)
-    parser.add_argument("--sft_steps", type=int, default=300, help="of the reader, a multiple of 3")
+    parser.add_argument("--sft_steps", type=int, default=540, help="of the reader")
+    parser.add_argument("--start_step", type=int, default=270, help="its checkpoint that GRPO starts from")
     parser.add_argument("--rm_groups", type=int, default=19200)
-    parser.add_argument("--grpo_steps", type=int, default=160)
+    parser.add_argument("--grpo_steps", type=int, default=200)
     parser.add_argument("--eval_steps", type=int, default=20)
     parser.add_argument("--eval_prompts", type=int, default=64, help="held-out prompts, num_generations rollouts each")
     parser.add_argument("--test_samples", type=int, default=1024, help="unseen images for the greedy accuracy")

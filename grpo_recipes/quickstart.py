@@ -74,15 +74,17 @@ def read_recipe(name: str, types: tuple[type, ...], **overrides: Any) -> Any:
     return TrlParser(types).parse_args_and_config(args=arguments)
 
 
-def train_reader(options: QuickstartArguments, folder: Path) -> Path:
-    """SFT from random weights with TRL; returns the checkpoint after a third of the steps, the weak policy."""
+def train_reader(options: QuickstartArguments, folder: Path, weak_step: int | None = None) -> Path:
+    """SFT from random weights with TRL; returns the checkpoint after `weak_step` (a third) of the steps."""
+    if weak_step is None and options.sft_steps is not None:
+        weak_step = options.sft_steps // 3
     (args,) = read_recipe(
         "sft_tiny_handwriting_cpu.yaml",
         (SFTConfig,),
         output_dir=folder,
         seed=options.seed,
         max_steps=options.sft_steps,
-        save_steps=options.sft_steps and options.sft_steps // 3,
+        save_steps=weak_step,
     )
     num_tasks = args.max_steps * args.per_device_train_batch_size
     tasks = make_tasks(

@@ -31,7 +31,15 @@ def test_training_step_keeps_less_than_the_full_language_model() -> None:
 @pytest.mark.slow
 def test_policy_comparison_runs_resumes_and_sums_up(tmp_path: Path) -> None:
     """Three judges from one start; what is finished is not run again."""
-    sizes = {"num_digits": 1, "sft_steps": 6, "rm_groups": 64, "grpo_steps": 2, "eval_steps": 1, "eval_prompts": 16}
+    sizes = {
+        "num_digits": 1,
+        "sft_steps": 6,
+        "start_step": 3,
+        "rm_groups": 64,
+        "grpo_steps": 2,
+        "eval_steps": 1,
+        "eval_prompts": 16,
+    }
     sizes |= {"test_samples": 16, "num_generations": 4}
     command = [sys.executable, str(BENCHMARKS / "policy_comparison.py"), "--output", str(tmp_path)]
     command += ["--seeds", "3", "--questions", "read", "even"]
