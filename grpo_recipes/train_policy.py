@@ -2,7 +2,8 @@
 
     accelerate launch grpo_recipes/train_policy.py --config grpo_recipes/policy_tiny_handwriting_cpu.yaml
 
-Every field of TRL's `GRPOConfig` and `ModelConfig` can stand in the YAML file or on the command line.
+Every field of TRL's `GRPOConfig` and `ModelConfig` can stand in the YAML file or on the command line. With
+`resume_from_checkpoint: true` the same command starts a run and goes on with it after an interruption.
 """
 
 import logging
@@ -11,12 +12,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from mr_reward import MultiResponseReward
 from mr_reward.data.handwriting import make_policy_rows, make_tasks
 from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.handwriting import handwriting_accuracy
+from mr_reward.grpo.arguments import PolicyTrainingArguments
+from mr_reward.grpo.resume import ContinuedEpochs, checkpoint_to_resume
 from mr_reward.grpo.validation import PolicyValidation
 from mr_reward.grpo.warning_signs import WarningSigns
 
@@ -71,13 +75,14 @@ def load_prompts(arguments: PolicyArguments, name: str, split: str, num_prompts:
     return load_dataset(name, split=split)
 
 
-def make_reward(arguments: PolicyArguments, num_generations: int) -> MultiResponseReward:
+def make_reward(arguments: PolicyArguments, args: GRPOConfig) -> MultiResponseReward:
     """The reward function; a broken folder shows here, before the policy is loaded."""
     if arguments.reward_model is None:
         raise ConfigurationError("reward_model is missing; give the folder that pretrain_rm.py wrote")
     return MultiResponseReward(
         arguments.reward_model,
-        num_generations=num_generations,
+        num_generations=args.num_generations,
+        num_generations_eval=args.num_generations_eval,
         reward=arguments.reward,
         dtype=getattr(torch, arguments.reward_dtype) if arguments.reward_dtype else None,
         max_tokens_per_batch=arguments.reward_max_tokens,
@@ -90,7 +95,7 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
     """Train, write the policy to `args.output_dir`, and return the trainer with its history."""
     if not model_config.model_name_or_path:
         raise ConfigurationError("model_name_or_path is missing; give the policy's folder or hub id")
-    reward = make_reward(arguments, args.num_generations)
+    reward = make_reward(arguments, args)
     reward_funcs: list[Any] = [reward]
     if arguments.dataset == "handwriting":
         # The truth watches with weight 0, unless asked for more: it is logged, and the policy does not learn from it.
@@ -108,7 +113,8 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
     train_dataset = load_prompts(
         arguments, arguments.dataset, arguments.dataset_split, arguments.num_prompts, args.seed
     )
-    eval_dataset, callbacks = None, []
+    eval_dataset = None
+    callbacks: list[TrainerCallback] = [ContinuedEpochs()]
     if arguments.eval_dataset is not None:
         eval_dataset = load_prompts(  # the same prompts for every seed
             arguments, arguments.eval_dataset, arguments.eval_dataset_split, arguments.num_eval_prompts, seed=0
@@ -125,11 +131,11 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         peft_config=get_peft_config(model_config),
         quantization_config=get_quantization_config(model_config),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_model(str(args.output_dir))
     return trainer
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    train_policy(*TrlParser((PolicyArguments, GRPOConfig, ModelConfig)).parse_args_and_config())
+    train_policy(*TrlParser((PolicyArguments, PolicyTrainingArguments, ModelConfig)).parse_args_and_config())

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch import nn
 from transformers.integrations import deepspeed as hf_deepspeed
 
-__all__ = ["match_partitioned_dtype", "outside_zero3", "whole_weights"]
+__all__ = ["match_partitioned_dtype", "outside_zero3", "partitioned_weights", "whole_weights"]
 
 
 def whole_weights(module: nn.Module) -> AbstractContextManager[None]:
@@ -35,6 +35,22 @@ def whole_weights(module: nn.Module) -> AbstractContextManager[None]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def partitioned_weights(module: nn.Module) -> list[str]:
+    """The names of the weights that are not whole on this rank.
+
+    Args:
+        module: any model.
+
+    Returns:
+        Names as in `named_parameters`; empty for a model that was built outside ZeRO-3.
+
+    Example:
+        >>> partitioned_weights(nn.Linear(2, 1))
+        []
+    """
+    return [name for name, weight in module.named_parameters() if hasattr(weight, "ds_id") or not weight.numel()]
 
 
 def match_partitioned_dtype(model: nn.Module) -> None:

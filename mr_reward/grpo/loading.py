@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mr_reward.errors import ConfigurationError
-from mr_reward.zero3 import outside_zero3
+from mr_reward.errors import CheckpointError, ConfigurationError
+from mr_reward.zero3 import outside_zero3, partitioned_weights
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mr_reward.grpo.placement import OffloadedScorer
     from mr_reward.scoring import GroupScorer
 
@@ -44,7 +46,7 @@ def build_scorer(
 
     Raises:
         ConfigurationError: `model` is something else, or there is no such placement.
-        CheckpointError: the checkpoint cannot be loaded.
+        CheckpointError: the checkpoint cannot be loaded, or the model is partitioned by ZeRO-3.
     """
     from mr_reward.grpo.placement import PLACEMENTS, OffloadedScorer
     from mr_reward.modeling import MultiResponseRewardModel
@@ -54,6 +56,8 @@ def build_scorer(
         raise ConfigurationError(f"placement is {placement!r}, expected one of {', '.join(PLACEMENTS)}")
     target = torch.device(device) if device is not None else default_device()
     device = torch.device("cpu") if placement == "offload" else target
+    if isinstance(model, MultiResponseRewardModel):
+        _refuse_partitioned(model)
     with outside_zero3():
         if isinstance(model, str | os.PathLike):
             scorer = GroupScorer.from_pretrained(os.fspath(model), device=device, **options)
@@ -65,3 +69,14 @@ def build_scorer(
                 "pass the folder that save_pretrained wrote"
             )
     return OffloadedScorer(scorer, target) if placement == "offload" else scorer
+
+
+def _refuse_partitioned(model: nn.Module) -> None:
+    """A model with empty weights would score nonsense, or wait for ranks that own no group."""
+    names = partitioned_weights(model)
+    if names:
+        raise CheckpointError(
+            f"{len(names)} weights of the reward model are partitioned over the ranks ({names[0]}, ...): it was "
+            "loaded while a DeepSpeed ZeRO-3 configuration was alive, expected whole weights on every rank; give "
+            "MultiResponseReward the folder itself, or load the model inside mr_reward.zero3.outside_zero3()"
+        )

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mr_reward.errors import ConfigurationError
+from mr_reward.fingerprint import weights_digest
 from mr_reward.groups import ResponseGroup
+from mr_reward.grpo.agreement import check_same_weights, group_size
 from mr_reward.grpo.exchange import Exchange
 from mr_reward.grpo.groups import PlannedGroup, plan_groups
 from mr_reward.grpo.loading import build_scorer
@@ -79,12 +81,18 @@ class MultiResponseReward:
     (before the transform; None if dropped) and `mr_reward_truncated`, are logged at every call. TRL tells reward
     functions apart by name only, so use one `MultiResponseReward` per trainer.
 
+    In evaluation groups may have another size (`num_generations_eval`), and the last batch may be shorter; on several
+    processes accelerate fills it up with the first prompts of the set, as whole groups, which then count twice. In the
+    first call the ranks compare checksums of their reward models, as ZeRO-3 can make them differ without an error.
+
     What is judged: the content of the assistant turns, without tool calls, tool results or reasoning that was parsed
     into a key of its own. A plain-text prompt counts as one user turn.
 
     Args:
         model: folder or hub id of a checkpoint, or a loaded `MultiResponseRewardModel`. A checkpoint is loaded now.
-        num_generations: rollouts per prompt; the trainer's `num_generations`, and its `num_generations_eval` too.
+        num_generations: rollouts per prompt; the trainer's `num_generations`.
+        num_generations_eval: rollouts per prompt in evaluation, the trainer's `num_generations_eval`; None for as many
+            as in training. The first call checks both against the trainer.
         reward: `"centred"` (score minus group mean), `"raw"` (score), `"rank"` (0 = worst to 1 = best, ties averaged)
             or `"win_rate"` (mean probability to beat each of the others).
         device: where the model runs. Default: `cuda:LOCAL_RANK` if CUDA is available, else the CPU.
@@ -115,6 +123,7 @@ class MultiResponseReward:
         model: str | os.PathLike[str] | MultiResponseRewardModel,
         num_generations: int,
         *,
+        num_generations_eval: int | None = None,
         reward: str = "centred",
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -123,11 +132,13 @@ class MultiResponseReward:
         num_orders: int = 1,
         placement: str = "resident",
     ) -> None:
-        if isinstance(num_generations, bool) or not isinstance(num_generations, int) or num_generations < 1:
-            raise ConfigurationError(
-                f"num_generations is {num_generations!r}, expected a whole number from 1 on; pass the trainer's "
-                "num_generations"
-            )
+        if num_generations_eval is None:
+            num_generations_eval = num_generations
+        for name, size in (("num_generations", num_generations), ("num_generations_eval", num_generations_eval)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ConfigurationError(
+                    f"{name} is {size!r}, expected a whole number from 1 on; pass the trainer's {name}"
+                )
         if reward not in REWARD_TRANSFORMS:
             raise ConfigurationError(f"reward is {reward!r}, expected one of {', '.join(REWARD_TRANSFORMS)}")
         if over_length not in OVER_LENGTH_POLICIES:  # known before the checkpoint is loaded, which takes a while
@@ -136,7 +147,9 @@ class MultiResponseReward:
             )
         self.__name__ = "multi_response_reward"  # TRL names metrics after it
         self.num_generations = num_generations
+        self.num_generations_eval = num_generations_eval
         self.reward = reward
+        sizes = {"num_generations_eval": num_generations_eval}
         options: dict[str, Any] = {
             "device": device,
             "dtype": dtype,
@@ -146,9 +159,10 @@ class MultiResponseReward:
             "placement": placement,
         }
         self.last_scored: list[tuple[ResponseGroup, list[float]]] = []
-        self._arguments = (model, num_generations), {"reward": reward, **options}
+        self._arguments = (model, num_generations), {**sizes, "reward": reward, **options}
         self._scorer = build_scorer(model, **options)
         self._exchange = Exchange()
+        self._ranks_agree = False
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Pickle the arguments: a copy loads the checkpoint again, and has its own device and process group."""
@@ -161,8 +175,8 @@ class MultiResponseReward:
         """Score this rank's rollouts, together with all other ranks.
 
         Args:
-            prompts: M prompts (text or chat messages with content blocks), each prompt `num_generations` times in a
-                row in the global, rank-major batch.
+            prompts: M prompts (text or chat messages with content blocks), each prompt `num_generations` times (in
+                evaluation `num_generations_eval` times) in a row in the global, rank-major batch.
             completions: M completions, text or chat messages.
             **kwargs: the rest of what TRL passes; `image`, `images`, `trainer_state`, `log_extra` and `log_metric` are
                 used if there.
@@ -171,6 +185,8 @@ class MultiResponseReward:
             M rewards; None for the rollouts of a dropped group.
 
         Raises:
+            CheckpointError: the ranks hold different reward models (first call only).
+            ConfigurationError: the trainer has another `num_generations` or `num_generations_eval`.
             GroupAssemblyError: the global batch cannot be cut into groups of `num_generations`.
             GroupError: a prompt or completion has a shape that TRL does not produce.
             MediaError: media are missing or unreadable.
@@ -179,9 +195,14 @@ class MultiResponseReward:
         state = kwargs.get("trainer_state")
         prefix = f"step {state.global_step} " if state is not None else ""
         with self._exchange.fail_together("reading the rollouts") as phase:
-            local, phase.payload = read_rollouts(prompts, completions, kwargs)
-        rows_by_rank = phase.gathered
-        plan = plan_groups(rows_by_rank, self.num_generations)
+            size = group_size(kwargs.get("log_metric"), self.num_generations, self.num_generations_eval)
+            local, rows = read_rollouts(prompts, completions, kwargs)
+            phase.payload = rows, "" if self._ranks_agree else self._weights_digest()
+        rows_by_rank = [rows for rows, _ in phase.gathered]
+        # In the first call, not at construction: there the ranks may not know each other yet.
+        check_same_weights([digest for _, digest in phase.gathered])
+        self._ranks_agree = True
+        plan = plan_groups(rows_by_rank, size)
 
         rank = self._exchange.rank
         with self._exchange.fail_together("scoring") as phase:
@@ -202,6 +223,11 @@ class MultiResponseReward:
             log_extra("mr_reward_score", self._per_row(ordered, list)[mine])
             log_extra("mr_reward_truncated", [flag for outcome in ordered for flag in outcome.truncated][mine])
         return self._per_row(ordered, REWARD_TRANSFORMS[self.reward])[mine]
+
+    def _weights_digest(self) -> str:
+        """Checksum of this rank's reward model; empty if it has none of its own, as with a scoring server."""
+        model = getattr(self._scorer, "model", None)
+        return "" if model is None else weights_digest(model)
 
     def _score(
         self, own: Sequence[PlannedGroup], local: Sequence[ResponseGroup], prefix: str
@@ -242,7 +268,7 @@ class MultiResponseReward:
         """Spread the groups' values over all rows of the global batch."""
         values: list[float | None] = []
         for outcome in outcomes:
-            values.extend([None] * self.num_generations if outcome.scores is None else transform(outcome.scores))
+            values.extend([None] * len(outcome.truncated) if outcome.scores is None else transform(outcome.scores))
         return values
 
 

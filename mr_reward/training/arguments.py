@@ -10,7 +10,7 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.losses import get_loss
 from mr_reward.packing import OVER_LENGTH_POLICIES
 
-__all__ = ["RewardTrainingArguments"]
+__all__ = ["RewardTrainingArguments", "backend_for_deepspeed"]
 
 
 @dataclass
@@ -56,15 +56,7 @@ class RewardTrainingArguments(TrainingArguments):
     label_names: list[str] | None = field(default_factory=lambda: ["rankings"], metadata={"help": "Keep as it is"})
 
     def __post_init__(self) -> None:
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-            if self.use_cpu:
-                raise ConfigurationError(
-                    "got use_cpu=true in a run that was launched with DeepSpeed; accelerate would leave DeepSpeed "
-                    "out. Remove use_cpu: on a machine without a GPU DeepSpeed runs on the CPU by itself"
-                )
-            if self.ddp_backend is None and not torch.accelerator.is_available():
-                # accelerate knows none for DeepSpeed on the CPU, and then every process takes itself for a whole run.
-                self.ddp_backend = "gloo"
+        self.ddp_backend = backend_for_deepspeed(self.ddp_backend, use_cpu=self.use_cpu)
         super().__post_init__()
         get_loss(
             self.loss,
@@ -76,3 +68,28 @@ class RewardTrainingArguments(TrainingArguments):
             raise ConfigurationError(
                 f"unknown over-length policy {self.over_length!r}, expected one of {', '.join(OVER_LENGTH_POLICIES)}"
             )
+
+
+def backend_for_deepspeed(ddp_backend: str | None, *, use_cpu: bool) -> str | None:
+    """The backend of a run that may have been launched with DeepSpeed on a machine without a GPU.
+
+    accelerate knows none for it, and then every process takes itself for a whole run.
+
+    Args:
+        ddp_backend: what the configuration says; None for nothing.
+        use_cpu: of the training arguments.
+
+    Returns:
+        `gloo` where DeepSpeed runs on the CPU and nothing else is asked for, else `ddp_backend`.
+
+    Raises:
+        ConfigurationError: `use_cpu` together with DeepSpeed.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return ddp_backend
+    if use_cpu:
+        raise ConfigurationError(
+            "got use_cpu=true in a run that was launched with DeepSpeed; accelerate would leave DeepSpeed "
+            "out. Remove use_cpu: on a machine without a GPU DeepSpeed runs on the CPU by itself"
+        )
+    return "gloo" if ddp_backend is None and not torch.accelerator.is_available() else ddp_backend

@@ -17,13 +17,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from PIL import Image
 
 import mr_reward.grpo.reward as reward_module
+from mr_reward.data.tiny import build_llama, build_tokenizer
 from mr_reward.errors import MRRewardError
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.reward import MultiResponseReward
+from mr_reward.modeling import MultiResponseRewardModel
 
 ROWS_PER_RANK = (2, 3, 4, 6)
 GROUP_SIZES = (4, 6)
@@ -125,6 +128,11 @@ def run(scenario: str, model: str | None) -> dict[str, Any]:
     if scenario == "die":
         use_scorer(FailingScorer(1, die=True))
         cases = [(4, 4)]
+    elif scenario == "weights":
+        torch.manual_seed(rank)  # a value head of its own on each rank
+        own = MultiResponseRewardModel.from_backbone(build_llama(), processor=build_tokenizer())
+        prompts, completions = ["p"] * 2, ["a", "b"]
+        return {"first": call(MultiResponseReward(own, 2, device="cpu"), prompts, completions)}
     elif scenario == "fail":
         use_scorer(FailingScorer(1))
         cases = [(4, 4)]

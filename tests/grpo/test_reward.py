@@ -83,7 +83,7 @@ def test_groups_rewards_and_logs(built: list[Any], caplog: pytest.LogCaptureFixt
     metrics = result["metrics"]
     assert tuple(metrics) == METRIC_KEYS
     assert metrics.pop("mr_reward/ms_per_group") >= 0
-    assert list(metrics.values()) == pytest.approx([3.0, 0.5, 0.5, 0.0, 1.0, 0.0, 1 / 9, 1.0])
+    assert list(metrics.values()) == pytest.approx([3.0, 0.5, 0.5, 0.0, 1.0, 0.0, 1 / 9, 0.0, 1.0])
 
 
 def test_metrics_that_are_undefined_are_nan_but_logged(built: list[Any]) -> None:

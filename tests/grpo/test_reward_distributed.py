@@ -129,6 +129,12 @@ def test_one_failing_rank_stops_all_and_names_rank_and_group(launch: Launch, wor
         assert len(record["recovered"]["rewards"]) == 4
 
 
+def test_different_weights_stop_all_ranks_in_the_first_call(launch: Launch) -> None:
+    for record in launch("weights", 2):
+        assert record["first"]["error"] == "CheckpointError"
+        assert "rank 0: " in record["first"]["message"] and "rank 1: " in record["first"]["message"]
+
+
 def test_a_dying_process_is_noticed(launch: Launch) -> None:
     records = launch("die", 2)
     assert records[1] is None

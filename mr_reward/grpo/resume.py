@@ -1,0 +1,98 @@
+"""Going on after an interruption: what TRL (1.16) leaves out of a checkpoint, put back or told.
+
+A checkpoint holds weights, optimizer, schedule and random states, so a run goes on as if it had never stopped, with
+the same prompts, samples and rewards. Not in it: the order of prompts from the second epoch on (`ContinuedEpochs`),
+the completions between two generations (`checkpoint_to_resume` warns), and the random state inside vLLM, whose samples
+after a restart are others from the same distribution. `eval_on_start` evaluates again at each restart.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOConfig
+
+from mr_reward.training.resume import last_complete_checkpoint
+
+__all__ = ["ContinuedEpochs", "checkpoint_to_resume", "updates_per_generation"]
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_to_resume(args: GRPOConfig) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` stands for.
+
+    Args:
+        args: of the run; `resume_from_checkpoint` is a folder, `true` for the newest whole checkpoint below
+            `output_dir` (the start if there is none, so that one command serves the first launch and every restart),
+            or empty.
+
+    Returns:
+        What `trainer.train(resume_from_checkpoint=...)` takes; None to start from the beginning.
+
+    Example:
+        >>> checkpoint_to_resume(GRPOConfig("new", num_generations=8, bf16=False, use_cpu=True)) is None
+        True
+    """
+    name = args.resume_from_checkpoint
+    period = updates_per_generation(args)
+    if args.save_strategy == "steps" and args.save_steps % period:
+        logger.warning(
+            "save_steps is %s, expected a multiple of %d: completions serve %d updates and are not part of a "
+            "checkpoint, so a run that goes on from between two generations draws them anew",
+            args.save_steps,
+            period,
+            period,
+        )
+    if isinstance(name, str) and name.lower() in ("true", "false"):  # on the command line everything is text
+        name = name.lower() == "true"
+    if name is True:
+        return last_complete_checkpoint(str(args.output_dir), args.world_size)
+    return name or None
+
+
+def updates_per_generation(args: GRPOConfig) -> int:
+    """How many optimizer updates one generation of completions serves, at least one.
+
+    Args:
+        args: of the run.
+
+    Returns:
+        The number of steps.
+    """
+    batches = args.steps_per_generation * args.num_iterations
+    return max(1, batches // args.gradient_accumulation_steps)
+
+
+class ContinuedEpochs(TrainerCallback):
+    """Lets a run that goes on in its second or a later epoch see the prompts in the order it would have seen.
+
+    TRL's sampler draws a new order each epoch from one generator, and after a restart it draws the first epoch's
+    again. Here the orders of the finished epochs are drawn and thrown away. Does nothing in a run from the start.
+
+    Example:
+        ```python
+        trainer = GRPOTrainer(..., callbacks=[ContinuedEpochs()])
+        ```
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader[Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Skip the finished epochs."""
+        sampler: Any = getattr(train_dataloader, "batch_sampler", None)
+        while hasattr(sampler, "batch_sampler"):  # accelerate's share of it for one rank
+            sampler = sampler.batch_sampler
+        sampler = getattr(sampler, "sampler", None)
+        if getattr(sampler, "generator", None) is None:
+            return
+        for _ in range(int(state.epoch or 0)):
+            next(iter(sampler), None)  # an order is drawn with its first row
