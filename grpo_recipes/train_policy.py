@@ -22,6 +22,8 @@ from mr_reward.evaluation.handwriting import handwriting_accuracy
 from mr_reward.grpo.arguments import PolicyTrainingArguments
 from mr_reward.grpo.resume import ContinuedEpochs, checkpoint_to_resume
 from mr_reward.grpo.validation import PolicyValidation
+from mr_reward.grpo.vllm_cpu import prepare_vllm_on_cpu
+from mr_reward.grpo.vllm_images import send_single_placeholders
 from mr_reward.grpo.warning_signs import WarningSigns
 
 
@@ -121,6 +123,8 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         )
         truths = ["rewards/handwriting_accuracy/mean"] if handwriting_accuracy in reward_funcs else []
         callbacks.append(PolicyValidation(reward, str(args.output_dir), signs=WarningSigns(truths=truths)))
+    if args.use_vllm and args.vllm_mode == "colocate":
+        prepare_vllm_on_cpu()
     trainer = GRPOTrainer(
         model=model_config.model_name_or_path,
         reward_funcs=reward_funcs,
@@ -131,6 +135,7 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         peft_config=get_peft_config(model_config),
         quantization_config=get_quantization_config(model_config),
     )
+    send_single_placeholders(trainer)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_model(str(args.output_dir))
     return trainer

@@ -15,8 +15,8 @@ class WarningSigns:
     """Watches the logs of a GRPO run for what policies do when they play the reward model instead of the task.
 
     Means over the last `window` logs are compared with fixed limits, or with the means of the first `window` logs. A
-    sign is told once, when it appears, and again only after it had been gone for `window` logs. None of them is a proof: a policy that has
-    become sure of itself repeats itself too. Look at the samples.
+    sign is told once, when it appears, and again only after it had been gone for `window` logs. None of them is a
+    proof: a policy that has become sure of itself repeats itself too. Look at the samples.
 
     Args:
         window: logs that a mean is taken over, and that have to have passed before anything is told.
