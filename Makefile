@@ -53,7 +53,7 @@ $(STAMP): pyproject.toml constraints.txt
 		"$$found" -m venv --clear "$(VENV)"; \
 	fi
 	@"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(BIN)/python" -m ensurepip
-	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
+	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,eval,serve]'
 	@touch "$@"
 
 # DeepSpeed has no wheel and looks at the installed torch while it is built.

@@ -6,21 +6,30 @@ Every field of TRL's `GRPOConfig` and `ModelConfig` can stand in the YAML file o
 `resume_from_checkpoint: true` the same command starts a run and goes on with it after an interruption.
 """
 
+import argparse
+import importlib
 import logging
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
+from rich.console import Console
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from mr_reward import MultiResponseReward
+from mr_reward import MultiResponseReward, ResponseGroup
 from mr_reward.data.handwriting import make_policy_rows, make_tasks
-from mr_reward.errors import ConfigurationError
+from mr_reward.errors import ConfigurationError, MRRewardError
 from mr_reward.evaluation.handwriting import handwriting_accuracy
 from mr_reward.grpo.arguments import PolicyTrainingArguments
+from mr_reward.grpo.dry_run import Finding, RunPlan, check_run, planned_arguments, show_findings
+from mr_reward.grpo.launch import Launch, read_launch
 from mr_reward.grpo.resume import ContinuedEpochs, checkpoint_to_resume
+from mr_reward.grpo.rows import read_rollouts
 from mr_reward.grpo.validation import PolicyValidation
 from mr_reward.grpo.vllm_cpu import prepare_vllm_on_cpu
 from mr_reward.grpo.vllm_images import send_single_placeholders
@@ -39,6 +48,10 @@ class PolicyArguments:
         reward_max_tokens: token budget of one forward pass of the reward model.
         reward_over_length: drop_group, truncate_responses or error.
         reward_num_orders: response orders to average over (layout causal).
+        reward_attn_implementation: attention backend of the reward model; None for the default.
+        reward_placement: resident keeps the reward model on the device, offload in CPU memory between calls.
+        extra_reward_funcs: further reward functions by import path, as `trl.rewards.accuracy_reward`; in this order
+            after the reward model (and the handwriting world's truth) in `reward_weights`.
         dataset: a data set with `prompt` (text or messages) and optional `image(s)`, local file or hub id; or
             "handwriting".
         dataset_split: its split.
@@ -56,6 +69,9 @@ class PolicyArguments:
     reward_max_tokens: int = field(default=16384, metadata={"help": "Token budget of one reward forward"})
     reward_over_length: str = field(default="drop_group", metadata={"help": "drop_group, truncate_responses, error"})
     reward_num_orders: int = field(default=1, metadata={"help": "Orders to average over (layout causal)"})
+    reward_attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the reward model"})
+    reward_placement: str = field(default="resident", metadata={"help": "resident or offload"})
+    extra_reward_funcs: list[str] = field(default_factory=list, metadata={"help": "Import paths"})
     dataset: str = field(default="handwriting", metadata={"help": "Data set with prompts, or handwriting"})
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set"})
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out prompts, or handwriting"})
@@ -91,7 +107,87 @@ def make_reward(arguments: PolicyArguments, args: GRPOConfig) -> MultiResponseRe
         max_tokens_per_batch=arguments.reward_max_tokens,
         over_length=arguments.reward_over_length,
         num_orders=arguments.reward_num_orders,
+        attn_implementation=arguments.reward_attn_implementation,
+        placement=arguments.reward_placement,
     )
+
+
+def import_reward(path: str) -> Callable[..., Any]:
+    """The reward function that an import path names."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(
+            f"extra_reward_funcs: {path!r} cannot be imported ({error}); give module.function"
+        ) from error
+
+
+def plan_run(
+    arguments: PolicyArguments,
+    args: GRPOConfig,
+    model_config: ModelConfig,
+    launch: Launch,
+    prompts: list[ResponseGroup],
+) -> RunPlan:
+    """What the dry run looks at."""
+    dtype = model_config.dtype if model_config.dtype not in (None, "auto") else "bfloat16" if args.bf16 else "float32"
+    return RunPlan(
+        args=args,
+        policy=str(model_config.model_name_or_path),
+        reward_model=arguments.reward_model,
+        reward_placement=arguments.reward_placement,
+        reward_dtype=getattr(torch, arguments.reward_dtype) if arguments.reward_dtype else None,
+        reward_max_tokens=arguments.reward_max_tokens,
+        reward_attention=arguments.reward_attn_implementation,
+        num_reward_funcs=1 + (arguments.dataset == "handwriting") + len(arguments.extra_reward_funcs),
+        launch=launch,
+        policy_dtype=getattr(torch, dtype),
+        lora_rank=model_config.lora_r if model_config.use_peft else None,
+        lora_targets=model_config.lora_target_modules,
+        prompts=prompts,
+    )
+
+
+def dry_run(argv: list[str]) -> bool:
+    """Check a run without loading a weight; see `mr_reward.grpo.dry_run`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--accelerate_config")
+    options, rest = parser.parse_known_args(argv)
+    console = Console()
+    try:
+        launch = read_launch(options.accelerate_config) if options.accelerate_config else Launch()
+        config_class = planned_arguments(PolicyTrainingArguments, launch.num_processes)
+        parsed = TrlParser((PolicyArguments, config_class, ModelConfig)).parse_args_and_config(
+            args=[*rest, "--use_cpu", "true"]
+        )
+        arguments, args, model_config = parsed
+        for path in arguments.extra_reward_funcs:
+            import_reward(path)
+        prompts = first_prompts(arguments)
+        findings = check_run(plan_run(arguments, args, model_config, launch, prompts))
+    except (MRRewardError, OSError, ValueError) as error:
+        findings = [Finding("red", "configuration", str(error))]
+    return show_findings(findings, console)
+
+
+def first_prompts(arguments: PolicyArguments, count: int = 64) -> list[ResponseGroup]:
+    """The first prompts as groups, if they are on this machine."""
+    if arguments.dataset == "handwriting":
+        arguments = replace(arguments, num_prompts=count)
+    elif not Path(arguments.dataset).exists():
+        if arguments.dataset.endswith((".json", ".jsonl")):
+            raise ConfigurationError(f"dataset {arguments.dataset} is no file; give the file with the prompts")
+        return []
+    rows = load_prompts(arguments, arguments.dataset, arguments.dataset_split, arguments.num_prompts, seed=0)
+    if "prompt" not in rows.column_names:
+        raise ConfigurationError(
+            f"dataset {arguments.dataset} has the columns {rows.column_names}, expected prompt among them"
+        )
+    rows = rows.select(range(min(count, len(rows))))
+    columns = {name: rows[name] for name in ("image", "images") if name in rows.column_names}
+    return read_rollouts(rows["prompt"], [""] * len(rows), columns)[0]
 
 
 def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: ModelConfig) -> GRPOTrainer:
@@ -105,7 +201,8 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
     if arguments.dataset == "handwriting":
         # The truth watches with weight 0, unless asked for more: it is logged, and the policy does not learn from it.
         reward_funcs.append(handwriting_accuracy)
-        args.reward_weights = args.reward_weights or [1.0, 0.0]
+        args.reward_weights = args.reward_weights or [1.0, 0.0, *(1.0 for _ in arguments.extra_reward_funcs)]
+    reward_funcs += [import_reward(path) for path in arguments.extra_reward_funcs]
     load_options = {
         "dtype": model_config.dtype,
         "attn_implementation": model_config.attn_implementation,
@@ -146,4 +243,6 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
+    if "--dry_run" in sys.argv:
+        sys.exit(not dry_run(sys.argv[1:]))
     train_policy(*TrlParser((PolicyArguments, PolicyTrainingArguments, ModelConfig)).parse_args_and_config())

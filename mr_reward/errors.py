@@ -15,6 +15,7 @@ __all__ = [
     "NonFiniteScoreError",
     "OverLengthError",
     "PeerRankError",
+    "ScoringServerError",
 ]
 
 
@@ -56,3 +57,7 @@ class NonFiniteScoreError(MRRewardError, RuntimeError):
 
 class PeerRankError(MRRewardError, RuntimeError):
     """Another rank failed inside the reward; the message names the rank, the group and the cause."""
+
+
+class ScoringServerError(MRRewardError, RuntimeError):
+    """A scoring server cannot be reached in time, refuses the request, or gives answers that cannot be right."""

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,7 +23,7 @@ from mr_reward.modeling import MultiResponseRewardModel
 from mr_reward.packing import PackedRow, Packer, collate, plan_batches
 from mr_reward.rendering import Renderer
 
-__all__ = ["GroupScorer", "GroupScores"]
+__all__ = ["GroupScorer", "GroupScores", "Scorer"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,13 @@ class GroupScores:
     truncated: tuple[bool, ...]
     order_spread: float = 0.0
     drop_reason: str | None = None
+
+
+class Scorer(Protocol):
+    """What scores groups, here or elsewhere: `GroupScorer`, `OffloadedScorer`, `RemoteScorer`."""
+
+    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+        """As `GroupScorer.score_detailed`."""
 
 
 class GroupScorer:
@@ -107,6 +114,7 @@ class GroupScorer:
         *,
         dtype: torch.dtype | None = None,
         template: str | None = None,
+        attn_implementation: str | None = None,
         **options: Any,
     ) -> GroupScorer:
         """Load a reward model for scoring.
@@ -115,6 +123,7 @@ class GroupScorer:
             pretrained_model_name_or_path: folder or hub id.
             dtype: of the backbone; None for the checkpoint's.
             template: for a checkpoint in the paper's format, see `MultiResponseRewardModel.from_pretrained`.
+            attn_implementation: attention backend; None for transformers' default.
             **options: as for the constructor.
 
         Returns:
@@ -123,7 +132,7 @@ class GroupScorer:
         Raises:
             CheckpointError: the folder is not a complete reward model.
         """
-        given = {"dtype": dtype, "template": template}
+        given = {"dtype": dtype, "template": template, "attn_implementation": attn_implementation}
         load_options = {key: value for key, value in given.items() if value is not None}
         return cls(MultiResponseRewardModel.from_pretrained(pretrained_model_name_or_path, **load_options), **options)
 

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
     from mr_reward.grpo.placement import OffloadedScorer
     from mr_reward.scoring import GroupScorer
+    from mr_reward.serving import RemoteScorer
 
-__all__ = ["build_scorer", "default_device", "outside_zero3"]
+__all__ = ["build_scorer", "connect_scorer", "default_device", "outside_zero3"]
+
+_START_SECONDS = 120.0  # that a scoring server may take to come up
 
 
 def default_device() -> torch.device:
@@ -31,7 +34,12 @@ def default_device() -> torch.device:
 
 
 def build_scorer(
-    model: Any, *, device: torch.device | str | None = None, placement: str = "resident", **options: Any
+    model: Any,
+    *,
+    device: torch.device | str | None = None,
+    placement: str = "resident",
+    attn_implementation: str | None = None,
+    **options: Any,
 ) -> GroupScorer | OffloadedScorer:
     """Make a scorer from a checkpoint or from a loaded model.
 
@@ -39,6 +47,7 @@ def build_scorer(
         model: folder or hub id (str or path), or a loaded `MultiResponseRewardModel`.
         device: where to score; None for this rank's.
         placement: one of `PLACEMENTS`: the weights stay on the device, or go there for each call only.
+        attn_implementation: attention backend of a checkpoint; None for the default. A loaded model has its own.
         options: keyword options of `GroupScorer`.
 
     Returns:
@@ -58,9 +67,16 @@ def build_scorer(
     device = torch.device("cpu") if placement == "offload" else target
     if isinstance(model, MultiResponseRewardModel):
         _refuse_partitioned(model)
+        if attn_implementation is not None:
+            raise ConfigurationError(
+                f"got attn_implementation={attn_implementation!r} with a loaded model, expected a folder; choose the "
+                "backend when you load the model"
+            )
     with outside_zero3():
         if isinstance(model, str | os.PathLike):
-            scorer = GroupScorer.from_pretrained(os.fspath(model), device=device, **options)
+            scorer = GroupScorer.from_pretrained(
+                os.fspath(model), device=device, attn_implementation=attn_implementation, **options
+            )
         elif isinstance(model, MultiResponseRewardModel):
             scorer = GroupScorer(model, device=device, **options)
         else:
@@ -69,6 +85,29 @@ def build_scorer(
                 "pass the folder that save_pretrained wrote"
             )
     return OffloadedScorer(scorer, target) if placement == "offload" else scorer
+
+
+def connect_scorer(server: str, *, token: str | None = None, expected_hash: str | None = None) -> RemoteScorer:
+    """Make a scorer that asks a scoring server, and see that the server is there.
+
+    Args:
+        server: its URL.
+        token: of the server; None for the environment's.
+        expected_hash: checksum of the model that has to score; None for any.
+
+    Returns:
+        The scorer.
+
+    Raises:
+        CheckpointError: the server has another model.
+        ConfigurationError: the URL is none, or the packages of the extra `serve` are missing.
+        ScoringServerError: the server cannot be reached, or refuses the token.
+    """
+    from mr_reward.serving import RemoteScorer
+
+    scorer = RemoteScorer(server, token=token, expected_hash=expected_hash)
+    scorer.connect(_START_SECONDS)
+    return scorer
 
 
 def _refuse_partitioned(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.agreement import check_same_weights, group_size
 from mr_reward.grpo.exchange import Exchange
 from mr_reward.grpo.groups import PlannedGroup, plan_groups
-from mr_reward.grpo.loading import build_scorer
+from mr_reward.grpo.loading import build_scorer, connect_scorer
 from mr_reward.grpo.rows import Completion, Prompt, read_rollouts
 from mr_reward.grpo.telemetry import GroupOutcome, measure
 from mr_reward.packing import OVER_LENGTH_POLICIES
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from mr_reward.modeling import MultiResponseRewardModel
+    from mr_reward.scoring import Scorer
 
 __all__ = ["REWARD_TRANSFORMS", "MultiResponseReward"]
 
@@ -90,6 +92,7 @@ class MultiResponseReward:
 
     Args:
         model: folder or hub id of a checkpoint, or a loaded `MultiResponseRewardModel`. A checkpoint is loaded now.
+            None with `server`.
         num_generations: rollouts per prompt; the trainer's `num_generations`.
         num_generations_eval: rollouts per prompt in evaluation, the trainer's `num_generations_eval`; None for as many
             as in training. The first call checks both against the trainer.
@@ -101,15 +104,22 @@ class MultiResponseReward:
         over_length: what to do with a group that does not fit: `"drop_group"` gives its rollouts the reward None,
             hence no advantage from this reward; `"truncate_responses"` cuts them; `"error"` ends the training.
         num_orders: response orders that the scores are averaged over; see `GroupScorer`.
+        attn_implementation: attention backend of the model, for `causal` also `"flash_attention_2"`; None for
+            transformers' default.
         placement: `"resident"` keeps the weights on the device; `"offload"` keeps them in CPU memory and copies them
             to the device for each call, so that they leave it to the policy, or to vLLM, in between.
+        server: URL of a server that `mr-reward serve` runs, in place of `model`; the options from `device` to
+            `placement` are then the server's. The rewards are the same.
+        server_token: the server's token; None for the environment variable MR_REWARD_TOKEN. It is not pickled.
+        server_hash: checksum of the model that has to score, as the server logs it; None for any, but one only.
 
     Attributes:
         last_scored: the groups that this rank scored in the last call, with their N scores; dropped ones are left out.
 
     Raises:
         ConfigurationError: an option has a value that does not exist.
-        CheckpointError: the checkpoint cannot be loaded.
+        CheckpointError: the checkpoint cannot be loaded, or the server has another model.
+        ScoringServerError: the server cannot be reached, or refuses the token.
 
     Example:
         ```python
@@ -120,8 +130,8 @@ class MultiResponseReward:
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | MultiResponseRewardModel,
-        num_generations: int,
+        model: str | os.PathLike[str] | MultiResponseRewardModel | None = None,
+        num_generations: int = 0,  # has to be given; it stands behind one that need not
         *,
         num_generations_eval: int | None = None,
         reward: str = "centred",
@@ -130,7 +140,11 @@ class MultiResponseReward:
         max_tokens_per_batch: int = 16384,
         over_length: str = "drop_group",
         num_orders: int = 1,
+        attn_implementation: str | None = None,
         placement: str = "resident",
+        server: str | None = None,
+        server_token: str | None = None,
+        server_hash: str | None = None,
     ) -> None:
         if num_generations_eval is None:
             num_generations_eval = num_generations
@@ -156,11 +170,20 @@ class MultiResponseReward:
             "max_tokens_per_batch": max_tokens_per_batch,
             "over_length": over_length,
             "num_orders": num_orders,
+            "attn_implementation": attn_implementation,
             "placement": placement,
         }
         self.last_scored: list[tuple[ResponseGroup, list[float]]] = []
-        self._arguments = (model, num_generations), {**sizes, "reward": reward, **options}
-        self._scorer = build_scorer(model, **options)
+        remote = {"server": server, "server_hash": server_hash}
+        self._arguments = (model, num_generations), {**sizes, "reward": reward, **options, **remote}
+        self._scorer: Scorer
+        if server is None:
+            if model is None:
+                raise ConfigurationError("got neither a model nor a server; give the folder of a reward model")
+            self._scorer = build_scorer(model, **options)
+        else:
+            _refuse_local_options({"model": model, **options})
+            self._scorer = connect_scorer(server, token=server_token, expected_hash=server_hash)
         self._exchange = Exchange()
         self._ranks_agree = False
 
@@ -225,9 +248,9 @@ class MultiResponseReward:
         return self._per_row(ordered, REWARD_TRANSFORMS[self.reward])[mine]
 
     def _weights_digest(self) -> str:
-        """Checksum of this rank's reward model; empty if it has none of its own, as with a scoring server."""
+        """Checksum of the model that scores for this rank: its own, or that of its server."""
         model = getattr(self._scorer, "model", None)
-        return "" if model is None else weights_digest(model)
+        return getattr(self._scorer, "model_hash", "") if model is None else weights_digest(model)
 
     def _score(
         self, own: Sequence[PlannedGroup], local: Sequence[ResponseGroup], prefix: str
@@ -270,6 +293,17 @@ class MultiResponseReward:
         for outcome in outcomes:
             values.extend([None] * len(outcome.truncated) if outcome.scores is None else transform(outcome.scores))
         return values
+
+
+def _refuse_local_options(options: Mapping[str, Any]) -> None:
+    """What a scoring server has decided when it was started cannot be asked of it."""
+    defaults = inspect.signature(MultiResponseReward).parameters
+    given = [name for name, value in options.items() if value != defaults[name].default]
+    if given:
+        raise ConfigurationError(
+            f"{', '.join(given)} cannot be given together with server, where `mr-reward serve` decides about it; "
+            "leave it out, and start the server with it"
+        )
 
 
 def _name_groups(prefix: str, groups: Sequence[PlannedGroup]) -> str | None:

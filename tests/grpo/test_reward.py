@@ -156,6 +156,7 @@ def test_options_reach_the_scorer(built: list[Any]) -> None:
                 "max_tokens_per_batch": 99,
                 "over_length": "drop_group",
                 "num_orders": 3,
+                "attn_implementation": None,
                 "placement": "offload",
             },
         )

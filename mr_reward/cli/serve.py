@@ -1,0 +1,70 @@
+"""`mr-reward serve`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mr_reward.errors import ConfigurationError
+
+__all__ = ["serve"]
+
+_TOKEN_VARIABLE = "MR_REWARD_TOKEN"
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Reward model: a folder or hub id")],
+    host: Annotated[str, typer.Option(help="Address to listen at; one that others can reach needs a token")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 for a free one")] = 8765,
+    token_file: Annotated[
+        Path | None, typer.Option(help=f"File with the token of the clients; else the variable {_TOKEN_VARIABLE}")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="As torch spells it; else cuda if there is one")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the checkpoint's")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass, and of the longest group")] = 16384,
+    over_length: Annotated[str, typer.Option(help="drop_group, truncate_responses or error")] = "drop_group",
+    num_orders: Annotated[int, typer.Option(help="Orders of the responses to average over (layout causal)")] = 1,
+    max_groups: Annotated[int, typer.Option(help="Groups of a request")] = 256,
+    max_request_mb: Annotated[float, typer.Option(help="Size of a request")] = 64.0,
+    max_megapixels: Annotated[float, typer.Option(help="Size of an image or frame")] = 50.0,
+    max_pending: Annotated[int, typer.Option(help="Groups that may wait; beyond, clients have to come again")] = 4096,
+    max_wait_ms: Annotated[float, typer.Option(help="How long a forward pass waits for more requests")] = 5.0,
+    reuse_port: Annotated[bool, typer.Option("--reuse-port", help="Several servers may share the port")] = False,
+) -> None:
+    """Score groups for others: MultiResponseReward(server="http://127.0.0.1:8765", num_generations=8).
+
+    Example: mr-reward serve rm --device cuda:1 --dtype bfloat16
+    """
+    import torch
+
+    from mr_reward.grpo.loading import default_device
+    from mr_reward.scoring import GroupScorer
+    from mr_reward.serving import ServerLimits, check_access
+    from mr_reward.serving import serve as run_server
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in dtypes:
+        raise ConfigurationError(f"--dtype is {dtype!r}, expected one of {', '.join(dtypes)}")
+    token = token_file.read_text().strip() if token_file is not None else os.environ.get(_TOKEN_VARIABLE) or None
+    check_access(host, token)
+    limits = ServerLimits(
+        max_groups=max_groups,
+        max_request_bytes=int(max_request_mb * 1024**2),
+        max_pixels=int(max_megapixels * 1e6),
+        max_pending=max_pending,
+        max_wait=max_wait_ms / 1000,
+    )
+    scorer = GroupScorer.from_pretrained(
+        model,
+        dtype=None if dtype is None else dtypes[dtype],
+        device=device or default_device(),
+        max_tokens_per_batch=max_tokens,
+        over_length=over_length,
+        num_orders=num_orders,
+    )
+    run_server(scorer, host=host, port=port, token=token, limits=limits, reuse_port=reuse_port)

@@ -1,0 +1,309 @@
+"""Check a GRPO run before it starts: on any machine, in seconds, without loading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
+from trl import GRPOConfig
+
+from mr_reward.attention import check_backend
+from mr_reward.backbones import get_adapter
+from mr_reward.configuration import MultiResponseRewardConfig
+from mr_reward.errors import ConfigurationError, MRRewardError
+from mr_reward.groups import ResponseGroup
+from mr_reward.grpo.launch import Launch
+from mr_reward.grpo.memory import estimate_policy_memory, estimate_reward_memory
+from mr_reward.grpo.vllm_server import check_vllm_server
+from mr_reward.integrity import check_config_keys, check_template_hash, has_file
+from mr_reward.layouts import readout_kinds
+from mr_reward.rendering import Renderer, template_hash
+
+__all__ = ["Finding", "RunPlan", "check_run", "planned_arguments", "show_findings"]
+
+Level = Literal["green", "yellow", "red"]
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_GB = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Args:
+        level: green is fine, yellow could not be checked, red would fail.
+        what: the part that was looked at.
+        text: what was found, and for red what to do.
+    """
+
+    level: Level
+    what: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A run as its recipe describes it.
+
+    Args:
+        args: the trainer's configuration, made with `planned_arguments`.
+        policy: folder or hub id.
+        reward_model: folder or hub id; None with a scoring server.
+        reward_server: URL of a scoring server, or None.
+        reward_placement: resident or offload.
+        reward_dtype: of the reward model's backbone; None for float32.
+        reward_max_tokens: token budget of one forward pass.
+        reward_attention: attention backend of the reward model; None for its default.
+        num_reward_funcs: reward functions, this one included.
+        launch: how the run is started.
+        policy_dtype: of the policy's weights.
+        lora_rank: r; None for full training.
+        lora_targets: see `estimate_policy_memory`.
+        prompts: a few prompts as groups with any one response; to measure their length and to see that they exist.
+    """
+
+    args: GRPOConfig
+    policy: str
+    reward_model: str | None
+    reward_server: str | None = None
+    reward_placement: str = "resident"
+    reward_dtype: torch.dtype | None = None
+    reward_max_tokens: int = 16384
+    reward_attention: str | None = None
+    num_reward_funcs: int = 1
+    launch: Launch = field(default_factory=Launch)
+    policy_dtype: torch.dtype = torch.float32
+    lora_rank: int | None = None
+    lora_targets: str | Sequence[str] | None = None
+    prompts: Sequence[ResponseGroup] = ()
+
+
+def planned_arguments(base: type[GRPOConfig], num_processes: int) -> type[GRPOConfig]:
+    """A configuration class that checks itself as if it ran on so many processes.
+
+    Args:
+        base: `GRPOConfig` or a subclass.
+        num_processes: of the planned run.
+
+    Returns:
+        A subclass; give it `use_cpu=True` on a machine without a GPU, or bf16 is refused.
+    """
+    return type(base.__name__, (base,), {"world_size": property(lambda self: num_processes), "__doc__": base.__doc__})
+
+
+def check_run(plan: RunPlan) -> list[Finding]:
+    """Look at everything that can be known before a run.
+
+    Args:
+        plan: the run.
+
+    Returns:
+        Findings in the order in which the run would meet them.
+    """
+    findings = [*_check_geometry(plan), *_check_rewards(plan)]
+    config, more = _read_reward_model(plan)
+    findings += more
+    if config is not None:
+        findings += _check_reward_model(plan, config)
+    findings += _check_vllm(plan)
+    findings += _check_memory(plan, config)
+    return findings
+
+
+def show_findings(findings: Sequence[Finding], console: Console) -> bool:
+    """Print the findings as a table.
+
+    Args:
+        findings: of `check_run`.
+        console: where to.
+
+    Returns:
+        Whether the run may start: nothing is red.
+    """
+    table = Table("", "what", "found", title="dry run: nothing was loaded", show_lines=False)
+    for finding in findings:
+        table.add_row(f"[{finding.level}]●[/]", finding.what, finding.text)
+    console.print(table)
+    return all(finding.level != "red" for finding in findings)
+
+
+def _check_geometry(plan: RunPlan) -> Iterator[Finding]:
+    args, processes = plan.args, plan.launch.num_processes
+    size, batch = args.num_generations, args.per_device_train_batch_size
+    rows = batch * processes
+    total = rows * args.steps_per_generation
+    name = "groups"
+    if total % size:
+        yield Finding(
+            "red",
+            name,
+            f"{processes} processes x batch {batch} x {args.steps_per_generation} steps per generation = {total} "
+            f"rollouts, no multiple of num_generations={size}; change per_device_train_batch_size or num_generations",
+        )
+    else:
+        holders = [f"{start // batch}-{(start + size - 1) // batch}" for start in range(0, min(rows, 3 * size), size)]
+        spread = "; the first groups lie on ranks " + ", ".join(holders) if batch % size else ", each on one rank"
+        yield Finding("green", name, f"{total} rollouts a generation, {total // size} groups of {size}{spread}")
+    if args.eval_strategy != "no":
+        eval_size = args.num_generations_eval or size
+        eval_rows = args.per_device_eval_batch_size * processes
+        level: Level = "red" if eval_rows % eval_size else "green"
+        yield Finding(
+            level,
+            "evaluation",
+            f"{processes} processes x batch {args.per_device_eval_batch_size} = {eval_rows} rows, groups of "
+            f"{eval_size}" + ("; make the rows a multiple: per_device_eval_batch_size" if level == "red" else ""),
+        )
+
+
+def _check_rewards(plan: RunPlan) -> Iterator[Finding]:
+    weights = plan.args.reward_weights
+    if weights is not None and len(weights) != plan.num_reward_funcs:
+        yield Finding(
+            "red",
+            "reward_weights",
+            f"{len(weights)} weights for {plan.num_reward_funcs} reward functions; give one for each",
+        )
+    else:
+        shown = "all 1" if weights is None else ", ".join(map(str, weights))
+        yield Finding("green", "rewards", f"{plan.num_reward_funcs} functions, weights {shown}")
+    if plan.prompts:
+        yield Finding("green", "prompts", f"read {len(plan.prompts)} of them")
+    else:
+        yield Finding("yellow", "prompts", "not looked at: the data set is on the hub")
+
+
+def _read_reward_model(plan: RunPlan) -> tuple[MultiResponseRewardConfig | None, list[Finding]]:
+    name = plan.reward_model
+    if plan.reward_server is not None:
+        return None, [Finding("yellow", "reward model", f"on the server {plan.reward_server}; not asked")]
+    if name is None:
+        return None, [Finding("red", "reward model", "reward_model is missing; give the folder of pretrain_rm.py")]
+    if not Path(name).is_dir() and not has_file(name, "config.json"):
+        if _looks_like_a_folder(name):
+            text = f"{name} is no folder; give the one that pretrain_rm.py wrote"
+            return None, [Finding("red", "reward model", text)]
+        return None, [Finding("yellow", "reward model", f"{name} is on the hub, or nowhere: not checked")]
+    try:
+        if not any(has_file(name, file) for file in _WEIGHT_FILES):
+            raise ConfigurationError(f"{name} holds no weights ({', '.join(_WEIGHT_FILES)}); copy them too")
+        if has_file(name, "adapter_config.json") or has_file(name, "reward_model_config.json"):
+            return None, [
+                Finding("yellow", "reward model", f"{name}: LoRA or the paper's format; merge it to check it")
+            ]
+        check_config_keys(name, None, MultiResponseRewardConfig)
+        config = MultiResponseRewardConfig.from_pretrained(name)
+        processor = AutoProcessor.from_pretrained(name)
+        check_template_hash(name, config.template_hash, template_hash(processor, config.template))
+    except (MRRewardError, OSError, ValueError) as error:
+        return None, [Finding("red", "reward model", str(error))]
+    return config, [Finding("green", "reward model", f"{name}: layout {config.layout}, whole, template unchanged")]
+
+
+def _check_reward_model(plan: RunPlan, config: MultiResponseRewardConfig) -> Iterator[Finding]:
+    try:
+        backend = plan.reward_attention or "sdpa"
+        check_backend(config.layout, backend, get_adapter(config.backbone_config).media_blocks)
+        yield Finding("green", "attention", f"layout {config.layout} on {backend}")
+    except MRRewardError as error:
+        yield Finding("red", "attention", str(error))
+    size = plan.args.num_generations
+    longest = plan.args.max_completion_length or 0
+    readouts = len(readout_kinds(config.layout))
+    prompt = _longest_prompt(plan, config)
+    row = prompt + size * (longest + readouts)
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    positions = row if config.layout == "causal" else prompt + longest + readouts
+    shown = f"prompt {prompt or 'unknown'} + {size} x (completion {longest} + {readouts}) = {row} tokens at most"
+    if row > plan.reward_max_tokens:
+        advice = f"reward_max_tokens is {plan.reward_max_tokens}: such groups would be dropped; raise it to {row}"
+        yield Finding("red", "row of a group", f"{shown}; {advice}")
+    elif context is not None and positions > context:
+        advice = "fewer or shorter completions, or a reward model with a longer context"
+        yield Finding("red", "row of a group", f"{shown}; {positions} positions, the context has {context}: {advice}")
+    else:
+        yield Finding("green", "row of a group", f"{shown}, budget {plan.reward_max_tokens}, context {context}")
+
+
+def _longest_prompt(plan: RunPlan, config: MultiResponseRewardConfig) -> int:
+    """Tokens of the longest prompt that was read; 0 if none was."""
+    if not plan.prompts or plan.reward_model is None:
+        return 0
+    renderer = Renderer(AutoProcessor.from_pretrained(plan.reward_model), config.template)
+    return max(len(renderer.render(group).prompt_ids) for group in plan.prompts)
+
+
+def _check_vllm(plan: RunPlan) -> Iterator[Finding]:
+    args = plan.args
+    if not args.use_vllm:
+        return
+    if args.vllm_mode == "server":
+        try:
+            check_vllm_server(args, plan.policy)
+        except ConfigurationError as error:
+            yield Finding("yellow", "vLLM server", f"{error} (it need not run yet for a dry run)")
+        else:
+            yield Finding("green", "vLLM server", "answers, and can be trained with")
+        return
+    limit, completion = args.vllm_max_model_length, args.max_completion_length or 0
+    if limit is not None and limit <= completion:
+        yield Finding(
+            "red",
+            "vLLM",
+            f"vllm_max_model_length={limit} leaves no room for a prompt beside max_completion_length={completion}; "
+            "raise it",
+        )
+    else:
+        sleep = "with" if args.vllm_enable_sleep_mode else "without"
+        yield Finding("green", "vLLM", f"colocated, {args.vllm_gpu_memory_utilization:.0%} of each GPU, {sleep} sleep")
+
+
+def _check_memory(plan: RunPlan, reward_config: MultiResponseRewardConfig | None) -> Iterator[Finding]:
+    config = _policy_config(plan.policy)
+    if config is None:
+        yield Finding("yellow", "memory, policy", f"{plan.policy} is on the hub, or nowhere: not estimated")
+    else:
+        need = estimate_policy_memory(
+            config,
+            dtype=plan.policy_dtype,
+            num_processes=plan.launch.num_processes,
+            zero_stage=plan.launch.zero_stage,
+            offload=plan.launch.offload,
+            lora_rank=plan.lora_rank,
+            lora_targets=plan.lora_targets,
+        )
+        parts = {"weights": need.weights, "gradients": need.gradients, "optimizer": need.optimizer}
+        yield Finding("green", "memory, policy", f"{_sum(parts)} on each process, activations not counted")
+    if reward_config is not None:
+        reward = estimate_reward_memory(
+            reward_config,
+            dtype=plan.reward_dtype or torch.float32,
+            max_tokens=plan.reward_max_tokens,
+            dense_mask=reward_config.layout != "causal",
+        )
+        parts = {"weights": reward.weights, "a forward pass": reward.activations}
+        when = "while it scores" if plan.reward_placement == "offload" else "of it the weights always"
+        yield Finding("green", "memory, reward model", f"{_sum(parts)} on each process, {when}")
+
+
+def _sum(parts: dict[str, int]) -> str:
+    shown = " + ".join(f"{name} {size / _GB:.2f}" for name, size in parts.items())
+    return f"{shown} = {sum(parts.values()) / _GB:.2f} GB"
+
+
+def _policy_config(name: str) -> PreTrainedConfig | None:
+    """The configuration, if it is on this machine."""
+    found: Any = AutoConfig.from_pretrained(name, local_files_only=True) if has_file(name, "config.json") else None
+    return found
+
+
+def _looks_like_a_folder(name: str) -> bool:
+    """Not `name` or `owner/name`, which may be on the hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") != 1

@@ -1,0 +1,66 @@
+"""What an accelerate file says about a launch: how many processes, which ZeRO stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mr_reward.errors import ConfigurationError
+
+__all__ = ["Launch", "read_launch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """How a run is started.
+
+    Args:
+        num_processes: in all, over all machines.
+        num_machines: machines.
+        zero_stage: DeepSpeed ZeRO stage; 0 without DeepSpeed.
+        offload: whether DeepSpeed moves the optimizer or the weights to the CPU.
+    """
+
+    num_processes: int = 1
+    num_machines: int = 1
+    zero_stage: int = 0
+    offload: bool = False
+
+
+def read_launch(path: str | Path) -> Launch:
+    """Read an accelerate file.
+
+    Args:
+        path: the YAML file that `accelerate launch --config_file` gets.
+
+    Returns:
+        What matters here.
+
+    Raises:
+        ConfigurationError: no such file, no accelerate file, or a ZeRO stage that does not exist.
+
+    Example:
+        >>> read_launch("configs/deepspeed/zero3.yaml").zero_stage  # doctest: +SKIP
+        3
+    """
+    path = Path(path)
+    try:
+        content: Any = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{path} cannot be read as an accelerate file ({error})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("num_processes"), int):
+        raise ConfigurationError(f"{path} has no num_processes, expected an accelerate file; see configs/deepspeed/")
+    deepspeed = content.get("deepspeed_config") or {}
+    stage = deepspeed.get("zero_stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigurationError(f"{path} has zero_stage {stage!r}, expected 0, 1, 2 or 3")
+    devices = {deepspeed.get("offload_optimizer_device"), deepspeed.get("offload_param_device")}
+    return Launch(
+        num_processes=content["num_processes"],
+        num_machines=content.get("num_machines", 1),
+        zero_stage=stage,
+        offload="cpu" in devices,
+    )

@@ -1,0 +1,333 @@
+"""The scoring server: `GET /health`, `POST /v1/score`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import uvicorn
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
+
+from mr_reward.errors import ConfigurationError, MRRewardError
+from mr_reward.fingerprint import weights_digest
+from mr_reward.groups import ResponseGroup
+from mr_reward.scoring import GroupScorer, GroupScores
+from mr_reward.serving.batcher import Batcher
+from mr_reward.serving.wire import (
+    ErrorAnswer,
+    Health,
+    ScoreAnswer,
+    ScoreRequest,
+    WireGroup,
+    WireResult,
+    dump,
+    from_wire,
+)
+
+__all__ = ["ServerLimits", "build_app", "check_access", "serve"]
+
+logger = logging.getLogger(__name__)
+
+_READ_SECONDS = 60.0  # for the body of a request
+_PARALLEL_READS = 16  # bodies in memory before they are queued
+_KEEP_ALIVE_SECONDS = 75  # longer than the client keeps an idle connection
+_SHUTDOWN_SECONDS = 60  # for requests on their way when the server is told to stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """What a server takes.
+
+    Args:
+        max_groups: groups of a request.
+        max_request_bytes: size of a request.
+        max_pixels: of an image or frame.
+        max_pending: groups that may wait; beyond, clients are told to come again.
+        max_wait: seconds that a call of the model waits for further requests to join it.
+
+    Raises:
+        ConfigurationError: a limit is not positive, or the wait negative.
+    """
+
+    max_groups: int = 256
+    max_request_bytes: int = 64 * 1024**2
+    max_pixels: int = 50_000_000
+    max_pending: int = 4096
+    max_wait: float = 0.005
+
+    def __post_init__(self) -> None:
+        for name in ("max_groups", "max_request_bytes", "max_pixels", "max_pending"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.max_wait < 0:
+            raise ConfigurationError(f"max_wait is {self.max_wait} s, expected at least 0")
+
+
+def build_app(scorer: GroupScorer, *, token: str | None = None, limits: ServerLimits | None = None) -> FastAPI:
+    """The server as an ASGI application.
+
+    Args:
+        scorer: scores the groups; nothing else may use it at the same time.
+        token: what clients have to show (`Authorization: Bearer ...`); None lets everybody in.
+        limits: what is refused; None for the defaults.
+
+    Returns:
+        The application.
+
+    Raises:
+        ConfigurationError: the token is empty or has characters that no header can carry.
+
+    Example:
+        >>> app = build_app(GroupScorer.from_pretrained("rm"))  # doctest: +SKIP
+    """
+    _check_token(token)
+    limits = limits or ServerLimits()
+    service = _Service(scorer, limits)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        running = asyncio.create_task(service.batcher.run())
+        yield
+        running.cancel()
+        await asyncio.wait([running])
+
+    def check_token(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            raise HTTPException(401, "a valid token is needed", {"WWW-Authenticate": "Bearer"})
+
+    # No pages that describe the interface: they load scripts from elsewhere, and need no token.
+    app = FastAPI(
+        dependencies=[Depends(check_token)], lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
+    )
+
+    @app.get("/health")
+    def health() -> Response:
+        return _answer(service.health())
+
+    @app.post("/v1/score")
+    async def score(request: Request) -> Response:
+        return await service.score(request)
+
+    return app
+
+
+def serve(
+    scorer: GroupScorer,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+    token: str | None = None,
+    limits: ServerLimits | None = None,
+    reuse_port: bool = False,
+) -> None:
+    """Serve until the process is told to stop; requests on their way are still answered.
+
+    Args:
+        scorer: scores the groups.
+        host: address to listen at.
+        port: its port; 0 for a free one, which is logged.
+        token: see `build_app`.
+        limits: see `build_app`.
+        reuse_port: let several servers listen at the same port; the system spreads the connections over them.
+
+    Raises:
+        ConfigurationError: the address can be reached from other machines and there is no token.
+        OSError: the port is taken.
+
+    Example:
+        >>> serve(GroupScorer.from_pretrained("rm"), port=8765)  # doctest: +SKIP
+    """
+    check_access(host, token)
+    app = build_app(scorer, token=token, limits=limits)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family, backlog=2048, reuse_port=reuse_port) as listener:
+        bound = listener.getsockname()[1]
+        logger.info("scoring server at http://%s:%d", f"[{host}]" if ":" in host else host, bound)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def check_access(host: str, token: str | None) -> None:
+    """Refuse to let everybody in; known before the model is loaded, which takes a while.
+
+    Args:
+        host: address to listen at.
+        token: of the clients, if they need one.
+
+    Raises:
+        ConfigurationError: the address can be reached from other machines and there is no token; or it is no token.
+
+    Example:
+        >>> check_access("127.0.0.1", None)
+    """
+    _check_token(token)
+    if token is None and not _is_loopback(host):
+        raise ConfigurationError(
+            f"host {host} can be reached from other machines and there is no token; set one (MR_REWARD_TOKEN or "
+            "--token-file), or listen at 127.0.0.1"
+        )
+
+
+class _Service:
+    """What the endpoints do."""
+
+    def __init__(self, scorer: GroupScorer, limits: ServerLimits) -> None:
+        self._limits = limits
+        self._layout = scorer.model.config.layout
+        self._model_hash = weights_digest(scorer.model)
+        self._options = {
+            "max_tokens_per_batch": scorer.max_tokens_per_batch,
+            "num_orders": scorer.num_orders,
+            "over_length": scorer.packer.over_length,
+        }
+        self._reads = asyncio.Semaphore(_PARALLEL_READS)
+        self.batcher = Batcher(scorer.score_detailed, max_wait=limits.max_wait, max_pending=limits.max_pending)
+        logger.info("model %s, layout %s, options %s", self._model_hash, self._layout, self._options)
+
+    def health(self) -> Health:
+        return Health(
+            status="ok",
+            version=version("mr-reward"),
+            model_hash=self._model_hash,
+            layout=self._layout,
+            options=self._options,
+            max_groups=self._limits.max_groups,
+            max_request_bytes=self._limits.max_request_bytes,
+            pending_groups=self.batcher.pending,
+        )
+
+    async def score(self, request: Request) -> Response:
+        # A page in a browser can send other types to a loopback address unasked.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return _refuse(415, "UnsupportedMediaType", "expected the content type application/json")
+        async with self._reads:
+            try:
+                async with asyncio.timeout(_READ_SECONDS):
+                    body = await self._read(request)
+            except TimeoutError:
+                return _refuse(408, "Timeout", f"the request took more than {_READ_SECONDS:.0f} s to arrive")
+            if body is None:
+                return _refuse(
+                    413, "TooLarge", f"a request may have {self._limits.max_request_bytes} bytes (--max-request-mb)"
+                )
+            content = hashlib.blake2b(body, digest_size=16).digest()
+            try:
+                message, groups = await run_in_threadpool(self._parse, body)
+            except MRRewardError as error:
+                return _refuse(422, type(error).__name__, str(error))
+            except (ValueError, RecursionError) as error:
+                return _refuse(422, "InvalidRequest", _explain(error))
+        return await self._answer_for(message, content, groups)
+
+    async def _answer_for(self, message: ScoreRequest, content: bytes, groups: list[ResponseGroup]) -> Response:
+        job = self.batcher.find(message.request_id)
+        if job is not None and job.content != content:
+            return _refuse(409, "Conflict", f"the id {message.request_id} belongs to another request; draw a new one")
+        if job is None:
+            if not self.batcher.has_room(len(groups)):
+                text = f"{self.batcher.pending} groups are waiting already"
+                return _refuse(429, "Busy", text, {"Retry-After": "1"})
+            job = self.batcher.add(message.request_id, content, groups)
+        await asyncio.wait([job.result])  # as a client that gave up does not cancel it for the one that asks again
+        error = job.result.exception()
+        if error is None:
+            results = list(map(_to_result, message.groups, job.result.result()))
+            return _answer(
+                ScoreAnswer(
+                    request_id=message.request_id,
+                    model_hash=self._model_hash,
+                    options=self._options,
+                    results=results,
+                )
+            )
+        if isinstance(error, MRRewardError):
+            return _refuse(422, type(error).__name__, str(error))
+        logger.error("scoring failed", exc_info=error)
+        return _refuse(500, "ScoringFailed", f"{type(error).__name__} in the server; its log has the details")
+
+    async def _read(self, request: Request) -> bytes | None:
+        """The body, or None if it is too large; then at most the limit has been read."""
+        limit = self._limits.max_request_bytes
+        announced = request.headers.get("content-length", "0")
+        if not announced.isdecimal() or int(announced) > limit:
+            return None
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                return None
+        return bytes(body)
+
+    def _parse(self, body: bytes) -> tuple[ScoreRequest, list[ResponseGroup]]:
+        # Not pydantic's own parser, which refuses lone surrogates.
+        message = ScoreRequest.model_validate(json.loads(body))
+        if len(message.groups) > self._limits.max_groups:
+            raise ValueError(
+                f"{len(message.groups)} groups, a request may have {self._limits.max_groups} (--max-groups)"
+            )
+        if len({group.id for group in message.groups}) < len(message.groups):
+            raise ValueError("two groups have the same id")
+        return message, [from_wire(group, self._limits.max_pixels) for group in message.groups]
+
+
+def _to_result(group: WireGroup, scored: GroupScores) -> WireResult:
+    return WireResult(
+        id=group.id,
+        scores=None if scored.scores is None else list(scored.scores),
+        truncated=list(scored.truncated),
+        order_spread=scored.order_spread,
+        drop_reason=scored.drop_reason,
+    )
+
+
+def _answer(message: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(dump(message), status, headers, "application/json")
+
+
+def _refuse(status: int, error: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    return _answer(ErrorAnswer(error=error, message=message), status, headers)
+
+
+def _explain(error: Exception) -> str:
+    """Where a message is wrong, without the content, which may be long."""
+    if not isinstance(error, ValidationError):
+        return str(error)[:500]
+    first, *more = error.errors(include_input=False, include_url=False)
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" + (f" (and {len(more)} more)" if more else "")
+
+
+def _check_token(token: str | None) -> None:
+    if token is not None and (not token or not token.isascii() or not token.isprintable() or " " in token):
+        raise ConfigurationError(
+            "the token is empty, or has spaces or characters outside ASCII; make one with, for instance, "
+            "openssl rand -hex 32"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: who knows where it leads
+        return False
