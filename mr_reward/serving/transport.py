@@ -198,7 +198,8 @@ async def _send_all(
     except TimeoutError as error:
         raise ScoringServerError(
             f"{settings.url}: {progress.num_answered} of {len(requests)} requests were answered within "
-            f"{seconds:.1f} s (last problem: {progress.problem}); check that the server runs and keeps up, or give a longer deadline"
+            f"{seconds:.1f} s (last problem: {progress.problem}); check that the server runs and keeps up, or give "
+            "a longer deadline"
         ) from error
     finally:
         for task in tasks:
