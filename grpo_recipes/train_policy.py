@@ -4,6 +4,10 @@
 
 Every field of TRL's `GRPOConfig` and `ModelConfig` can stand in the YAML file or on the command line. With
 `resume_from_checkpoint: true` the same command starts a run and goes on with it after an interruption.
+
+    python grpo_recipes/train_policy.py --config RECIPE --dry_run --accelerate_config configs/deepspeed/zero3.yaml
+
+checks a run on any machine, also one without a GPU, in seconds; exit code 1 if something would fail.
 """
 
 import argparse
@@ -28,13 +32,18 @@ from mr_reward.evaluation.handwriting import handwriting_accuracy
 from mr_reward.grpo.arguments import PolicyTrainingArguments
 from mr_reward.grpo.dry_run import Finding, RunPlan, check_run, planned_arguments, show_findings
 from mr_reward.grpo.launch import Launch, read_launch
+from mr_reward.grpo.placement import PLACEMENTS
 from mr_reward.grpo.resume import ContinuedEpochs, checkpoint_to_resume
+from mr_reward.grpo.reward import REWARD_TRANSFORMS
 from mr_reward.grpo.rows import read_rollouts
 from mr_reward.grpo.validation import PolicyValidation
 from mr_reward.grpo.vllm_cpu import prepare_vllm_on_cpu
 from mr_reward.grpo.vllm_images import send_single_placeholders
 from mr_reward.grpo.vllm_server import check_vllm_server
 from mr_reward.grpo.warning_signs import WarningSigns
+from mr_reward.packing import OVER_LENGTH_POLICIES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -50,8 +59,12 @@ class PolicyArguments:
         reward_num_orders: response orders to average over (layout causal).
         reward_attn_implementation: attention backend of the reward model; None for the default.
         reward_placement: resident keeps the reward model on the device, offload in CPU memory between calls.
-        extra_reward_funcs: further reward functions by import path, as `trl.rewards.accuracy_reward`; in this order
-            after the reward model (and the handwriting world's truth) in `reward_weights`.
+        reward_server: URL of a server that `mr-reward serve` runs, in place of `reward_model`; its options are the
+            server's. The token stands in the environment variable MR_REWARD_TOKEN.
+        reward_server_hash: checksum of the model that the server has to score with; None for any.
+        extra_reward_funcs: further reward functions by import path, as `trl.rewards.accuracy_reward`, or, where a call
+            makes them, `trl.rewards.get_repetition_penalty_reward()`; in this order after the reward model (and the
+            handwriting world's truth) in `reward_weights`.
         dataset: a data set with `prompt` (text or messages) and optional `image(s)`, local file or hub id; or
             "handwriting".
         dataset_split: its split.
@@ -71,6 +84,8 @@ class PolicyArguments:
     reward_num_orders: int = field(default=1, metadata={"help": "Orders to average over (layout causal)"})
     reward_attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the reward model"})
     reward_placement: str = field(default="resident", metadata={"help": "resident or offload"})
+    reward_server: str | None = field(default=None, metadata={"help": "URL of a scoring server, for reward_model"})
+    reward_server_hash: str | None = field(default=None, metadata={"help": "Checksum of the server's model"})
     extra_reward_funcs: list[str] = field(default_factory=list, metadata={"help": "Import paths"})
     dataset: str = field(default="handwriting", metadata={"help": "Data set with prompts, or handwriting"})
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set"})
@@ -80,6 +95,21 @@ class PolicyArguments:
     num_eval_prompts: int = field(default=32, metadata={"help": "Number of held-out handwriting prompts"})
     num_digits: int = field(default=3, metadata={"help": "Digits per image of the handwriting world"})
     questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "Handwriting questions"})
+
+    def __post_init__(self) -> None:
+        choices = {
+            "reward": REWARD_TRANSFORMS,
+            "reward_over_length": OVER_LENGTH_POLICIES,
+            "reward_placement": PLACEMENTS,
+            "reward_dtype": (None, *DTYPES),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                shown = ", ".join(map(str, allowed))
+                raise ConfigurationError(f"{name} is {getattr(self, name)!r}, expected one of {shown}")
+        for name in ("reward_max_tokens", "reward_num_orders", "num_prompts", "num_eval_prompts"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected at least 1")
 
 
 def load_prompts(arguments: PolicyArguments, name: str, split: str, num_prompts: int, seed: int) -> Dataset:
@@ -96,14 +126,16 @@ def load_prompts(arguments: PolicyArguments, name: str, split: str, num_prompts:
 
 def make_reward(arguments: PolicyArguments, args: GRPOConfig) -> MultiResponseReward:
     """The reward function; a broken folder shows here, before the policy is loaded."""
-    if arguments.reward_model is None:
+    if arguments.reward_model is None and arguments.reward_server is None:
         raise ConfigurationError("reward_model is missing; give the folder that pretrain_rm.py wrote")
     return MultiResponseReward(
         arguments.reward_model,
         num_generations=args.num_generations,
         num_generations_eval=args.num_generations_eval,
         reward=arguments.reward,
-        dtype=getattr(torch, arguments.reward_dtype) if arguments.reward_dtype else None,
+        server=arguments.reward_server,
+        server_hash=arguments.reward_server_hash,
+        dtype=DTYPES.get(arguments.reward_dtype or ""),
         max_tokens_per_batch=arguments.reward_max_tokens,
         over_length=arguments.reward_over_length,
         num_orders=arguments.reward_num_orders,
@@ -112,15 +144,26 @@ def make_reward(arguments: PolicyArguments, args: GRPOConfig) -> MultiResponseRe
     )
 
 
+def other_rewards(arguments: PolicyArguments, args: GRPOConfig) -> list[Callable[..., Any]]:
+    """The reward functions beside the reward model; sets the weights that the recipe leaves open."""
+    extra = [import_reward(path) for path in arguments.extra_reward_funcs]
+    if arguments.dataset != "handwriting":
+        return extra
+    # The truth watches with weight 0, unless asked for more: it is logged, and the policy does not learn from it.
+    args.reward_weights = args.reward_weights or [1.0, 0.0, *(1.0 for _ in extra)]
+    return [handwriting_accuracy, *extra]
+
+
 def import_reward(path: str) -> Callable[..., Any]:
-    """The reward function that an import path names."""
-    module, _, name = path.rpartition(".")
+    """The reward function that an import path names; with () at its end, what that makes."""
+    module, _, name = path.removesuffix("()").rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(
             f"extra_reward_funcs: {path!r} cannot be imported ({error}); give module.function"
         ) from error
+    return found() if path.endswith("()") else found
 
 
 def plan_run(
@@ -131,18 +174,20 @@ def plan_run(
     prompts: list[ResponseGroup],
 ) -> RunPlan:
     """What the dry run looks at."""
-    dtype = model_config.dtype if model_config.dtype not in (None, "auto") else "bfloat16" if args.bf16 else "float32"
     return RunPlan(
         args=args,
         policy=str(model_config.model_name_or_path),
         reward_model=arguments.reward_model,
+        reward_server=arguments.reward_server,
+        reward_server_hash=arguments.reward_server_hash,
         reward_placement=arguments.reward_placement,
-        reward_dtype=getattr(torch, arguments.reward_dtype) if arguments.reward_dtype else None,
+        reward_dtype=DTYPES.get(arguments.reward_dtype or ""),
         reward_max_tokens=arguments.reward_max_tokens,
+        reward_over_length=arguments.reward_over_length,
         reward_attention=arguments.reward_attn_implementation,
-        num_reward_funcs=1 + (arguments.dataset == "handwriting") + len(arguments.extra_reward_funcs),
+        num_reward_funcs=1 + len(other_rewards(arguments, args)),
         launch=launch,
-        policy_dtype=getattr(torch, dtype),
+        policy_dtype=DTYPES.get(model_config.dtype or "float32", torch.bfloat16),  # auto: most checkpoints are
         lora_rank=model_config.lora_r if model_config.use_peft else None,
         lora_targets=model_config.lora_target_modules,
         prompts=prompts,
@@ -163,8 +208,6 @@ def dry_run(argv: list[str]) -> bool:
             args=[*rest, "--use_cpu", "true"]
         )
         arguments, args, model_config = parsed
-        for path in arguments.extra_reward_funcs:
-            import_reward(path)
         prompts = first_prompts(arguments)
         findings = check_run(plan_run(arguments, args, model_config, launch, prompts))
     except (MRRewardError, OSError, ValueError) as error:
@@ -197,12 +240,7 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
     if args.use_vllm and args.vllm_mode == "server":
         check_vllm_server(args, model_config.model_name_or_path, wait=args.vllm_server_timeout)
     reward = make_reward(arguments, args)
-    reward_funcs: list[Any] = [reward]
-    if arguments.dataset == "handwriting":
-        # The truth watches with weight 0, unless asked for more: it is logged, and the policy does not learn from it.
-        reward_funcs.append(handwriting_accuracy)
-        args.reward_weights = args.reward_weights or [1.0, 0.0, *(1.0 for _ in arguments.extra_reward_funcs)]
-    reward_funcs += [import_reward(path) for path in arguments.extra_reward_funcs]
+    reward_funcs: list[Any] = [reward, *other_rewards(arguments, args)]
     load_options = {
         "dtype": model_config.dtype,
         "attn_implementation": model_config.attn_implementation,

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from mr_reward.errors import BackendError
 from mr_reward.rendering import TEMPLATE
 
-__all__ = ["MultiResponseRewardConfig", "check_layers"]
+__all__ = ["MultiResponseRewardConfig", "check_layers", "context_tokens"]
 
 # Layers that a 4-D mask can isolate. A recurrent layer carries one response into the next whatever the mask says.
 _ISOLATING_LAYERS = {"full_attention", "sliding_attention"}
@@ -77,6 +77,30 @@ def check_layers(config: MultiResponseRewardConfig) -> None:
             f"the backbone has layers of type {', '.join(sorted(layers))}, which layout {config.layout!r} cannot "
             "isolate; use layout='causal' or a backbone with attention layers only"
         )
+
+
+def context_tokens(backbone_config: PreTrainedConfig) -> int | None:
+    """The largest number of positions a backbone can tell apart.
+
+    A sliding window counts as the limit: a 4-D mask replaces the window, so longer rows would be read in a way the
+    backbone was never trained for.
+
+    Args:
+        backbone_config: configuration of the backbone.
+
+    Returns:
+        The number; None if the configuration does not say.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> context_tokens(LlamaConfig(max_position_embeddings=4096))
+        4096
+    """
+    text = backbone_config.get_text_config()
+    limits = [getattr(text, "max_position_embeddings", None)]
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        limits.append(text.sliding_window)
+    return min((limit for limit in limits if limit), default=None)
 
 
 AutoConfig.register(MultiResponseRewardConfig.model_type, MultiResponseRewardConfig)

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from mr_reward.attention import attention_mask, check_backend
 from mr_reward.backbones import get_adapter
-from mr_reward.configuration import MultiResponseRewardConfig, check_layers
+from mr_reward.configuration import MultiResponseRewardConfig, check_layers, context_tokens
 from mr_reward.errors import BackendError, CheckpointError, ConfigurationError
 from mr_reward.head import ReadoutVectors, ValueHead
 from mr_reward.integrity import (
@@ -321,16 +321,8 @@ class MultiResponseRewardModel(PreTrainedModel):
 
     @property
     def context_tokens(self) -> int | None:
-        """The largest number of positions the backbone can tell apart, None if its configuration does not say.
-
-        A sliding window counts as the limit: a 4-D mask replaces the window, so longer rows would be read in a way
-        the backbone was never trained for.
-        """
-        text = self.backbone.config.get_text_config()
-        limits = [getattr(text, "max_position_embeddings", None)]
-        if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-            limits.append(text.sliding_window)
-        return min((limit for limit in limits if limit), default=None)
+        """See `mr_reward.configuration.context_tokens`."""
+        return context_tokens(self.backbone.config)
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's token embedding."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +16,14 @@ from trl import GRPOConfig
 
 from mr_reward.attention import check_backend
 from mr_reward.backbones import get_adapter
-from mr_reward.configuration import MultiResponseRewardConfig
-from mr_reward.errors import ConfigurationError, MRRewardError
+from mr_reward.configuration import MultiResponseRewardConfig, check_layers, context_tokens
+from mr_reward.errors import ConfigurationError, MRRewardError, OverLengthError, ScoringServerError
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.launch import Launch
 from mr_reward.grpo.memory import estimate_policy_memory, estimate_reward_memory
 from mr_reward.grpo.vllm_server import check_vllm_server
 from mr_reward.integrity import check_config_keys, check_template_hash, has_file
-from mr_reward.layouts import readout_kinds
+from mr_reward.packing import Packer
 from mr_reward.rendering import Renderer, template_hash
 
 __all__ = ["Finding", "RunPlan", "check_run", "planned_arguments", "show_findings"]
@@ -30,6 +31,7 @@ __all__ = ["Finding", "RunPlan", "check_run", "planned_arguments", "show_finding
 Level = Literal["green", "yellow", "red"]
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 _GB = 1e9
+_SERVER_SECONDS = 2.0  # a scoring server that runs answers at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,11 @@ class RunPlan:
         policy: folder or hub id.
         reward_model: folder or hub id; None with a scoring server.
         reward_server: URL of a scoring server, or None.
+        reward_server_hash: checksum of the model that it has to score with, or None.
         reward_placement: resident or offload.
         reward_dtype: of the reward model's backbone; None for float32.
         reward_max_tokens: token budget of one forward pass.
+        reward_over_length: drop_group, truncate_responses or error.
         reward_attention: attention backend of the reward model; None for its default.
         num_reward_funcs: reward functions, this one included.
         launch: how the run is started.
@@ -72,9 +76,11 @@ class RunPlan:
     policy: str
     reward_model: str | None
     reward_server: str | None = None
+    reward_server_hash: str | None = None
     reward_placement: str = "resident"
     reward_dtype: torch.dtype | None = None
     reward_max_tokens: int = 16384
+    reward_over_length: str = "drop_group"
     reward_attention: str | None = None
     num_reward_funcs: int = 1
     launch: Launch = field(default_factory=Launch)
@@ -106,7 +112,7 @@ def check_run(plan: RunPlan) -> list[Finding]:
     Returns:
         Findings in the order in which the run would meet them.
     """
-    findings = [*_check_geometry(plan), *_check_rewards(plan)]
+    findings = [*_describe_geometry(plan), *_check_objective(plan), *_check_rewards(plan)]
     config, more = _read_reward_model(plan)
     findings += more
     if config is not None:
@@ -133,33 +139,35 @@ def show_findings(findings: Sequence[Finding], console: Console) -> bool:
     return all(finding.level != "red" for finding in findings)
 
 
-def _check_geometry(plan: RunPlan) -> Iterator[Finding]:
+def _describe_geometry(plan: RunPlan) -> Iterator[Finding]:
+    """What does not divide has been refused by `GRPOConfig`: `planned_arguments` tells it the number of processes."""
     args, processes = plan.args, plan.launch.num_processes
-    size, batch = args.num_generations, args.per_device_train_batch_size
-    rows = batch * processes
-    total = rows * args.steps_per_generation
-    name = "groups"
-    if total % size:
-        yield Finding(
-            "red",
-            name,
-            f"{processes} processes x batch {batch} x {args.steps_per_generation} steps per generation = {total} "
-            f"rollouts, no multiple of num_generations={size}; change per_device_train_batch_size or num_generations",
-        )
-    else:
-        holders = [f"{start // batch}-{(start + size - 1) // batch}" for start in range(0, min(rows, 3 * size), size)]
-        spread = "; the first groups lie on ranks " + ", ".join(holders) if batch % size else ", each on one rank"
-        yield Finding("green", name, f"{total} rollouts a generation, {total // size} groups of {size}{spread}")
+    size = args.num_generations
+    rows = args.per_device_train_batch_size * args.steps_per_generation  # of a rank, in one call of the rewards
+    shown = (
+        f"{processes} process{'es' if processes > 1 else ''} x batch {args.per_device_train_batch_size} x "
+        f"{args.steps_per_generation} steps per generation = {rows * processes} rollouts"
+    )
+    spread = "some on two ranks or more" if rows % size else "each on one rank"
+    yield Finding("green", "groups", f"{shown}: {rows * processes // size} groups of {size}, {spread}")
     if args.eval_strategy != "no":
-        eval_size = args.num_generations_eval or size
-        eval_rows = args.per_device_eval_batch_size * processes
-        level: Level = "red" if eval_rows % eval_size else "green"
-        yield Finding(
-            level,
-            "evaluation",
-            f"{processes} processes x batch {args.per_device_eval_batch_size} = {eval_rows} rows, groups of "
-            f"{eval_size}" + ("; make the rows a multiple: per_device_eval_batch_size" if level == "red" else ""),
-        )
+        rows = args.per_device_eval_batch_size * processes
+        yield Finding("green", "evaluation", f"batches of {rows} rows, groups of {args.num_generations_eval or size}")
+
+
+def _check_objective(plan: RunPlan) -> Iterator[Finding]:
+    """Values that the trainer would only refuse in its first step, after everything has been loaded."""
+    from trl import GRPOTrainer  # takes seconds
+
+    source = inspect.getsource(GRPOTrainer)
+    shown = []
+    for name in ("loss_type", "scale_rewards"):
+        value = getattr(plan.args, name)
+        shown.append(f"{name} {value}")
+        if f'"{value}"' not in source:
+            text = f"{name} is {value!r}, which this version of trl does not know; see the fields of GRPOConfig"
+            yield Finding("red", "objective", text)
+    yield Finding("green", "objective", f"{', '.join(shown)}, KL weight {plan.args.beta:g}")
 
 
 def _check_rewards(plan: RunPlan) -> Iterator[Finding]:
@@ -172,7 +180,7 @@ def _check_rewards(plan: RunPlan) -> Iterator[Finding]:
         )
     else:
         shown = "all 1" if weights is None else ", ".join(map(str, weights))
-        yield Finding("green", "rewards", f"{plan.num_reward_funcs} functions, weights {shown}")
+        yield Finding("green", "rewards", f"{plan.num_reward_funcs} in all, weights {shown}")
     if plan.prompts:
         yield Finding("green", "prompts", f"read {len(plan.prompts)} of them")
     else:
@@ -182,14 +190,14 @@ def _check_rewards(plan: RunPlan) -> Iterator[Finding]:
 def _read_reward_model(plan: RunPlan) -> tuple[MultiResponseRewardConfig | None, list[Finding]]:
     name = plan.reward_model
     if plan.reward_server is not None:
-        return None, [Finding("yellow", "reward model", f"on the server {plan.reward_server}; not asked")]
+        return None, [_ask_reward_server(plan, plan.reward_server)]
     if name is None:
         return None, [Finding("red", "reward model", "reward_model is missing; give the folder of pretrain_rm.py")]
     if not Path(name).is_dir() and not has_file(name, "config.json"):
         if _looks_like_a_folder(name):
             text = f"{name} is no folder; give the one that pretrain_rm.py wrote"
             return None, [Finding("red", "reward model", text)]
-        return None, [Finding("yellow", "reward model", f"{name} is on the hub, or nowhere: not checked")]
+        return None, [Finding("yellow", "reward model", f"{name} is no folder, and no hub within reach has it")]
     try:
         if not any(has_file(name, file) for file in _WEIGHT_FILES):
             raise ConfigurationError(f"{name} holds no weights ({', '.join(_WEIGHT_FILES)}); copy them too")
@@ -206,38 +214,64 @@ def _read_reward_model(plan: RunPlan) -> tuple[MultiResponseRewardConfig | None,
     return config, [Finding("green", "reward model", f"{name}: layout {config.layout}, whole, template unchanged")]
 
 
+def _ask_reward_server(plan: RunPlan, url: str) -> Finding:
+    from mr_reward.serving import RemoteScorer  # its packages are an extra
+
+    try:
+        scorer = RemoteScorer(url, expected_hash=plan.reward_server_hash)
+        try:
+            health = scorer.connect(_SERVER_SECONDS)
+        finally:
+            scorer.close()
+    except ScoringServerError as error:
+        return Finding("yellow", "reward model", f"{error} (it need not run yet for a dry run)")
+    except MRRewardError as error:
+        return Finding("red", "reward model", str(error))
+    return Finding("green", "reward model", f"{url}: layout {health.layout}, model {health.model_hash}")
+
+
 def _check_reward_model(plan: RunPlan, config: MultiResponseRewardConfig) -> Iterator[Finding]:
     try:
         backend = plan.reward_attention or "sdpa"
         check_backend(config.layout, backend, get_adapter(config.backbone_config).media_blocks)
+        check_layers(config)
         yield Finding("green", "attention", f"layout {config.layout} on {backend}")
     except MRRewardError as error:
         yield Finding("red", "attention", str(error))
-    size = plan.args.num_generations
+    try:
+        yield _check_row(plan, config)
+    except (MRRewardError, OSError, ValueError) as error:
+        yield Finding("red", "row of a group", str(error))
+
+
+def _check_row(plan: RunPlan, config: MultiResponseRewardConfig) -> Finding:
+    """Lay out the longest prompt with N completions of full length, as a run would."""
+    sizes = (plan.args.num_generations, plan.args.num_generations_eval or 0)
+    texts = [str(i) for i in range(max(sizes))]  # different, so that none is a copy
     longest = plan.args.max_completion_length or 0
-    readouts = len(readout_kinds(config.layout))
-    prompt = _longest_prompt(plan, config)
-    row = prompt + size * (longest + readouts)
-    text = config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
-    positions = row if config.layout == "causal" else prompt + longest + readouts
-    shown = f"prompt {prompt or 'unknown'} + {size} x (completion {longest} + {readouts}) = {row} tokens at most"
-    if row > plan.reward_max_tokens:
-        advice = f"reward_max_tokens is {plan.reward_max_tokens}: such groups would be dropped; raise it to {row}"
-        yield Finding("red", "row of a group", f"{shown}; {advice}")
-    elif context is not None and positions > context:
-        advice = "fewer or shorter completions, or a reward model with a longer context"
-        yield Finding("red", "row of a group", f"{shown}; {positions} positions, the context has {context}: {advice}")
-    else:
-        yield Finding("green", "row of a group", f"{shown}, budget {plan.reward_max_tokens}, context {context}")
-
-
-def _longest_prompt(plan: RunPlan, config: MultiResponseRewardConfig) -> int:
-    """Tokens of the longest prompt that was read; 0 if none was."""
-    if not plan.prompts or plan.reward_model is None:
-        return 0
     renderer = Renderer(AutoProcessor.from_pretrained(plan.reward_model), config.template)
-    return max(len(renderer.render(group).prompt_ids) for group in plan.prompts)
+    packer = Packer(
+        renderer,
+        layout=config.layout,
+        max_tokens=plan.reward_max_tokens,
+        context_tokens=context_tokens(config.backbone_config),
+        over_length="error",
+    )
+    prompts = plan.prompts or [ResponseGroup(prompt="?", responses=["?"])]
+    rendered = max(
+        (renderer.render(replace(group, responses=texts, rankings=None)) for group in prompts),
+        key=lambda found: len(found.prompt_ids),
+    )
+    prompt = f"prompt {len(rendered.prompt_ids)}" if plan.prompts else "an unknown prompt"
+    filled = replace(rendered, response_ids=[[0] * longest for _ in texts], joiner=None)
+    try:
+        row = packer.lay_out(filled, f"{prompt} with {len(texts)} completions of {longest} tokens")
+    except OverLengthError as error:
+        level: Level = "yellow" if plan.reward_over_length == "truncate_responses" else "red"
+        return Finding(level, "row of a group", f"{error}. This run has over_length={plan.reward_over_length!r}")
+    assert row is not None  # the policy is `error`
+    shown = f"{prompt} + {len(texts)} completions of {longest} = {row.num_tokens} tokens at most"
+    return Finding("green", "row of a group", f"{shown}, budget {packer.max_tokens}, context {packer.context_tokens}")
 
 
 def _check_vllm(plan: RunPlan) -> Iterator[Finding]:
@@ -268,7 +302,7 @@ def _check_vllm(plan: RunPlan) -> Iterator[Finding]:
 def _check_memory(plan: RunPlan, reward_config: MultiResponseRewardConfig | None) -> Iterator[Finding]:
     config = _policy_config(plan.policy)
     if config is None:
-        yield Finding("yellow", "memory, policy", f"{plan.policy} is on the hub, or nowhere: not estimated")
+        yield Finding("yellow", "memory, policy", f"{plan.policy} is no folder, and no hub within reach has it")
     else:
         need = estimate_policy_memory(
             config,

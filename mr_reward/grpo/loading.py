@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mr_reward.errors import CheckpointError, ConfigurationError
+from mr_reward.grpo.memory import measure_reward_memory
 from mr_reward.zero3 import outside_zero3, partitioned_weights
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from mr_reward.serving import RemoteScorer
 
 __all__ = ["build_scorer", "connect_scorer", "default_device", "outside_zero3"]
+
+logger = logging.getLogger(__name__)
 
 _START_SECONDS = 120.0  # that a scoring server may take to come up
 
@@ -84,7 +88,26 @@ def build_scorer(
                 f"model is {type(model).__name__}, expected a folder, a hub id or a loaded MultiResponseRewardModel; "
                 "pass the folder that save_pretrained wrote"
             )
+    _tell_memory(scorer, target, placement)
     return OffloadedScorer(scorer, target) if placement == "offload" else scorer
+
+
+def _tell_memory(scorer: GroupScorer, target: torch.device, placement: str) -> None:
+    backbone = scorer.model.backbone
+    need = measure_reward_memory(
+        backbone,
+        dtype=backbone.dtype,
+        max_tokens=scorer.max_tokens_per_batch,
+        dense_mask=scorer.model.config.layout != "causal",
+    )
+    logger.info(
+        "reward model: %.2f GB of weights %s %s, and about %.2f GB more in a forward pass of %d tokens",
+        need.weights / 1e9,
+        "on" if placement == "resident" else "on the CPU, in calls also on",
+        target,
+        need.activations / 1e9,
+        scorer.max_tokens_per_batch,
+    )
 
 
 def connect_scorer(server: str, *, token: str | None = None, expected_hash: str | None = None) -> RemoteScorer:

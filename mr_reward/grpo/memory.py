@@ -12,9 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-__all__ = ["PolicyMemory", "RewardMemory", "estimate_policy_memory", "estimate_reward_memory"]
+__all__ = ["PolicyMemory", "RewardMemory", "estimate_policy_memory", "estimate_reward_memory", "measure_reward_memory"]
 
 _IMAGE_TEXT = AutoModelForImageTextToText._model_mapping
 
@@ -39,7 +45,7 @@ class PolicyMemory:
     Args:
         weights: bytes of the weights.
         gradients: bytes of the gradients.
-        optimizer: bytes of Adam's two moments, and of the float32 copy of half-precision weights.
+        optimizer: bytes of Adam's two moments, and of DeepSpeed's float32 copy of half-precision weights.
     """
 
     weights: int
@@ -73,10 +79,30 @@ def estimate_reward_memory(
         4718592
     """
     backbone = getattr(config, "backbone_config", None) or config
-    text = backbone.get_text_config()
-    layer = max_tokens * (6 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
-    mask = 3 * max_tokens**2 if dense_mask else 0
-    return RewardMemory(weights=_count(_on_meta(AutoModel, backbone)) * dtype.itemsize, activations=layer + mask)
+    return RewardMemory(
+        weights=_count(_on_meta(AutoModel, backbone)) * dtype.itemsize,
+        activations=_activations(backbone.get_text_config(), dtype, max_tokens, dense_mask),
+    )
+
+
+def measure_reward_memory(
+    backbone: PreTrainedModel, *, dtype: torch.dtype, max_tokens: int, dense_mask: bool = True
+) -> RewardMemory:
+    """As `estimate_reward_memory` for a loaded backbone, whose weights are counted as they are.
+
+    Args:
+        backbone: the backbone.
+        dtype: in which it computes.
+        max_tokens: token budget of one forward pass.
+        dense_mask: whether the layout needs one (`isolated` and `set`).
+
+    Returns:
+        The weights as counted, the activations as estimated.
+    """
+    return RewardMemory(
+        weights=sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters()),
+        activations=_activations(backbone.config.get_text_config(), dtype, max_tokens, dense_mask),
+    )
 
 
 def estimate_policy_memory(
@@ -91,15 +117,15 @@ def estimate_policy_memory(
 ) -> PolicyMemory:
     """Memory of a policy in training with Adam.
 
-    Trained in half precision, a parameter has a float32 copy and two float32 moments (12 bytes) with its optimizer;
-    in float32 two moments (8 bytes). ZeRO-1 splits the optimizer over the processes, ZeRO-2 the gradients too, ZeRO-3
-    the weights too. With offload, what is split lies in CPU memory.
+    Adam's two moments have the parameter's dtype; under DeepSpeed they are float32, and half-precision weights have a
+    float32 copy beside them (12 bytes in all). ZeRO-1 splits the optimizer over the processes, ZeRO-2 the gradients
+    too, ZeRO-3 the weights too. With offload, what is split lies in CPU memory.
 
     Args:
         config: of the policy.
         dtype: of its weights.
         num_processes: GPUs.
-        zero_stage: 0 to 3.
+        zero_stage: 0 to 3; 0 is training without DeepSpeed.
         offload: whether DeepSpeed moves optimizer and weights to the CPU.
         lora_rank: r; None for full training.
         lora_targets: names of the adapted modules, as peft takes them; None for all linear layers.
@@ -110,7 +136,7 @@ def estimate_policy_memory(
     Example:
         >>> from transformers import LlamaConfig
         >>> config = LlamaConfig(hidden_size=64, num_hidden_layers=2, intermediate_size=128, vocab_size=100)
-        >>> one = estimate_policy_memory(config, dtype=torch.bfloat16)
+        >>> one = estimate_policy_memory(config, dtype=torch.bfloat16, zero_stage=1)
         >>> one.optimizer == 6 * one.weights
         True
     """
@@ -119,7 +145,10 @@ def estimate_policy_memory(
     parameters = _count(model)
     trained = parameters if lora_rank is None else _count_lora(model, lora_rank, lora_targets)
     trained_bytes = dtype.itemsize if lora_rank is None else 4  # peft keeps adapters in float32
-    moments = 8 if trained_bytes == 4 else 12
+    if zero_stage == 0:
+        moments = 2 * trained_bytes
+    else:
+        moments = 8 if trained_bytes == 4 else 12
 
     def split(size: int, stage: int) -> int:
         if zero_stage < stage:
@@ -131,6 +160,11 @@ def estimate_policy_memory(
         gradients=split(trained * trained_bytes, 2),
         optimizer=split(trained * moments, 1),
     )
+
+
+def _activations(text: PreTrainedConfig, dtype: torch.dtype, max_tokens: int, dense_mask: bool) -> int:
+    layer = max_tokens * (6 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
+    return layer + (3 * max_tokens**2 if dense_mask else 0)
 
 
 def _on_meta(auto: Any, config: PreTrainedConfig) -> nn.Module:

@@ -1,0 +1,247 @@
+"""The dry run: every GPU recipe passes on this machine, and what would fail later is refused now."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from http_server import running
+from safetensors.torch import save_file
+from tiny_models import reward_model
+from transformers import Qwen3VLConfig
+
+from mr_reward import GroupScorer, MultiResponseRewardModel
+from mr_reward.data import tiny
+from mr_reward.errors import ConfigurationError
+from mr_reward.fingerprint import weights_digest
+from mr_reward.grpo.launch import Launch, read_launch
+from mr_reward.serving import build_app
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "grpo_recipes"
+ACCELERATE = ROOT / "configs" / "deepspeed"
+sys.path.insert(0, str(RECIPES))
+import train_policy  # noqa: E402
+
+# Recipe, and the accelerate file that it is launched with.
+GPU_RECIPES = {
+    "policy_qwen3vl_4b_lora_1gpu.yaml": None,
+    "policy_qwen3vl_4b_zero3_vllm_8gpu.yaml": "zero3.yaml",
+    "policy_qwen3vl_4b_2nodes_vllm_server.yaml": "zero3.yaml",
+}
+Check = Callable[..., tuple[bool, str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny reward model where the recipes expect theirs, one that scores in sequence, and a policy to be."""
+    folder = tmp_path_factory.mktemp("run")
+    backbone = tiny.build_qwen3_vl(0, hidden_size=64, num_layers=2)
+    backbone.config.text_config.max_position_embeddings = 2048
+    backbone.save_pretrained(folder / "policy")
+    tiny.build_qwen3_vl_processor().save_pretrained(folder / "policy")
+    MultiResponseRewardModel.from_backbone(folder / "policy").save_pretrained(folder / "outputs" / "rm")
+    MultiResponseRewardModel.from_backbone(folder / "policy", layout="causal").save_pretrained(folder / "causal")
+    return folder
+
+
+@pytest.fixture
+def check(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
+    """Dry-run a recipe with options; whether it may start, and what was printed, in one line."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "500")
+
+    def run(recipe: str, **options: Any) -> tuple[bool, str]:
+        launch = GPU_RECIPES.get(recipe)
+        command = ["--config", str(RECIPES / recipe), "--dry_run"]
+        if launch is not None:
+            command += ["--accelerate_config", str(ACCELERATE / launch)]
+        for key, value in options.items():
+            command += [f"--{key}", *(value if isinstance(value, list) else [str(value)])]
+        passed = train_policy.dry_run(command)
+        return passed, re.sub(r"\s+", " ", capsys.readouterr().out)
+
+    return run
+
+
+@pytest.mark.parametrize("recipe", GPU_RECIPES)
+class TestRecipes:
+    def test_passes(self, recipe: str, check: Check) -> None:
+        passed, shown = check(recipe)
+        assert passed, shown
+        assert "outputs/rm: layout set, whole, template unchanged" in shown
+        assert "8 completions of 1024 = 8217 tokens at most" in shown
+        assert f"{8 if GPU_RECIPES[recipe] else 1} process" in shown
+
+    def test_group_size_that_does_not_divide_the_batch(self, recipe: str, check: Check) -> None:
+        passed, shown = check(recipe, num_generations=7)
+        assert not passed and "divisible by the number of generations used for evaluation (7)" in shown, shown
+        passed, shown = check(recipe, num_generations=7, eval_strategy="no")
+        assert not passed and "divisible by num_generations (7)" in shown, shown
+
+    def test_folder_of_the_reward_model_missing(self, recipe: str, check: Check) -> None:
+        passed, shown = check(recipe, reward_model="./outputs/other")
+        assert not passed and "./outputs/other is no folder; give the one that pretrain_rm.py wrote" in shown
+
+    def test_layout_with_flash_attention(self, recipe: str, check: Check) -> None:
+        passed, shown = check(recipe, reward_attn_implementation="flash_attention_2")
+        assert not passed and "attention backend 'flash_attention_2' cannot express layout 'set'" in shown
+
+    def test_context_too_small(self, recipe: str, check: Check) -> None:
+        """2048 positions: a row of layout `set` needs as many as its longest completion, one of `causal` all."""
+        passed, shown = check(recipe, reward_model="causal")
+        assert not passed, shown
+        assert "do not fit a row of 16384 tokens and a context of 2048 positions in layout 'causal'" in shown
+        passed, shown = check(recipe, max_completion_length=2047)
+        assert not passed and "context of 2048 positions in layout 'set'" in shown
+
+    def test_budget_too_small(self, recipe: str, check: Check) -> None:
+        passed, shown = check(recipe, reward_max_tokens=8000)
+        assert not passed and "do not fit a row of 8000 tokens" in shown and "over_length='drop_group'" in shown
+        passed, shown = check(recipe, reward_max_tokens=8000, reward_over_length="truncate_responses")
+        assert passed and "This run has over_length='truncate_responses'" in shown
+
+
+LORA = "policy_qwen3vl_4b_lora_1gpu.yaml"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reward_weights": ["1", "1", "1"]}, "3 weights for 2 reward functions"),
+        ({"extra_reward_funcs": ["trl.rewards.no_such_reward"]}, "'trl.rewards.no_such_reward' cannot be imported"),
+        ({"extra_reward_funcs": ["nowhere"]}, "'nowhere' cannot be imported"),
+        ({"dataset": "prompts.jsonl"}, "dataset prompts.jsonl is no file"),
+        ({"per_device_eval_batch_size": 3}, "The global eval batch size (3 * 1) must be divisible"),
+        ({"vllm_max_model_length": 1000}, "vllm_max_model_length=1000 leaves no room for a prompt"),
+        ({"loss_type": "best"}, "loss_type is 'best', which this version of trl does not know"),
+        ({"accelerate_config": "none.yaml"}, "none.yaml cannot be read as an accelerate file"),
+        ({"reward_placement": "elsewhere"}, "reward_placement is 'elsewhere', expected one of resident, offload"),
+        ({"reward": "best"}, "reward is 'best', expected one of centred"),
+        ({"reward_dtype": "float33"}, "reward_dtype is 'float33'"),
+        ({"reward_max_tokens": 0}, "reward_max_tokens is 0, expected at least 1"),
+        ({"num_generatoins": 4}, "num_generatoins"),
+    ],
+)
+def test_other_mistakes(options: dict[str, Any], message: str, check: Check) -> None:
+    passed, shown = check(LORA, **options)
+    assert not passed and message in shown, shown
+
+
+def test_broken_reward_models(check: Check, folder: Path, tmp_path: Path) -> None:
+    source = folder / "outputs" / "rm"
+    for name, spoil, message in (
+        ("weights", lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
+        ("template", lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"), "template"),
+        ("config", lambda f: (f / "config.json").write_text("{"), "config.json"),
+    ):
+        copy = tmp_path / name
+        copy.mkdir()
+        for file in source.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+        spoil(copy)
+        passed, shown = check(LORA, reward_model=copy)
+        assert not passed and message in shown, shown
+
+
+def test_no_weight_is_loaded(check: Check, folder: Path, tmp_path: Path) -> None:
+    """A reward model and a policy of four billion parameters whose weights are not there."""
+    from test_memory import QWEN3_VL_4B
+
+    rm = tmp_path / "rm"
+    rm.mkdir()
+    for file in (folder / "outputs" / "rm").iterdir():
+        (rm / file.name).write_bytes(file.read_bytes())
+    config = json.loads((rm / "config.json").read_text())
+    config["backbone_config"] = Qwen3VLConfig(**QWEN3_VL_4B).to_dict()
+    (rm / "config.json").write_text(json.dumps(config))
+    save_file({"nothing": torch.zeros(1)}, rm / "model.safetensors")
+    Qwen3VLConfig(**QWEN3_VL_4B).save_pretrained(tmp_path / "policy")
+    started = time.monotonic()
+    passed, shown = check(LORA, reward_model=rm, model_name_or_path=tmp_path / "policy")
+    assert passed, shown
+    assert time.monotonic() - started < 20
+    # LoRA: the weights whole, gradients and moments of the adapter only.
+    assert re.search(r"weights 8\.88 \+ gradients 0\.\d\d \+ optimizer 1\.\d\d", shown), shown
+    assert "weights 8.04" in shown or "weights 8.88" in shown  # without the language-model head, which is tied
+    passed, shown = check("policy_qwen3vl_4b_zero3_vllm_8gpu.yaml", model_name_or_path=tmp_path / "policy")
+    assert passed and "weights 1.11 + gradients 1.11 + optimizer 6.66 = 8.88 GB on each process" in shown, shown
+
+
+def test_prompts_are_measured(check: Check, folder: Path) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "x" * 500}]}, {"prompt": [{"role": "user", "content": "y"}]}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    passed, shown = check(LORA, dataset="prompts.jsonl")
+    assert passed and "read 2 of them" in shown
+    tokens = int(re.search(r"prompt (\d+) \+ 8 completions of 1024", shown)[1])  # type: ignore[index]
+    assert 500 < tokens < 540
+    (folder / "prompts.jsonl").write_text('{"question": "?"}\n')
+    passed, shown = check(LORA, dataset="prompts.jsonl")
+    assert not passed and "columns ['question'], expected prompt among them" in shown
+
+
+def test_prompts_with_images_as_the_recipes_data_set_has_them(folder: Path) -> None:
+    """trl-lib/rlaif-v: `text` is null in the image's block."""
+    from datasets import Dataset, Image, List
+    from PIL import Image as PILImage
+
+    content = [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]
+    rows = Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": content}]],
+            "images": [[PILImage.new("RGB", (56, 56))]],
+            "chosen": [[{"role": "assistant", "content": [{"type": "text", "text": "A", "x": None}]}]],
+        }
+    ).cast_column("images", List(Image()))
+    rows.save_to_disk(str(folder / "rows"))
+    rows.to_parquet(str(folder / "parquet" / "train.parquet")) if (folder / "parquet").mkdir() is None else None
+    arguments = train_policy.PolicyArguments(dataset=str(folder / "parquet"))
+    (group,) = train_policy.first_prompts(arguments)
+    assert len(group.images) == 1 and [block["type"] for block in group.messages[0]["content"]] == ["image", "text"]
+
+
+def test_servers(check: Check) -> None:
+    """A vLLM server or a scoring server need not run yet; one that does is looked at."""
+    passed, shown = check("policy_qwen3vl_4b_2nodes_vllm_server.yaml", vllm_server_host="127.0.0.1")
+    assert passed and "it need not run yet" in shown
+    scorer = GroupScorer(reward_model("llama"), over_length="drop_group")
+    with running(build_app(scorer)) as url:
+        passed, shown = check(LORA, reward_server=url)
+        assert passed and f"{url}: layout set, model {weights_digest(scorer.model)}" in shown
+        passed, shown = check(LORA, reward_server=url, reward_server_hash="abc")
+        assert not passed and "expected abc" in shown
+    passed, shown = check(LORA, reward_server=url)
+    assert passed and "it need not run yet" in shown
+
+
+def test_from_the_command_line(folder: Path) -> None:
+    command = [sys.executable, str(RECIPES / "train_policy.py"), "--config", str(RECIPES / LORA), "--dry_run"]
+    good = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
+    assert good.returncode == 0, good.stderr
+    bad = subprocess.run([*command, "--reward_model", "./no"], cwd=folder, capture_output=True, text=True, timeout=100)
+    assert bad.returncode == 1 and "./no is no folder" in bad.stdout and "Traceback" not in bad.stderr
+
+
+def test_launch_files(tmp_path: Path) -> None:
+    found = {path.name: read_launch(path) for path in ACCELERATE.glob("*.yaml")}
+    assert found["zero3.yaml"] == Launch(num_processes=8, num_machines=1, zero_stage=3, offload=False)
+    assert found["zero2_cpu.yaml"] == Launch(num_processes=2, zero_stage=2)
+    assert found["zero3_offload.yaml"].offload and len(found) == 7
+    path = tmp_path / "a.yaml"
+    for content, message in (
+        ("[", "cannot be read"),
+        ("a: 1", "has no num_processes"),
+        (yaml.safe_dump({"num_processes": 2, "deepspeed_config": {"zero_stage": 4}}), "zero_stage 4, expected 0"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ConfigurationError, match=re.escape(message)):
+            read_launch(path)
