@@ -176,8 +176,9 @@ def run_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cell(values: Sequence[float]) -> str:
-    """Mean and spread (largest minus smallest) over the seeds."""
-    return f"{statistics.fmean(values):.3f} ± {max(values) - min(values):.3f}"
+    """Mean and standard deviation over the seeds."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 def summarise(records: list[dict[str, Any]]) -> Table:

@@ -61,11 +61,14 @@ def timed(scorer: GroupScorer, groups: list[ResponseGroup]) -> float:
 
 
 def one_by_one(folder: Path, groups: list[ResponseGroup]) -> float:
-    """Seconds for the same responses as groups of one, batched within the same token budget."""
-    return timed(
-        GroupScorer.from_pretrained(folder),
-        [group.select([i]) for group in groups for i in range(group.num_responses)],
-    )
+    """Seconds for the same responses as groups of one, batched within the same token budget.
+
+    A text that a group holds several times is scored once, as the scorer does within a group.
+    """
+    singles = [
+        group.select([group.responses.index(text)]) for group in groups for text in dict.fromkeys(group.responses)
+    ]
+    return timed(GroupScorer.from_pretrained(folder), singles)
 
 
 def main() -> None:
