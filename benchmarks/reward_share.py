@@ -74,7 +74,7 @@ def one_by_one(folder: Path, groups: list[ResponseGroup]) -> float:
 def main() -> None:
     """Run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", type=Path, default=Path("outputs/quickstart/policy"))
+    parser.add_argument("--policy", type=Path, default=Path("outputs/quickstart/sft/checkpoint-50"))
     parser.add_argument("--reward_model", type=Path, default=Path("outputs/quickstart/rm"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--steps", type=int, default=8)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mr_reward import MultiResponseRewardModel
+from mr_reward.data import tiny
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -26,6 +29,20 @@ def test_training_step_keeps_less_than_the_full_language_model() -> None:
     for checkpointing in ("off", "on"):
         assert results[checkpointing]["memory_full_over_ours"] > 1.5
         assert results[checkpointing]["speed_ours_over_full"] > 1.0
+
+
+@pytest.mark.slow
+def test_reward_share_runs(tmp_path: Path) -> None:
+    tiny.build_qwen3_vl(0, hidden_size=64, num_layers=2).save_pretrained(tmp_path / "policy")
+    tiny.build_qwen3_vl_processor().save_pretrained(tmp_path / "policy")
+    MultiResponseRewardModel.from_backbone(tmp_path / "policy").save_pretrained(tmp_path / "rm")
+    command = [sys.executable, str(BENCHMARKS / "reward_share.py"), "--sizes", "4", "8", "--steps", "3"]
+    command += ["--policy", str(tmp_path / "policy"), "--reward_model", str(tmp_path / "rm"), "--repeats", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=500, env=environment)
+    results = json.loads(run.stdout.splitlines()[-1])["runs"]
+    assert set(results) == {"4", "8"}
+    assert all(0 < found["share"] < 1 for runs in results.values() for found in runs)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from PIL import Image
 from rich.console import Console
@@ -25,6 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     tiny.build_qwen3_vl(0, hidden_size=64, num_layers=2).save_pretrained(folder / "policy")
     tiny.build_qwen3_vl_processor().save_pretrained(folder / "policy")
+    torch.manual_seed(0)  # a fixture for the whole file comes before the seeds of a test; the head is drawn
     MultiResponseRewardModel.from_backbone(folder / "policy").save_pretrained(folder / "rm")
     return folder
 

@@ -109,6 +109,22 @@ def test_train_policy(tmp_path: Path, backbone: Path, reward_folder: Path, num_p
     AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
 
 
+def test_two_rewards_with_kl_and_validation(tmp_path: Path, backbone: Path, reward_folder: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--model_name_or_path", backbone, "--reward_model", reward_folder, "--output_dir", out]
+    arguments += ["--per_device_train_batch_size", 8, "--per_device_eval_batch_size", 8, "--num_generations", 4]
+    arguments += ["--num_prompts", 16, "--num_eval_prompts", 4, "--max_steps", 2, "--eval_steps", 1]
+    arguments += ["--extra_reward_funcs", "trl.rewards.get_repetition_penalty_reward()"]
+    arguments += ["--reward_weights", 1.0, 0.5, 0.25]
+    stdout = run(recipe("train_policy.py", "policy_tiny_handwriting_mixed_cpu.yaml", *arguments), tmp_path)
+    for key in ("multi_response_reward", "handwriting_accuracy", "repetition_penalty_reward"):
+        assert f"'rewards/{key}/mean'" in stdout
+    assert "'kl':" in stdout
+    records = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2]
+    assert (out / "validation.png").stat().st_size > 5000 and "|" in (out / "samples.md").read_text()
+
+
 def test_missing_reward_model_is_told_before_the_policy_is_loaded(tmp_path: Path) -> None:
     command = recipe("train_policy.py", "policy_tiny_handwriting_cpu.yaml", "--reward_model", "nowhere")
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
