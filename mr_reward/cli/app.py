@@ -8,19 +8,20 @@ from rich.console import Console
 
 from mr_reward.cli.checkpoints import card, export, merge
 from mr_reward.cli.data import data
+from mr_reward.cli.evaluate import compare, evaluate
 from mr_reward.cli.serve import serve
 from mr_reward.errors import MRRewardError
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Multi-response reward models: data, checkpoints, a scoring server.",
+    help="Multi-response reward models: data, evaluation, checkpoints, a scoring server.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 app.add_typer(data, name="data")
-for command in (merge, export, card, serve):
+for command in (evaluate, compare, merge, export, card, serve):
     app.command()(command)
 
 

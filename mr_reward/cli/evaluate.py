@@ -1,0 +1,100 @@
+"""`mr-reward evaluate` and `mr-reward compare`."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mr_reward.errors import ConfigurationError
+
+__all__ = ["compare", "evaluate"]
+
+
+def evaluate(
+    benchmark: Annotated[str, typer.Argument(help="vl_rewardbench, ..., or groups for ranked groups of your own")],
+    scorer: Annotated[
+        str,
+        typer.Argument(
+            help="Reward model (folder or hub id), classifier:FOLDER, scores:FILE, longest, shortest, random, constant"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for items.jsonl, results.json and figures")],
+    source: Annotated[str | None, typer.Option(help="File, folder or hub id; else where it is published")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the source; else the published one")] = None,
+    orders: Annotated[
+        str | None, typer.Option(help="Orders of each item's responses: a number or all; else 1, for causal 8")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the orders")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Only the first items")] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Score each response alone")] = False,
+    device: Annotated[str | None, typer.Option(help="As torch spells it; else cuda if there is one")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the checkpoint's")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass, and of the longest group")] = 16384,
+    over_length: Annotated[str, typer.Option(help="drop_group, truncate_responses or error")] = "drop_group",
+    resamples: Annotated[int, typer.Option(help="Resamples of the intervals")] = 1000,
+) -> None:
+    """Evaluate a reward model on a benchmark, by its official metric; an interrupted run goes on.
+
+    Example: mr-reward evaluate vl_rewardbench outputs/rm --out results/vl
+    """
+    import torch
+
+    from mr_reward.evaluation.benchmarks import open_benchmark
+    from mr_reward.evaluation.protocol import ALL_ORDERS, score_benchmark
+    from mr_reward.evaluation.report import ITEMS, read_report, show_report, write_report
+    from mr_reward.evaluation.scorers import load_scorer
+    from mr_reward.grpo.loading import default_device
+
+    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ConfigurationError(f"--dtype is {dtype!r}, expected one of {', '.join(filter(None, dtypes))}")
+    num_orders = ALL_ORDERS if orders == "all" else _number(orders)
+    data = open_benchmark(benchmark, source, split)
+    loaded = load_scorer(
+        scorer,
+        device=device or default_device(),
+        dtype=dtypes[dtype],
+        max_tokens_per_batch=max_tokens,
+        over_length=over_length,
+        alone=alone,
+    )
+    score_benchmark(
+        loaded,
+        islice(data, limit),
+        out / ITEMS,
+        settings={"benchmark": benchmark, "source": data.source, "split": split, "limit": limit},
+        num_orders=num_orders,
+        seed=seed,
+        total=limit or sum(data.benchmark.counts.values()) or None,
+    )
+    report = read_report(out, num_resamples=resamples)
+    write_report(report, out)
+    show_report(report, Console())
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of an evaluation, A")],
+    second: Annotated[Path, typer.Argument(help="Folder of another one on the same items, B")],
+    resamples: Annotated[int, typer.Option(help="Resamples of the paired bootstrap")] = 1000,
+) -> None:
+    """Compare two evaluations: differences with 95 % intervals, the same items drawn for both.
+
+    Example: mr-reward compare results/set results/single
+    """
+    from mr_reward.evaluation.report import compare as compare_reports
+    from mr_reward.evaluation.report import read_report, show_comparison
+
+    a, b = (read_report(folder, num_resamples=0) for folder in (first, second))
+    show_comparison(a, b, compare_reports(a, b, num_resamples=resamples), Console())
+
+
+def _number(orders: str | None) -> int | None:
+    if orders is None:
+        return None
+    if not orders.isdecimal() or int(orders) < 1:
+        raise ConfigurationError(f"--orders is {orders!r}, expected a number from 1 on, or all")
+    return int(orders)

@@ -1,0 +1,400 @@
+"""The benchmarks: where they are, which columns they have, how a row becomes an item, and their metric.
+
+Written against the published schemas. Where a schema could not be looked at (VideoRewardBench, MR2Bench), several
+names are recognised for a column, and the error for others shows what the row has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mr_reward.data.converters.base import field, image_field, strip_placeholders
+from mr_reward.data.converters.reading import Rows, read_rows
+from mr_reward.data.media_files import resolve_media
+from mr_reward.data.preferences import load_preferences
+from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
+from mr_reward.evaluation import official
+from mr_reward.evaluation.items import EvaluationItem, Judged
+from mr_reward.groups import ResponseGroup, dense_ranks
+
+__all__ = ["BENCHMARKS", "Benchmark", "BenchmarkData", "get_benchmark", "open_benchmark"]
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """A benchmark.
+
+    Args:
+        name: on the command line.
+        title: for people.
+        hub_id: where it is published; None for local files only.
+        split: of the hub data set.
+        columns: what a row has to have; one of the names of each tuple.
+        read: makes an item of a row, with the row's own id as uid; gives None for a row that belongs to another
+            benchmark of the same data set. None for the ranked groups of this package, as `load_preferences` reads
+            them.
+        summarise: the official metrics.
+        headline: the metrics of the leaderboard row, the first one is the main one.
+        counts: published numbers of items, by category, for the report.
+    """
+
+    name: str
+    title: str
+    hub_id: str | None
+    split: str
+    columns: tuple[tuple[str, ...], ...]
+    read: Callable[[Row], EvaluationItem | None] | None
+    summarise: Callable[[Sequence[Judged]], dict[str, float]]
+    headline: tuple[str, ...]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkData:
+    """A benchmark's items, read from the start at each iteration.
+
+    Args:
+        benchmark: the benchmark.
+        source: file, folder or hub id.
+        rows: of the source.
+    """
+
+    benchmark: Benchmark
+    source: str
+    rows: Rows
+
+    def __iter__(self) -> Iterator[EvaluationItem]:
+        read = self.benchmark.read
+        if read is None:
+            yield from _ranked_groups(self.source)
+            return
+        for number, (place, row) in enumerate(self.rows):
+            try:
+                _check_columns(self.benchmark, row)
+                item = read(row)
+                if item is None:
+                    continue
+                # The number makes it unique: VL-RewardBench has ids that occur twice, others have none.
+                uid = f"{number:05d}" + (f":{item.uid}" if item.uid else "")
+                group = replace(resolve_media(item.group, self.rows.folder), id=uid, source=self.benchmark.name)
+            except MRRewardError as error:
+                raise type(error)(f"{place}: {error}") from error
+            yield replace(item, uid=uid, group=group)
+
+
+def open_benchmark(name: str, source: str | Path | None = None, split: str | None = None) -> BenchmarkData:
+    """Open a benchmark; its rows are read when they are asked for.
+
+    Args:
+        name: one of `BENCHMARKS`.
+        source: file, folder or hub id; None for where it is published.
+        split: of a hub data set; None for the published one. Of a folder, files whose name starts with it.
+
+    Returns:
+        Its items.
+
+    Raises:
+        ConfigurationError: there is no such benchmark, or nothing at the source.
+
+    Example:
+        >>> for item in open_benchmark("vl_rewardbench"): ...  # doctest: +SKIP
+    """
+    benchmark = get_benchmark(name)
+    if source is None:
+        if benchmark.hub_id is None:
+            raise ConfigurationError(f"benchmark {name} is not published on the hub; give its file or folder")
+        source, split = benchmark.hub_id, split or benchmark.split
+    elif not Path(source).exists():
+        split = split or benchmark.split
+    return BenchmarkData(benchmark, str(source), read_rows(source, split=split))
+
+
+def get_benchmark(name: str) -> Benchmark:
+    """A benchmark by its name.
+
+    Args:
+        name: one of `BENCHMARKS`.
+
+    Returns:
+        The benchmark.
+
+    Raises:
+        ConfigurationError: there is no such benchmark.
+    """
+    if name not in BENCHMARKS:
+        raise ConfigurationError(f"there is no benchmark {name!r}, expected one of {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+def _check_columns(benchmark: Benchmark, row: Any) -> None:
+    if not isinstance(row, Mapping):
+        raise GroupError(f"the row is {row!r:.60}, expected an object; check the file")
+    missing = [names for names in benchmark.columns if not any(row.get(name) is not None for name in names)]
+    if missing:
+        wanted = ", ".join(" or ".join(names) for names in benchmark.columns)
+        raise GroupError(
+            f"{benchmark.title}: no column {', '.join(' or '.join(names) for names in missing)}; found "
+            f"{', '.join(map(str, row))}, expected {wanted}; check data set, split and version"
+        )
+
+
+def _first(row: Row, names: Sequence[str]) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _item(
+    uid: object, category: str, prompt: str, responses: Sequence[str], rankings: Sequence[int], **more: Any
+) -> EvaluationItem:
+    facts = more.pop("facts", {})
+    group = ResponseGroup(
+        prompt=strip_placeholders(prompt), responses=responses, rankings=dense_ranks(rankings), **more
+    )
+    return EvaluationItem(uid="" if uid is None else str(uid), category=category, group=group, facts=facts)
+
+
+def _texts(row: Row, name: str, count: int | None = None) -> list[str]:
+    values = field(row, name, list)
+    if not all(isinstance(value, str) for value in values) or (count is not None and len(values) != count):
+        wanted = "texts" if count is None else f"{count} texts"
+        raise GroupError(f"field {name!r} is {values!r:.60}, expected {wanted}; check data set and version")
+    return values
+
+
+# --- VL-RewardBench ---
+
+_VL_HALLUCINATION = ("rlaif", "rlhf", "hallucination")
+_VL_REASONING = ("mathverse", "mmmu")
+
+
+def _vl_rewardbench(row: Row) -> EvaluationItem:
+    """The rank of a response counts from 0; the category follows from how the id starts (`cal.py`)."""
+    uid = str(field(row, "id", (str, int)))
+    lowered = uid.lower()
+    if lowered.startswith(_VL_HALLUCINATION):
+        category = "hallucination"
+    else:
+        category = "reasoning" if lowered.startswith(_VL_REASONING) else "general"
+    ranks = field(row, "human_ranking", list)
+    if sorted(ranks) != [0, 1]:
+        raise GroupError(f"field 'human_ranking' is {ranks!r:.60}, expected [0, 1] or [1, 0]; check the data set")
+    responses = _texts(row, "response", 2)
+    return _item(uid, category, field(row, "query", str), responses, ranks, images=[image_field(row, "image")])
+
+
+# --- Multimodal RewardBench ---
+
+
+def _multimodal_rewardbench(row: Row) -> EvaluationItem:
+    """Reasoning and safety are split by how the id starts (`2_get_accuracy.py`)."""
+    uid, category, better = field(row, "ID", str), field(row, "Category", str), field(row, "Better", str)
+    if better not in ("Output1", "Output2"):
+        raise GroupError(f"field 'Better' is {better!r:.60}, expected 'Output1' or 'Output2'; check the data set")
+    if category == "reasoning":
+        category = "reasoning/math" if uid.lower().startswith("math") else "reasoning/coding"
+    elif category == "safety":
+        category = "safety/bias" if uid.lower().startswith("pairs") else "safety/toxicity"
+    responses = [field(row, "Output1", str), field(row, "Output2", str)]
+    ranks = [0, 1] if better == "Output1" else [1, 0]
+    return _item(uid, category, field(row, "Text", str), responses, ranks, images=[image_field(row, "Image")])
+
+
+# --- MM-RLHF-RewardBench ---
+
+_MM_RLHF_CATEGORIES = ("mcq", "long", "short", "safety", "video")
+
+
+def _mm_rlhf_rewardbench(row: Row) -> EvaluationItem:
+    """The category is the first of the five that the path of the medium contains."""
+    path = row.get("image") or row.get("video")
+    if isinstance(path, Mapping):
+        path = path.get("path")
+    category = next((name for name in _MM_RLHF_CATEGORIES if name in str(path)), None)
+    if category is None:
+        raise GroupError(f"the path {path!r:.80} holds none of {', '.join(_MM_RLHF_CATEGORIES)}; check the data set")
+    uid = str(field(row, "id", (str, int)))
+    media: dict[str, Any] = {"videos": [[row["video"]]]} if row.get("video") else {"images": [row["image"]]}
+    responses = [field(row, "chosen", str), field(row, "rejected", str)]
+    return _item(uid, category, field(row, "prompt", str), responses, [0, 1], facts={"id": uid}, **media)
+
+
+# --- VideoRewardBench (columns not verified) ---
+
+_PROMPT = ("prompt", "question", "query", "instruction")
+_CHOSEN = ("chosen", "chosen_response", "response_chosen", "preferred")
+_REJECTED = ("rejected", "rejected_response", "response_rejected", "dispreferred")
+_VIDEO = ("video", "video_path", "videos", "frames")
+_DIMENSION = ("dimension", "category", "task", "type", "subset")
+
+
+def _video_rewardbench(row: Row) -> EvaluationItem:
+    dimension = str(_first(row, _DIMENSION)).lower().replace("_", "-").replace(" ", "-")
+    responses = [_first(row, _CHOSEN), _first(row, _REJECTED)]
+    return _item(row.get("id"), dimension, str(_first(row, _PROMPT)), responses, [0, 1], videos=_video(row))
+
+
+def _video(row: Row) -> list[Any]:
+    """One video: the path of a folder of frames, or the frames."""
+    value = _first(row, _VIDEO)
+    if value is None:
+        return []
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        value = value[0]
+    return [value if isinstance(value, list) else [value]]
+
+
+# --- MR2Bench (columns not verified) ---
+
+_RESPONSES = ("responses", "candidates", "response")
+_RANKINGS = ("rankings", "ranking", "ranks", "human_ranking")
+_IMAGE = ("image", "images", "image_path")
+
+
+def _mr2bench(modality: str) -> Callable[[Row], EvaluationItem | None]:
+    """Both benchmarks stand in one data set: a row with a video belongs to the one, others to the other."""
+
+    def read(row: Row) -> EvaluationItem | None:
+        videos = _video(row)
+        if bool(videos) != (modality == "video"):
+            return None
+        images = _first(row, _IMAGE)
+        images = [] if images is None else images if isinstance(images, list) else [images]
+        responses, ranks = _first(row, _RESPONSES), _first(row, _RANKINGS)
+        whole = isinstance(ranks, list) and all(isinstance(r, int) and not isinstance(r, bool) for r in ranks)
+        if not whole or not isinstance(responses, list) or len(ranks) != len(responses) or min(ranks) not in (0, 1):
+            raise GroupError(
+                f"rankings {ranks!r:.80} for {responses!r:.40}, expected one whole number for each response, counted "
+                "from 0 or 1, the smallest is the best; check data set and version"
+            )
+        category = str(row.get("category") or row.get("source") or "all")
+        prompt = str(_first(row, _PROMPT))
+        return _item(row.get("id"), category, prompt, responses, ranks, images=images, videos=videos)
+
+    return read
+
+
+# --- RewardBench 2 ---
+
+
+def _rewardbench_2(row: Row) -> EvaluationItem:
+    """Right answers first. In Ties the id is `tied:12` or `ref:12`."""
+    uid, domain = str(field(row, "id", (str, int))), field(row, "subset", str)
+    chosen, rejected = _texts(row, "chosen"), _texts(row, "rejected")
+    facts: dict[str, Any] = {}
+    if domain.lower() == "ties":
+        kind, _, prompt = uid.partition(":")
+        if kind not in ("tied", "ref") or not prompt:
+            raise GroupError(f"field 'id' is {uid!r:.60}, expected 'tied:NUMBER' or 'ref:NUMBER' in Ties; check it")
+        facts = {"kind": kind, "prompt": prompt}
+    ranks = [0] * len(chosen) + [1] * len(rejected)
+    return _item(uid, domain.lower(), field(row, "prompt", str), [*chosen, *rejected], ranks, facts=facts)
+
+
+# --- ranked groups of this package ---
+
+
+def _ranked_groups(source: str) -> Iterator[EvaluationItem]:
+    for number, group in enumerate(load_preferences(source)):
+        if group.rankings is None:
+            raise GroupError(f"{source}: {group.name} has no rankings, evaluation needs them; rank it or leave it out")
+        uid = f"{number:05d}" + (f":{group.id}" if group.id else "")
+        yield EvaluationItem(
+            uid=uid, category=group.source or "all", group=replace(group, id=uid, prompt=group.messages)
+        )
+
+
+_ALL = (
+    Benchmark(
+        name="vl_rewardbench",
+        title="VL-RewardBench",
+        hub_id="MMInstruction/VL-RewardBench",
+        split="test",
+        columns=(("id",), ("query",), ("response",), ("human_ranking",), ("image",)),
+        read=_vl_rewardbench,
+        summarise=official.vl_rewardbench,
+        headline=("macro", "overall", "general", "hallucination", "reasoning"),
+        counts={"general": 183, "hallucination": 749, "reasoning": 318},
+    ),
+    Benchmark(
+        name="multimodal_rewardbench",
+        title="Multimodal RewardBench",
+        hub_id="syhuggingface/multimodal_rewardbench",
+        split="test",
+        columns=(("ID",), ("Text",), ("Image",), ("Output1",), ("Output2",), ("Better",), ("Category",)),
+        read=_multimodal_rewardbench,
+        summarise=official.multimodal_rewardbench,
+        headline=("overall",),
+        counts={},
+    ),
+    Benchmark(
+        name="mm_rlhf_rewardbench",
+        title="MM-RLHF-RewardBench",
+        hub_id="yifanzhang114/MM-RLHF-RewardBench",
+        split="train",
+        columns=(("id",), ("prompt",), ("chosen",), ("rejected",), ("image", "video")),
+        read=_mm_rlhf_rewardbench,
+        summarise=official.mm_rlhf_rewardbench,
+        headline=("acc", "acc_plus"),
+        counts={"mcq": 42, "long": 37, "short": 34, "safety": 32, "video": 25},
+    ),
+    Benchmark(
+        name="video_rewardbench",
+        title="VideoRewardBench",
+        hub_id="Dragonriser/VideoRewardBench",
+        split="test",
+        columns=(_PROMPT, _CHOSEN, _REJECTED, _VIDEO, _DIMENSION),
+        read=_video_rewardbench,
+        summarise=official.video_rewardbench,
+        headline=("overall", "macro"),
+        counts={},
+    ),
+    Benchmark(
+        name="mr2bench_image",
+        title="MR2Bench-Image",
+        hub_id="yinuoy/MR2Bench",
+        split="test",
+        columns=(_PROMPT, _RESPONSES, _RANKINGS, (*_IMAGE, *_VIDEO)),
+        read=_mr2bench("image"),
+        summarise=official.n_way,
+        headline=("best_of_n", "pairwise", "tau_b"),
+        counts={"all": 240},
+    ),
+    Benchmark(
+        name="mr2bench_video",
+        title="MR2Bench-Video",
+        hub_id="yinuoy/MR2Bench",
+        split="test",
+        columns=(_PROMPT, _RESPONSES, _RANKINGS, (*_IMAGE, *_VIDEO)),
+        read=_mr2bench("video"),
+        summarise=official.n_way,
+        headline=("best_of_n", "pairwise", "tau_b"),
+        counts={"all": 497},
+    ),
+    Benchmark(
+        name="rewardbench_2",
+        title="RewardBench 2",
+        hub_id="allenai/reward-bench-2",
+        split="test",
+        columns=(("id",), ("prompt",), ("chosen",), ("rejected",), ("subset",)),
+        read=_rewardbench_2,
+        summarise=official.rewardbench_2,
+        headline=("average", "factuality", "precise if", "math", "safety", "focus", "ties"),
+        counts={},
+    ),
+    Benchmark(
+        name="groups",
+        title="ranked groups",
+        hub_id=None,
+        split="",
+        columns=(),
+        read=None,
+        summarise=official.n_way,
+        headline=("best_of_n", "pairwise", "tau_b"),
+        counts={},
+    ),
+)
+BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}

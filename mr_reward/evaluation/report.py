@@ -1,0 +1,276 @@
+"""What an evaluation says: a table with a leaderboard row, `results.json` and figures, all from the per-item file."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mr_reward.errors import ConfigurationError
+from mr_reward.evaluation.benchmark_figures import plot_items, plot_metrics, plot_position_bias, plot_sizes
+from mr_reward.evaluation.benchmarks import Benchmark, get_benchmark
+from mr_reward.evaluation.items import ItemRecord, Judged
+from mr_reward.evaluation.protocol import read_records
+from mr_reward.evaluation.statistics import Interval, intervals, paired_interval
+from mr_reward.metrics import order_flip_rate, score_length_correlation
+
+__all__ = ["Report", "compare", "make_report", "read_report", "show_comparison", "show_report", "write_report"]
+
+ITEMS = "items.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The results of one evaluation.
+
+    Args:
+        benchmark: what was evaluated on.
+        header: scorer, orders, seed and source, as the per-item file has them.
+        records: one for each item.
+        metrics: by name, averaged over the orders, with a 95 % interval by resampling items.
+        spread: by name, standard deviation over the orders, 0 for one order.
+        order: `orders` (the most that an item was scored in), `flip_rate` (share of items whose winner is not the same
+            in all orders) and `score_spread` (standard deviation of a response's score over the orders, mean over
+            all).
+        equal_scores: items whose highest score several responses have.
+    """
+
+    benchmark: Benchmark
+    header: dict[str, Any]
+    records: Sequence[ItemRecord]
+    metrics: dict[str, Interval]
+    spread: dict[str, float]
+    order: dict[str, float]
+    equal_scores: int
+
+    @property
+    def dropped(self) -> list[ItemRecord]:
+        """Items that were not scored and count as wrong."""
+        return [record for record in self.records if record.scores is None]
+
+
+def make_report(
+    benchmark: Benchmark, header: dict[str, Any], records: Sequence[ItemRecord], *, num_resamples: int = 1000
+) -> Report:
+    """Compute everything from the records.
+
+    Args:
+        benchmark: with the official metrics.
+        header: of the per-item file.
+        records: of all items.
+        num_resamples: of the intervals.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigurationError: there is no item.
+    """
+    if not records:
+        raise ConfigurationError(f"{benchmark.title}: no item, expected at least one; check source and split")
+    orders = _orders(records)
+    by_order = [benchmark.summarise(items) for items in orders]
+    kept = [record for record in records if record.scores is not None]
+    return Report(
+        benchmark=benchmark,
+        header=header,
+        records=records,
+        metrics=intervals(orders, benchmark.summarise, num_resamples=num_resamples),
+        spread={name: float(np.std([summary[name] for summary in by_order])) for name in by_order[0]},
+        order={
+            "orders": float(len(orders)),
+            "flip_rate": statistics.fmean(_flips(record) for record in kept) if kept else 0.0,
+            "score_spread": statistics.fmean(_score_spread(record) for record in kept) if kept else 0.0,
+        },
+        equal_scores=sum(
+            list(scores).count(max(scores)) > 1 for record in kept for scores in (record.scores or ())[:1]
+        ),
+    )
+
+
+def write_report(report: Report, folder: str | Path) -> None:
+    """Write `results.json` and the figures.
+
+    Args:
+        report: the results.
+        folder: where to; made if needed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = [record for record in report.records if record.scores is not None]
+    content = {
+        **report.header,
+        "metrics": {name: interval._asdict() for name, interval in report.metrics.items()},
+        "spread_over_orders": report.spread,
+        "order": report.order,
+        "items": len(report.records),
+        "items_by_category": _counts(report),
+        "published_items_by_category": dict(report.benchmark.counts),
+        "dropped": {record.uid: record.drop_reason for record in report.dropped},
+        "truncated_items": sum(record.truncated > 0 for record in report.records),
+        "equal_scores": report.equal_scores,
+        "score_length_correlation": _length_correlation(kept),
+        "leaderboard_row": leaderboard_row(report),
+    }
+    (folder / "results.json").write_text(json.dumps(_without_nan(content), indent=2) + "\n", encoding="utf-8")
+    title = f"{report.benchmark.title}, {report.header['scorer'].split(' ')[0]}"
+    plot_metrics(report.metrics, folder / "metrics.png", title=title)
+    if kept:
+        plot_items(kept, folder / "length.png", title=title)
+        plot_sizes(kept, folder / "group_size.png", title=title)
+    if report.order["orders"] > 1 and kept:
+        plot_position_bias(kept, folder / "position.png", title=title)
+
+
+def read_report(folder: str | Path, *, num_resamples: int = 1000) -> Report:
+    """Compute a report again from the per-item file, without a model.
+
+    Args:
+        folder: where `mr-reward evaluate` wrote.
+        num_resamples: of the intervals.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigurationError: no such file.
+    """
+    header, records = read_records(Path(folder) / ITEMS)
+    return make_report(get_benchmark(header["benchmark"]), header, records, num_resamples=num_resamples)
+
+
+def show_report(report: Report, console: Console) -> None:
+    """Print the table, what was lost, and the row for a leaderboard.
+
+    Args:
+        report: the results.
+        console: where to.
+    """
+    num_orders = int(report.order["orders"])
+    table = Table("metric", "value", "95 % interval", title=f"{report.benchmark.title}: {report.header['scorer']}")
+    if num_orders > 1:
+        table.add_column(f"spread over {num_orders} orders")
+    table.add_column("items")
+    counts = _counts(report)
+    for name, interval in report.metrics.items():
+        cells = [name, f"{interval.value:.3f}", f"{interval.low:.3f} to {interval.high:.3f}"]
+        if num_orders > 1:
+            cells.append(f"{report.spread[name]:.3f}")
+        count = counts.get(name, counts.get(name.partition("/")[2]))
+        table.add_row(*cells, "" if count is None else str(count))
+    console.print(table)
+    console.print(
+        f"{len(report.records)} items, {len(report.dropped)} dropped (counted as wrong), {report.equal_scores} with "
+        f"equal highest scores; in {num_orders} orders the winner changes for {report.order['flip_rate']:.1%}, a "
+        f"score by {report.order['score_spread']:.3g}"
+    )
+    differing = {
+        name: (counts.get(name, 0), number)
+        for name, number in report.benchmark.counts.items()
+        if name in counts and counts[name] != number
+    }
+    for name, (found, published) in differing.items():
+        console.print(f"{name}: {found} items, the published benchmark has {published}")
+    console.print(leaderboard_row(report), soft_wrap=True)
+
+
+def leaderboard_row(report: Report) -> str:
+    """The headline metrics as a row of a Markdown table.
+
+    Args:
+        report: the results.
+
+    Returns:
+        `| scorer | 82.2 | ... |`, in percent.
+    """
+    cells = [f"{100 * report.metrics[name].value:.1f}" for name in report.benchmark.headline if name in report.metrics]
+    return f"| {' | '.join([report.header['scorer'].split(' ')[0], *cells])} |"
+
+
+def compare(first: Report, second: Report, *, num_resamples: int = 1000) -> dict[str, Interval]:
+    """The difference of two evaluations on the same items.
+
+    Args:
+        first: a report.
+        second: another one.
+        num_resamples: of the paired bootstrap.
+
+    Returns:
+        First minus second, by name of the metric, with 95 % intervals.
+
+    Raises:
+        ConfigurationError: another benchmark, or other items.
+    """
+    if first.benchmark.name != second.benchmark.name:
+        raise ConfigurationError(
+            f"got results on {first.benchmark.title} and on {second.benchmark.title}, expected one benchmark"
+        )
+    return paired_interval(
+        _orders(first.records), _orders(second.records), first.benchmark.summarise, num_resamples=num_resamples
+    )
+
+
+def show_comparison(first: Report, second: Report, differences: dict[str, Interval], console: Console) -> None:
+    """Print both results and their differences.
+
+    Args:
+        first: a report.
+        second: another one.
+        differences: of `compare`.
+        console: where to.
+    """
+    table = Table("metric", "A", "B", "A - B", "95 % interval", title=f"{first.benchmark.title}")
+    table.caption = f"A: {first.header['scorer']}\nB: {second.header['scorer']}"
+    for name in first.metrics:
+        if name not in differences:
+            continue
+        found = differences[name]
+        clear = "" if found.low <= 0 <= found.high else "[bold]"
+        table.add_row(
+            name,
+            f"{first.metrics[name].value:.3f}",
+            f"{second.metrics[name].value:.3f}",
+            f"{clear}{found.value:+.3f}",
+            f"{found.low:+.3f} to {found.high:+.3f}",
+        )
+    console.print(table)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no word for "not defined" but null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _orders(records: Sequence[ItemRecord]) -> list[list[Judged]]:
+    most = max(len(record.orders) for record in records)
+    return [[record.judged(k) for record in records] for k in range(most)]
+
+
+def _counts(report: Report) -> dict[str, int]:
+    return dict(Counter(record.category for record in report.records))
+
+
+def _flips(record: ItemRecord) -> float:
+    scores = record.scores or ()
+    return max((order_flip_rate([scores[0]], [other]) for other in scores[1:]), default=0.0)
+
+
+def _score_spread(record: ItemRecord) -> float:
+    return statistics.fmean(statistics.pstdev(own) for own in zip(*(record.scores or ()), strict=True))
+
+
+def _length_correlation(records: Sequence[ItemRecord]) -> float:
+    return score_length_correlation(
+        [record.scores[0] for record in records if record.scores], [r.lengths for r in records]
+    )

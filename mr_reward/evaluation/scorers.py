@@ -1,0 +1,279 @@
+"""What can be evaluated: reward models, single-response models, baselines, scores that are there already."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mr_reward.data.preferences import json_lines
+from mr_reward.errors import ConfigurationError, GroupError, NonFiniteScoreError
+from mr_reward.evaluation.protocol import BenchmarkScorer
+from mr_reward.fingerprint import weights_digest
+from mr_reward.groups import ResponseGroup
+from mr_reward.scoring import GroupScorer, GroupScores
+
+__all__ = ["BASELINES", "Alone", "Baseline", "ClassifierScorer", "RewardModel", "ScoresFile", "load_scorer"]
+
+
+class RewardModel:
+    """A reward model of this package.
+
+    Args:
+        scorer: the loaded model with its options.
+        name: of the folder or hub id.
+    """
+
+    def __init__(self, scorer: GroupScorer, name: str) -> None:
+        self._scorer = scorer
+        self.name = f"{name} {weights_digest(scorer.model)} over_length={scorer.packer.over_length}"
+        self.order_free = scorer.model.config.layout != "causal"
+        self.score_detailed = scorer.score_detailed
+
+
+class Alone:
+    """Each response as a group of its own: what a single-response model does, and the price of it.
+
+    Args:
+        scorer: scores the groups of one.
+    """
+
+    def __init__(self, scorer: BenchmarkScorer) -> None:
+        self._scorer = scorer
+        self.name = f"{scorer.name} alone"
+        self.order_free = True
+
+    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+        """As `GroupScorer.score_detailed`; a group of which one response is dropped is dropped."""
+        singles = [group.select([i]) for group in groups for i in range(group.num_responses)]
+        results = iter(self._scorer.score_detailed(singles))
+        found = []
+        for group in groups:
+            own = [next(results) for _ in group.responses]
+            dropped = next((result.drop_reason for result in own if result.scores is None), None)
+            scores = None if dropped else tuple(result.scores[0] for result in own if result.scores is not None)
+            truncated = tuple(result.truncated[0] for result in own)
+            found.append(GroupScores(scores=scores, truncated=truncated, drop_reason=dropped))
+        return found
+
+
+def _random(group: ResponseGroup, response: str) -> float:
+    return random.Random(f"{group.id} {response}").random()
+
+
+BASELINES: dict[str, Callable[[ResponseGroup, str], float]] = {
+    "longest": lambda group, response: float(len(response)),
+    "shortest": lambda group, response: -float(len(response)),
+    "random": _random,
+    "constant": lambda group, response: 0.0,
+}
+
+
+class Baseline:
+    """Scores that look at nothing but the length, or at nothing at all.
+
+    Args:
+        name: one of `BASELINES`. `constant` shows what chance gives where equal scores share the credit.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.order_free = True
+        self._score = BASELINES[name]
+
+    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+        """As `GroupScorer.score_detailed`."""
+        return [
+            GroupScores(
+                scores=tuple(self._score(group, response) for response in group.responses),
+                truncated=(False,) * group.num_responses,
+            )
+            for group in groups
+        ]
+
+
+class ScoresFile:
+    """Scores from elsewhere: one line `{"uid": ..., "scores": [...]}` for each item, in its own order.
+
+    Args:
+        path: JSON Lines file; the uids are those of `items.jsonl`.
+
+    Raises:
+        GroupError: a line without a uid or with something else than numbers.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.name = f"scores of {path}"
+        self.order_free = True
+        self._scores: dict[str, list[float]] = {}
+        for number, row in json_lines(Path(path)):
+            uid, scores = (row.get(key) if isinstance(row, dict) else None for key in ("uid", "scores"))
+            if not isinstance(uid, str) or not isinstance(scores, list) or not all(map(_is_number, scores)):
+                raise GroupError(
+                    f"{path}, line {number}: {row!r:.100}, expected a uid and finite scores; write one object a line"
+                )
+            self._scores[uid] = [float(score) for score in scores]
+
+    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+        """As `GroupScorer.score_detailed`.
+
+        Raises:
+            GroupError: an item is not in the file, or with another number of scores.
+        """
+        found = []
+        for group in groups:
+            scores = self._scores.get(str(group.id))
+            if scores is None or len(scores) != group.num_responses:
+                count = "no" if scores is None else len(scores)
+                raise GroupError(
+                    f"{group.name}: {count} scores in the file, expected {group.num_responses}; add the item's line"
+                )
+            found.append(GroupScores(scores=tuple(scores), truncated=(False,) * len(scores)))
+        return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class ClassifierScorer:
+    """Any reward model for text that transformers loads as a sequence classifier with one label.
+
+    Each response stands alone behind the prompt, as the tokenizer's chat template writes them.
+
+    Args:
+        name: folder or hub id.
+        device: where to run.
+        dtype: of the weights; None for the checkpoint's.
+        max_tokens_per_batch: of a forward pass, padding included.
+
+    Raises:
+        ConfigurationError: the model has several labels, or the tokenizer no chat template.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        max_tokens_per_batch: int = 16384,
+    ) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        options = {} if dtype is None else {"dtype": dtype}
+        model: Any = AutoModelForSequenceClassification.from_pretrained(name, **options)
+        if model.config.num_labels != 1:
+            raise ConfigurationError(
+                f"{name} has {model.config.num_labels} labels, expected a reward model with one; give another model"
+            )
+        if self._tokenizer.chat_template is None:
+            raise ConfigurationError(f"{name} has no chat template, so prompts cannot be written; save one with it")
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        model.config.pad_token_id = self._tokenizer.pad_token_id
+        self._model = model.to(device).eval()
+        self._max_tokens = max_tokens_per_batch
+        self.name = f"{name} {weights_digest(model)}"
+        self.order_free = True
+
+    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+        """As `GroupScorer.score_detailed`.
+
+        Raises:
+            GroupError: a group has images or videos.
+            NonFiniteScoreError: a score is not finite.
+        """
+        rows = [ids for group in groups for ids in self._encode(group)]
+        scores: dict[int, float] = {}
+        batch: list[int] = []
+        for position in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+            if batch and (len(batch) + 1) * len(rows[position]) > self._max_tokens:
+                scores.update(self._forward(rows, batch))
+                batch = []
+            batch.append(position)
+        if batch:
+            scores.update(self._forward(rows, batch))
+        values = iter(scores[i] for i in range(len(rows)))
+        found = []
+        for group in groups:
+            own = tuple(next(values) for _ in range(group.num_responses))
+            if not all(map(math.isfinite, own)):
+                raise NonFiniteScoreError(f"{group.name}: scores {own} are not finite; check the model or its dtype")
+            found.append(GroupScores(scores=own, truncated=(False,) * len(own)))
+        return found
+
+    def _encode(self, group: ResponseGroup) -> list[list[int]]:
+        if group.images or group.videos:
+            raise GroupError(
+                f"{group.name}: has images or videos, a sequence classifier reads text; take another model"
+            )
+        prompt = [
+            {"role": turn["role"], "content": "".join(block["text"] for block in turn["content"])}
+            for turn in group.messages
+        ]
+        return [
+            self._tokenizer.apply_chat_template(
+                [*prompt, {"role": "assistant", "content": response}], return_dict=True
+            )["input_ids"]
+            for response in group.responses
+        ]
+
+    @torch.no_grad()
+    def _forward(self, rows: Sequence[Sequence[int]], batch: Sequence[int]) -> dict[int, float]:
+        inputs = self._tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
+        logits = self._model(**inputs.to(self._model.device)).logits[:, 0].float().tolist()
+        return dict(zip(batch, logits, strict=True))
+
+
+def load_scorer(
+    spec: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    max_tokens_per_batch: int = 16384,
+    over_length: str = "drop_group",
+    alone: bool = False,
+) -> BenchmarkScorer:
+    """A scorer from its description.
+
+    Args:
+        spec: a name of `BASELINES`; `scores:FILE`; `classifier:FOLDER` for a sequence classifier; anything else is the
+            folder or hub id of a reward model.
+        device: where to run.
+        dtype: of the weights; None for the checkpoint's.
+        max_tokens_per_batch: of a forward pass.
+        over_length: see `mr_reward.packing.Packer`.
+        alone: score each response alone.
+
+    Returns:
+        The scorer.
+
+    Raises:
+        CheckpointError: the reward model cannot be loaded.
+        ConfigurationError: the classifier does not fit.
+        GroupError: the file of scores has a wrong line.
+
+    Example:
+        >>> load_scorer("longest", device="cpu").name
+        'longest'
+    """
+    kind, _, place = spec.partition(":")
+    scorer: BenchmarkScorer
+    if spec in BASELINES:
+        scorer = Baseline(spec)
+    elif kind == "scores":
+        scorer = ScoresFile(place)
+    elif kind == "classifier":
+        scorer = ClassifierScorer(place, device=device, dtype=dtype, max_tokens_per_batch=max_tokens_per_batch)
+    else:
+        model = GroupScorer.from_pretrained(
+            spec, device=device, dtype=dtype, max_tokens_per_batch=max_tokens_per_batch, over_length=over_length
+        )
+        scorer = RewardModel(model, spec)
+    return Alone(scorer) if alone else scorer
