@@ -1,0 +1,326 @@
+"""Scoring a benchmark: orders, interruption, scorers, report, and the two commands."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from published import write_jsonl
+from tiny_models import random_group, reward_model
+from transformers import LlamaConfig, LlamaForSequenceClassification
+from typer.testing import CliRunner
+
+from mr_reward import GroupScorer, ResponseGroup
+from mr_reward.cli.app import app
+from mr_reward.data import tiny
+from mr_reward.data.handwriting import make_groups
+from mr_reward.data.preferences import save_preferences
+from mr_reward.errors import ConfigurationError, GroupError
+from mr_reward.evaluation.items import EvaluationItem, ItemRecord
+from mr_reward.evaluation.protocol import ALL_ORDERS, draw_orders, read_records, score_benchmark
+from mr_reward.evaluation.scorers import Alone, Baseline, ClassifierScorer, RewardModel, ScoresFile, load_scorer
+from mr_reward.scoring import GroupScores
+
+
+def items(count: int = 40, seed: int = 0) -> list[EvaluationItem]:
+    rng = random.Random(seed)
+    found = []
+    for i in range(count):
+        group = random_group(rng, rng.randint(2, 5), longest=20, id=f"{i:05d}")
+        ranks = [rng.randint(1, 2) for _ in range(group.num_responses)]
+        ranks[rng.randrange(len(ranks))] = 1
+        group = ResponseGroup(prompt=group.messages, responses=group.responses, rankings=ranks, id=group.id)
+        found.append(EvaluationItem(uid=f"{i:05d}", category="ab"[i % 2], group=group, facts={"i": i}))
+    return found
+
+
+def run(model: Any, path: Path, given: Sequence[EvaluationItem], **options: Any) -> list[ItemRecord]:
+    return score_benchmark(model, given, path, settings={"benchmark": "groups"}, **options)
+
+
+def model(layout: str) -> RewardModel:
+    return RewardModel(GroupScorer(reward_model("llama", layout), over_length="drop_group"), layout)
+
+
+class Counting:
+    """Any scorer, counting what it is asked."""
+
+    def __init__(self, scorer: Any, stop_after: int | None = None) -> None:
+        self.scorer, self.stop_after = scorer, stop_after
+        self.name, self.order_free = scorer.name, scorer.order_free
+        self.groups: list[ResponseGroup] = []
+        self.largest_call = 0
+
+    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+        if self.stop_after is not None and len(self.groups) + len(groups) > self.stop_after:
+            raise KeyboardInterrupt
+        self.groups += groups
+        self.largest_call = max(self.largest_call, len(groups))
+        return self.scorer.score_detailed(groups)
+
+
+# --- orders ---
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("k", [1, 4, 24])
+def test_orders_are_different_permutations_of_their_own_item(n: int, k: int) -> None:
+    drawn = draw_orders("item", n, k, 0)
+    assert len(drawn) == len(set(drawn)) == min(k, math.factorial(n))
+    assert all(sorted(order) == list(range(n)) for order in drawn)
+    assert drawn == draw_orders("item", n, k, 0)
+    if n > 3:
+        assert drawn != draw_orders("item", n, k, 1) and drawn != draw_orders("other", n, k, 0)
+
+
+def test_all_orders() -> None:
+    assert len(set(draw_orders("item", 4, ALL_ORDERS, 0))) == 24
+    with pytest.raises(ConfigurationError, match="8 responses have 40320 orders"):
+        draw_orders("item", 8, ALL_ORDERS, 0)
+
+
+def test_the_stored_order_is_not_what_is_shown(tmp_path: Path) -> None:
+    """The better response is always stored first; the order-dependent scorer gets it in every slot."""
+
+    class First:
+        name, order_free = "first", False
+
+        def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+            return [
+                GroupScores(scores=tuple(-float(i) for i in range(g.num_responses)), truncated=(False,) * 2)
+                for g in groups
+            ]
+
+    pairs = [
+        EvaluationItem(uid=str(i), category="", group=ResponseGroup(prompt="?", responses=["a", "b"], rankings=[1, 2]))
+        for i in range(400)
+    ]
+    records = run(First(), tmp_path / "items.jsonl", pairs, num_orders=1)
+    assert 0.4 < statistics.fmean(record.judged(0).strict_pair for record in records) < 0.6
+    both = run(First(), tmp_path / "both.jsonl", pairs, num_orders=ALL_ORDERS)
+    assert statistics.fmean(record.judged(k).strict_pair for record in both for k in (0, 1)) == 0.5
+
+
+@pytest.mark.parametrize("layout", ["causal", "isolated", "set"])
+def test_scores_are_put_back_in_order(layout: str, tmp_path: Path) -> None:
+    """Against a loop that scores one order of one item at a time."""
+    given = items(12)
+    scorer = model(layout)
+    direct = GroupScorer(reward_model("llama", layout))
+    records = run(scorer, tmp_path / "items.jsonl", given, num_orders=3)
+    for item, record in zip(given, records, strict=True):
+        for order, scores in zip(record.orders, record.scores or (), strict=True):
+            (shown,) = direct.score([item.group.select(order)])
+            assert [scores[response] for response in order] == pytest.approx(shown, abs=1e-5)
+        assert record.facts == {"i": item.facts["i"]} and record.category == item.category
+    spread = max(statistics.pstdev(own) for r in records for own in zip(*(r.scores or ()), strict=True))
+    assert spread < 1e-5 if layout != "causal" else spread > 1e-3
+
+
+def test_default_orders(tmp_path: Path) -> None:
+    given = items(6)
+    for layout, most in (("set", 1), ("isolated", 1), ("causal", 8)):
+        records = run(model(layout), tmp_path / f"{layout}.jsonl", given)
+        assert {len(r.orders) for r in records} == {min(most, math.factorial(len(r.rankings))) for r in records}
+        if most == 1:
+            assert all(list(record.orders[0]) == sorted(record.orders[0]) for record in records)
+
+
+# --- interruption ---
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    given = items(100)
+    path = tmp_path / "items.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(Counting(model("set"), stop_after=70), path, given)
+    assert len(read_records(path)[1]) == 64
+    with path.open("a") as file:
+        file.write('{"uid": "000')  # killed while it wrote
+    second = Counting(model("set"))
+    records = run(second, path, given)
+    assert [group.id for group in second.groups] == [item.uid for item in given[64:]]
+    assert second.largest_call <= 32, "memory is bounded by the items of a call"
+    whole = run(model("set"), tmp_path / "whole.jsonl", given)
+    assert [r.uid for r in records] == [r.uid for r in whole]
+    for one, other in zip(records, whole, strict=True):
+        assert list(one.scores[0]) == pytest.approx(list(other.scores[0]), abs=1e-6)  # type: ignore[index]
+    assert [r.uid for r in read_records(path)[1]] == [item.uid for item in given]
+
+
+def test_another_run_is_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    run(Baseline("longest"), path, items(3))
+    for scorer, options in ((Baseline("shortest"), {}), (Baseline("longest"), {"seed": 1})):
+        with pytest.raises(ConfigurationError, match="holds another run .*give another folder"):
+            run(scorer, path, items(3), **options)
+
+
+def test_uids_are_unique(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="two items are called '00000'"):
+        run(Baseline("longest"), tmp_path / "items.jsonl", [*items(1), *items(1)])
+
+
+# --- scorers ---
+
+
+def test_dropped_items_are_kept_in_the_file(tmp_path: Path) -> None:
+    scorer = RewardModel(GroupScorer(reward_model("llama"), max_tokens_per_batch=60, over_length="drop_group"), "tiny")
+    long = ResponseGroup(prompt="?", responses=["x" * 200, "y"], rankings=[1, 2], id="long")
+    records = run(scorer, tmp_path / "items.jsonl", [EvaluationItem(uid="long", category="", group=long)])
+    assert records[0].scores is None and "token budget" in str(records[0].drop_reason)
+    assert read_records(tmp_path / "items.jsonl")[1] == records
+    (alone,) = Alone(scorer).score_detailed([long])
+    assert alone.scores is None and "token budget" in str(alone.drop_reason)
+
+
+def test_alone_equals_isolated() -> None:
+    groups = [item.group for item in items(10)]
+    together, alone = (scorer.score_detailed(groups) for scorer in (model("isolated"), Alone(model("isolated"))))
+    for one, other in zip(together, alone, strict=True):
+        assert list(one.scores or ()) == pytest.approx(list(other.scores or ()), abs=1e-5)
+    changed = Alone(model("set")).score_detailed(groups)
+    assert max(abs(a - b) for x, y in zip(together, changed, strict=True) for a, b in zip(x.scores or (), y.scores or (), strict=True)) > 1e-3  # noqa: E501  # fmt: skip
+
+
+def test_scores_from_a_file(tmp_path: Path) -> None:
+    given = items(5)
+    first = run(model("set"), tmp_path / "items.jsonl", given)
+    write_jsonl(tmp_path / "scores.jsonl", [{"uid": r.uid, "scores": list((r.scores or [[]])[0])} for r in first])
+    again = run(load_scorer(f"scores:{tmp_path / 'scores.jsonl'}", device="cpu"), tmp_path / "b.jsonl", given)
+    assert [r.scores for r in again] == [r.scores for r in first]
+    with pytest.raises(GroupError, match="'00005': no scores in the file, expected"):
+        run(ScoresFile(tmp_path / "scores.jsonl"), tmp_path / "c.jsonl", items(6))
+    for row in ({"uid": 1, "scores": [1.0]}, {"uid": "a", "scores": ["1"]}, {"uid": "a", "scores": [float("nan")]}):
+        write_jsonl(tmp_path / "bad.jsonl", [row])
+        with pytest.raises(GroupError, match=r"bad.jsonl, line 1: .* expected a uid and finite scores"):
+            ScoresFile(tmp_path / "bad.jsonl")
+
+
+def test_baselines() -> None:
+    group = ResponseGroup(prompt="?", responses=["aa", "b", ""], id="x")
+    (longest,) = Baseline("longest").score_detailed([group])
+    (shortest,) = Baseline("shortest").score_detailed([group])
+    assert longest.scores == (2.0, 1.0, 0.0) and shortest.scores == (-2.0, -1.0, -0.0)
+    (one,), (two,) = (Baseline("random").score_detailed([group.select(order)]) for order in ([0, 1, 2], [2, 1, 0]))
+    assert one.scores == tuple(reversed(two.scores or ())) and len(set(one.scores or ())) == 3
+
+
+def test_a_sequence_classifier(tmp_path: Path) -> None:
+    """Batched by length with padding; the same as one response at a time."""
+    torch.manual_seed(0)
+    tokenizer = tiny.build_tokenizer()
+    config = LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=len(tokenizer),
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    groups = [item.group for item in items(8)]
+    found = load_scorer(f"classifier:{tmp_path}", device="cpu", max_tokens_per_batch=300).score_detailed(groups)
+    plain = LlamaForSequenceClassification.from_pretrained(tmp_path).eval()
+    for group, result in zip(groups, found, strict=True):
+        for response, score in zip(group.responses, result.scores or (), strict=True):
+            turns = [{"role": t["role"], "content": t["content"][0]["text"]} for t in group.messages]
+            turns.append({"role": "assistant", "content": response})
+            ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+            with torch.no_grad():
+                assert plain(input_ids=ids).logits.item() == pytest.approx(score, abs=1e-5)
+    with pytest.raises(GroupError, match="has images or videos"):
+        ClassifierScorer(str(tmp_path)).score_detailed(make_groups("test", 1))
+    config.num_labels = 2
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="has 2 labels, expected a reward model with one"):
+        ClassifierScorer(str(tmp_path))
+
+
+# --- the commands ---
+
+
+def command(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def ranked(tmp_path: Path) -> Path:
+    save_preferences((item.group for item in items(30)), tmp_path / "groups.jsonl")
+    return tmp_path / "groups.jsonl"
+
+
+def test_evaluate_and_compare(ranked: Path, tmp_path: Path) -> None:
+    for layout in ("set", "causal"):
+        reward_model("llama", layout).save_pretrained(tmp_path / layout)
+        shown = command(
+            "evaluate", "groups", tmp_path / layout, "--source", ranked, "--out", tmp_path / f"r-{layout}",
+            "--orders", 4, "--resamples", 50,
+        )  # fmt: skip
+        assert "best_of_n" in shown and "spread over 4 orders" in shown and "| " in shown
+        results = json.loads((tmp_path / f"r-{layout}" / "results.json").read_text())
+        assert results["items"] == 30 and not results["dropped"]
+        metric = results["metrics"]["best_of_n"]
+        assert metric["low"] <= metric["value"] <= metric["high"] and metric["low"] < metric["high"]
+        if layout == "set":
+            assert results["order"]["flip_rate"] == 0 and results["order"]["score_spread"] < 1e-6
+            assert set(results["spread_over_orders"].values()) == {0.0}
+        else:
+            assert results["order"]["flip_rate"] > 0 and results["order"]["score_spread"] > 1e-4
+        for figure in ("metrics", "length", "group_size", "position"):
+            assert (tmp_path / f"r-{layout}" / f"{figure}.png").read_bytes()[:4] == b"\x89PNG"
+    shown = command("compare", tmp_path / "r-set", tmp_path / "r-causal", "--resamples", 50)
+    assert "A - B" in shown and "pairwise_strict" in shown
+
+
+def test_results_can_be_computed_again_without_a_model(ranked: Path, tmp_path: Path) -> None:
+    """From the per-item file alone, by hand."""
+    command("evaluate", "groups", "random", "--source", ranked, "--out", tmp_path / "r", "--resamples", 10)
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "r" / "items.jsonl").read_text().splitlines()]
+    right = []
+    for line in lines[1:]:
+        scores = line["scores"][0]
+        right.append(line["rankings"][scores.index(max(scores))] == 1)
+    assert results["metrics"]["best_of_n"]["value"] == pytest.approx(statistics.fmean(right))
+    first = (tmp_path / "r" / "results.json").read_text()
+    command("evaluate", "groups", "random", "--source", ranked, "--out", tmp_path / "r", "--resamples", 10)
+    assert (tmp_path / "r" / "results.json").read_text() == first
+
+
+def test_runs_on_other_items_are_not_compared(ranked: Path, tmp_path: Path) -> None:
+    command("evaluate", "groups", "random", "--source", ranked, "--out", tmp_path / "a", "--resamples", 5)
+    command(
+        "evaluate", "groups", "longest", "--source", ranked, "--out", tmp_path / "b", "--limit", 9, "--resamples", 5
+    )
+    result = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert isinstance(result.exception, ConfigurationError) and "differ in 21" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--orders", "0"], "--orders is '0', expected a number from 1 on, or all"),
+        (["--orders", "few"], "--orders is 'few'"),
+        (["--dtype", "float33"], "--dtype is 'float33', expected one of float32"),
+        (["--orders", "all"], None),
+    ],
+)
+def test_options(options: list[str], message: str | None, ranked: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", "groups", "longest", "--source", str(ranked), "--out", str(tmp_path / "r"), *options]
+    result = CliRunner().invoke(app, [*arguments, "--resamples", "5"])
+    if message is None:
+        assert result.exit_code == 0
+    else:
+        assert isinstance(result.exception, ConfigurationError) and message in str(result.exception)
