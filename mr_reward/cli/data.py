@@ -1,4 +1,4 @@
-"""`mr-reward data convert | inspect | decontaminate`."""
+"""`mr-reward data convert | inspect | decontaminate | handwriting`."""
 
 from __future__ import annotations
 
@@ -138,3 +138,23 @@ def decontaminate(
         ]
         report.write_text(json.dumps(removed, indent=1) + "\n")
     save_preferences(result.kept, out)
+
+
+@data.command()
+def handwriting(
+    out: Annotated[Path, typer.Argument(help="Folder to write to")],
+    num_items: Annotated[int, typer.Option(min=1, help="Items of each benchmark")] = 256,
+    num_digits: Annotated[int, typer.Option(min=2, max=16, help="Digits of each item")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of digits and answers")] = 0,
+) -> None:
+    """Write benchmarks of each type from the handwriting world, to try `mr-reward evaluate` with.
+
+    Example: mr-reward data handwriting outputs/handwriting
+    """
+    from mr_reward.data.handwriting_benchmarks import HANDWRITING_BENCHMARKS, write_handwriting_benchmarks
+
+    counts = write_handwriting_benchmarks(out, num_items, num_digits=num_digits, seed=seed)
+    table = Table("items", "evaluate with")
+    for name, benchmark in HANDWRITING_BENCHMARKS.items():
+        table.add_row(str(counts[name]), f"mr-reward evaluate {benchmark} RM --source {out / name} --out RESULTS")
+    Console().print(table)

@@ -21,6 +21,7 @@ from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.cli.app import app
 from mr_reward.data import tiny
 from mr_reward.data.handwriting import make_groups
+from mr_reward.data.handwriting_benchmarks import HANDWRITING_BENCHMARKS
 from mr_reward.data.preferences import save_preferences
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.items import EvaluationItem, ItemRecord
@@ -324,3 +325,20 @@ def test_options(options: list[str], message: str | None, ranked: Path, tmp_path
         assert result.exit_code == 0
     else:
         assert isinstance(result.exception, ConfigurationError) and message in str(result.exception)
+
+
+def test_the_handwriting_world_as_benchmarks(tmp_path: Path) -> None:
+    shown = command("data", "handwriting", tmp_path / "world", "--num-items", 12)
+    assert "mr-reward evaluate mr2bench_video" in shown
+    for layout in ("set", "causal"):
+        reward_model("qwen3_vl", layout).save_pretrained(tmp_path / layout)
+        for name, benchmark in HANDWRITING_BENCHMARKS.items():
+            out = tmp_path / f"{layout}-{name}"
+            source = tmp_path / "world" / name
+            command("evaluate", benchmark, tmp_path / layout, "--source", source, "--out", out, "--orders", 2,
+                    "--resamples", 20)  # fmt: skip
+            results = json.loads((out / "results.json").read_text())
+            assert results["items"] == 12
+            assert (results["order"]["score_spread"] > 1e-4) == (layout == "causal"), (name, results["order"])
+    rows = [json.loads(line) for line in (tmp_path / "world" / "pairs" / "test.jsonl").read_text().splitlines()]
+    assert {tuple(row["human_ranking"]) for row in rows} == {(0, 1), (1, 0)}
