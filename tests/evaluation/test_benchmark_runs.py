@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from published import write_jsonl
+from published_schemas import write_jsonl
 from tiny_models import random_group, reward_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from typer.testing import CliRunner

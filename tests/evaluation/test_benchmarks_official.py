@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from published import WRITERS, Row, write_jsonl
+from published_schemas import WRITERS, Row, write_jsonl
 from scipy.stats import kendalltau
 
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
@@ -231,7 +231,7 @@ def test_wrong_values(name: str, change: Row, message: str, tmp_path: Path) -> N
 
 def test_ranks_from_zero(tmp_path: Path) -> None:
     row = {"question": "?", "candidates": ["a", "b", "c"], "rankings": [0, 1, 1], "image": "a.png"}
-    from published import picture
+    from published_schemas import picture
 
     (tmp_path / "a.png").write_bytes(picture(0))
     write_jsonl(tmp_path / "a.jsonl", [row])
