@@ -3,9 +3,9 @@
     python benchmarks/evaluation_speed.py
 
 A random Llama of ten million parameters scores text items (prompts of some 200 tokens, four responses of some 60)
-through `score_benchmark`, as `mr-reward evaluate` does: with layout `set`, and each response alone. Each run is a process
-of its own, in turn, `--repeats` times; what is timed is the scoring, not the loading. Memory is the largest resident set
-of the process, for all items and for a quarter of them. The last line of stdout is one JSON document.
+through `score_benchmark`, as `mr-reward evaluate` does: with layout `set`, and each response alone. Each run is a
+process of its own, in turn, `--repeats` times; what is timed is the scoring, not the loading. Memory is the largest
+resident set of the process, for all items and for a quarter of them. The last line of stdout is one JSON document.
 """
 
 import argparse
