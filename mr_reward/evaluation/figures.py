@@ -37,6 +37,7 @@ def plot_bands(
     path: str | Path,
     *,
     title: str = "",
+    x_label: str = "step",
 ) -> None:
     """Draw line charts side by side, each line the mean of several runs in a band from smallest to largest.
 
@@ -44,6 +45,7 @@ def plot_bands(
         panels: panel title -> legend -> (steps, one list of values for each run).
         path: of the PNG file.
         title: over all panels.
+        x_label: of the steps.
     """
     figure, axes = _new_figure(1, len(panels), (5.6 * len(panels), 3.6))
     for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
@@ -51,7 +53,7 @@ def plot_bands(
             points = list(zip(*runs, strict=True))
             axis.fill_between(steps, [min(p) for p in points], [max(p) for p in points], color=colour, alpha=0.15)
             axis.plot(steps, [sum(p) / len(p) for p in points], color=colour, linewidth=2, label=label)
-        _finish_axis(axis, name)
+        _finish_axis(axis, name, x_label)
     figure.suptitle(title, fontsize=12)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -102,9 +104,9 @@ def _new_figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _finish_axis(axis: Any, title: str) -> None:
+def _finish_axis(axis: Any, title: str, x_label: str = "step") -> None:
     axis.set_title(title, fontsize=11, loc="left")
-    axis.set_xlabel("step")
+    axis.set_xlabel(x_label)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.25)
     axis.legend(frameon=False, fontsize=9)

@@ -1,0 +1,208 @@
+"""Raw human judgments: pairwise votes and full rankings, read from JSON Lines, and the questions they are about."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mr_reward.data.preferences import json_lines
+from mr_reward.errors import GroupError
+
+__all__ = [
+    "FullRanking",
+    "Question",
+    "Vote",
+    "read_questions",
+    "read_rankings",
+    "read_votes",
+    "votes_of",
+    "win_counts",
+]
+
+Floats = NDArray[np.float64]
+_WINNERS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """One comparison of two models' responses to a question.
+
+    Args:
+        question: its id.
+        model_a: the model shown first.
+        model_b: the other.
+        share: 1 if A won, 0 if B, 0.5 for a tie.
+        annotator: who voted, if known.
+    """
+
+    question: str
+    model_a: str
+    model_b: str
+    share: float
+    annotator: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FullRanking:
+    """One annotator's ranking of all responses to a question.
+
+    Args:
+        question: its id.
+        ranks: model -> rank, 1 = best, ties share a rank.
+        annotator: who ranked, if known.
+    """
+
+    question: str
+    ranks: Mapping[str, int]
+    annotator: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A question with the models' responses.
+
+    Args:
+        id: its name.
+        prompt: text or chat messages, as `ResponseGroup`.
+        responses: model -> text.
+        images: paths.
+        videos: folders of frames.
+    """
+
+    id: str
+    prompt: Any
+    responses: Mapping[str, str]
+    images: Sequence[str] = ()
+    videos: Sequence[str] = field(default=())
+
+
+def read_votes(path: str | Path) -> list[Vote]:
+    """Read votes: `{"question_id", "model_a", "model_b", "winner": "model_a" | "model_b" | "tie", "annotator"?}`.
+
+    Args:
+        path: JSON Lines file.
+
+    Returns:
+        The votes.
+
+    Raises:
+        GroupError: a line is something else; the message names it.
+    """
+    found = []
+    for number, row in json_lines(Path(path)):
+        names = [row.get(key) for key in ("question_id", "model_a", "model_b")] if isinstance(row, dict) else [None]
+        if not all(isinstance(name, str) for name in names) or row.get("winner") not in _WINNERS:
+            raise GroupError(
+                f"{path}, line {number}: {row!r:.120}, expected question_id, model_a, model_b and a winner out of "
+                f"{', '.join(_WINNERS)}; correct or remove it"
+            )
+        question, a, b = map(str, names)
+        if a == b:
+            raise GroupError(f"{path}, line {number}: {a!r} against itself, expected two models; remove it")
+        found.append(Vote(question, a, b, _WINNERS[row["winner"]], row.get("annotator")))
+    return found
+
+
+def read_rankings(path: str | Path) -> list[FullRanking]:
+    """Read full rankings: `{"question_id", "ranking": {model: rank}, "annotator"?}`, 1 = best, ties share a rank.
+
+    Args:
+        path: JSON Lines file.
+
+    Returns:
+        The rankings.
+
+    Raises:
+        GroupError: a line is something else; the message names it.
+    """
+    found = []
+    for number, row in json_lines(Path(path)):
+        ranks: Any = row.get("ranking") if isinstance(row, dict) else None
+        whole = isinstance(ranks, dict) and all(type(rank) is int and rank >= 1 for rank in ranks.values())
+        if not whole or len(ranks) < 2 or not isinstance(row.get("question_id"), str):
+            raise GroupError(
+                f"{path}, line {number}: {row!r:.120}, expected question_id and a ranking of two models or more with "
+                "whole numbers from 1 on; correct or remove it"
+            )
+        found.append(FullRanking(row["question_id"], ranks, row.get("annotator")))
+    return found
+
+
+def read_questions(path: str | Path) -> dict[str, Question]:
+    """Read questions: `{"id", "prompt", "responses": {model: text}, "images"?, "videos"?}`.
+
+    Args:
+        path: JSON Lines file; paths of media count from its folder.
+
+    Returns:
+        Id -> question.
+
+    Raises:
+        GroupError: a line is something else, or an id occurs twice; the message names it.
+    """
+    found: dict[str, Question] = {}
+    for number, row in json_lines(Path(path)):
+        responses: Any = row.get("responses") if isinstance(row, dict) else None
+        texts = isinstance(responses, dict) and all(isinstance(text, str) for text in responses.values())
+        if not texts or not isinstance(row.get("id"), str) or "prompt" not in row:
+            raise GroupError(
+                f"{path}, line {number}: {row!r:.120}, expected id, prompt and responses (model -> text); correct it"
+            )
+        if row["id"] in found:
+            raise GroupError(f"{path}, line {number}: a second question {row['id']!r}, expected one; rename it")
+        found[row["id"]] = Question(
+            id=row["id"],
+            prompt=row["prompt"],
+            responses=responses,
+            images=row.get("images") or (),
+            videos=row.get("videos") or (),
+        )
+    return found
+
+
+def votes_of(rankings: Iterable[FullRanking]) -> list[Vote]:
+    """The pairwise votes that full rankings imply.
+
+    Args:
+        rankings: any number.
+
+    Returns:
+        One vote for each pair of models of each ranking.
+
+    Example:
+        >>> [vote.share for vote in votes_of([FullRanking("q", {"a": 1, "b": 2, "c": 2})])]
+        [1.0, 1.0, 0.5]
+    """
+    found = []
+    for ranking in rankings:
+        models = list(ranking.ranks.items())
+        for i, (a, rank_a) in enumerate(models):
+            for b, rank_b in models[i + 1 :]:
+                share = 0.5 if rank_a == rank_b else float(rank_a < rank_b)
+                found.append(Vote(ranking.question, a, b, share, ranking.annotator))
+    return found
+
+
+def win_counts(votes: Iterable[Vote], models: Sequence[str]) -> dict[str, Floats]:
+    """Wins of each model over each other, by question.
+
+    Args:
+        votes: any number, of models out of `models`.
+        models: M names.
+
+    Returns:
+        Question -> (M, M) float64; entry (i, j) is how often i was preferred to j, a tie counts half for both.
+    """
+    index = {model: i for i, model in enumerate(models)}
+    found: defaultdict[str, Floats] = defaultdict(lambda: np.zeros((len(models), len(models))))
+    for vote in votes:
+        wins, a, b = found[vote.question], index[vote.model_a], index[vote.model_b]
+        wins[a, b] += vote.share
+        wins[b, a] += 1.0 - vote.share
+    return dict(found)
