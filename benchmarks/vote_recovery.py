@@ -2,11 +2,11 @@
 
     python benchmarks/vote_recovery.py
 
-A synthetic crowd gives 94,000 votes on 497 questions and 19 models; what a response is truly worth is known. Two kinds of
-noise: Bradley-Terry, and a constant share of flipped votes. For each method: `best of 4`, the chance that the method's
-best of a random four is truly the best (shared where it has several), and Kendall's tau-b with the truth. The figure shows
-what a filter on the gap between the two strongest (Bradley-Terry MAP) keeps, and how many of the kept labels are right.
-The last line of stdout is one JSON document.
+A synthetic crowd gives 94,000 votes on 497 questions and 19 models; what a response is truly worth is known. Two
+kinds of noise: Bradley-Terry, and a constant share of flipped votes. For each method: `best of 4`, the chance that
+the method's best of a random four is truly the best (shared where it has several), and Kendall's tau-b with the
+truth. The figure shows what a filter on the gap between the two strongest (Bradley-Terry MAP) keeps, and how many of
+the kept labels are right. The last line of stdout is one JSON document.
 """
 
 import argparse
