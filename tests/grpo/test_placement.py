@@ -80,10 +80,11 @@ def measure(placement: str, calls: int) -> dict:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
 def test_offload_returns_to_the_memory_before_after_each_of_50_calls() -> None:
     found = measure("offload", 50)
-    # The first call also makes the buffers that torch keeps; what counts is the level after it.
-    base = found["after"][0]
+    # The first calls also make the buffers that torch and the allocator keep; what counts is the level after them.
+    base = found["after"][9]
     assert found["weights"] > 90
-    assert max(found["after"]) < base + 0.1 * found["weights"], found["after"]
+    assert base < found["before"] + 0.25 * found["weights"], found["after"]
+    assert max(found["after"]) < base + 0.05 * found["weights"], found["after"]
     assert min(found["inside"][1:]) > base + 0.7 * found["weights"], "a call has the weights twice on a CPU"
 
 
