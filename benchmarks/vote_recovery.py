@@ -11,6 +11,7 @@ the kept labels are right. The last line of stdout is one JSON document.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -59,7 +60,7 @@ def trade_off(found: Denoised, truth: Any, seed: int) -> dict[str, list[float]]:
     kept = [np.array(gaps) >= gap for gap in GAPS]
     return {
         "kept": [float(mask.mean()) for mask in kept],
-        "right": [float(np.array(right)[mask].mean()) for mask in kept],
+        "right": [float(np.array(right)[mask].mean()) if mask.any() else math.nan for mask in kept],
     }
 
 
@@ -105,7 +106,11 @@ def main() -> None:
         panels, options.figure, title="Items whose best is so many logits ahead", x_label="smallest gap, logits"
     )
     settings = {key: str(value) for key, value in vars(options).items()}
-    print(json.dumps({"settings": settings, "methods": found, "gaps": GAPS, "filter": curves}))
+    shares = {
+        noise: [{key: [None if math.isnan(v) else v for v in values] for key, values in run.items()} for run in runs]
+        for noise, runs in curves.items()
+    }
+    print(json.dumps({"settings": settings, "methods": found, "gaps": GAPS, "filter": shares}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.mr2bench.judgments import FullRanking, Vote
 from mr_reward.groups import dense_ranks
 
-__all__ = ["Crowd", "draw_rankings", "draw_strengths", "draw_votes"]
+__all__ = ["Crowd", "draw_rankings", "draw_strengths", "draw_votes", "model_names"]
 
 Floats = NDArray[np.float64]
 
