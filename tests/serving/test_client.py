@@ -44,6 +44,19 @@ def assert_same(found: list[GroupScores], expected: list[GroupScores]) -> None:
         assert one.order_spread == pytest.approx(other.order_spread, abs=SAME)
 
 
+def count_calls(scorer: GroupScorer) -> list[int]:
+    """The numbers of groups of every call from here on."""
+    calls: list[int] = []
+    original = scorer.score_detailed
+
+    def counted(batch: list[ResponseGroup]) -> list[GroupScores]:
+        calls.append(len(batch))
+        return original(batch)
+
+    scorer.score_detailed = counted  # type: ignore[method-assign,assignment]
+    return calls
+
+
 def once(fault: str, at: tuple[int, ...] = (0,)) -> Callable[[int], str | None]:
     return lambda n: fault if n in at else None
 
@@ -74,14 +87,7 @@ def test_same_scores_as_in_process(scorer: GroupScorer, groups: Groups) -> None:
 def test_two_hundred_concurrent_groups(scorer: GroupScorer, groups: Groups) -> None:
     given = groups(200)
     expected = scorer.score_detailed(given)
-    calls: list[int] = []
-    original = scorer.score_detailed
-
-    def counted(batch: list[ResponseGroup]) -> list[GroupScores]:
-        calls.append(len(batch))
-        return original(batch)
-
-    scorer.score_detailed = counted  # type: ignore[method-assign,assignment]
+    calls = count_calls(scorer)
     with running(build_app(scorer)) as url:
         remote = client(url, deadline=120.0, attempt_timeout=60.0, max_in_flight=32)
         with ThreadPoolExecutor(50) as threads:
@@ -154,14 +160,7 @@ def test_reordered_results_find_their_groups(scorer: GroupScorer, groups: Groups
 def test_a_slow_answer_is_not_scored_twice(scorer: GroupScorer, groups: Groups) -> None:
     given = groups(3)
     expected = scorer.score_detailed(given)
-    calls: list[int] = []
-    original = scorer.score_detailed
-
-    def counted(batch: list[ResponseGroup]) -> list[GroupScores]:
-        calls.append(len(batch))
-        return original(batch)
-
-    scorer.score_detailed = counted  # type: ignore[method-assign,assignment]
+    calls = count_calls(scorer)
     with running(Faulty(build_app(scorer), once("slow"), pause=3.0)) as url:
         remote = client(url, attempt_timeout=1.0)
         started = time.monotonic()

@@ -8,7 +8,7 @@ however they are divided among evaluators (or resamples of one), so it is comput
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import networkx as nx  # type: ignore[import-untyped]
@@ -45,12 +45,7 @@ def greedy_order(weights: Floats) -> list[int]:
     Returns:
         The M positions, preferred first.
     """
-    graph = _graph(weights)
-    components = nx.condensation(graph)
-    order: list[int] = []
-    for component in nx.lexicographical_topological_sort(components):
-        order += _eades(weights, sorted(components.nodes[component]["members"]))
-    return order
+    return _by_component(weights, _eades)
 
 
 def exact_order(weights: Floats) -> list[int]:
@@ -62,12 +57,7 @@ def exact_order(weights: Floats) -> list[int]:
     Returns:
         The M positions, preferred first.
     """
-    graph = _graph(weights)
-    components = nx.condensation(graph)
-    order: list[int] = []
-    for component in nx.lexicographical_topological_sort(components):
-        order += _linear_ordering(weights, sorted(components.nodes[component]["members"]))
-    return order
+    return _by_component(weights, _linear_ordering)
 
 
 def removed_weight(weights: Floats, order: Sequence[int]) -> float:
@@ -110,6 +100,15 @@ def is_cyclic(weights: Floats) -> bool:
         True if there is a cycle.
     """
     return not nx.is_directed_acyclic_graph(_graph(weights))
+
+
+def _by_component(weights: Floats, solve: Callable[[Floats, list[int]], list[int]]) -> list[int]:
+    """No arc between components has to be removed, so each is solved by itself."""
+    components = nx.condensation(_graph(weights))
+    order: list[int] = []
+    for component in nx.lexicographical_topological_sort(components):
+        order += solve(weights, sorted(components.nodes[component]["members"]))
+    return order
 
 
 def _graph(weights: Floats) -> nx.DiGraph:
