@@ -23,7 +23,8 @@ from rich.table import Table
 
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.data.handwriting import make_groups
-from mr_reward.evaluation.ranking import evaluate_ranking, score_baseline
+from mr_reward.evaluation.ranking import evaluate_ranking
+from mr_reward.evaluation.scorers import BASELINES as RULES
 from mr_reward.metrics import best_of_n_accuracy, pairwise_accuracy
 
 RECIPES = Path(__file__).parents[1] / "grpo_recipes"
@@ -104,7 +105,7 @@ def main() -> None:
             print(name, seed, best, flush=True)
     baselines = []
     for name in BASELINES:
-        scores = {n: score_baseline(name, groups[n]) for n in options.sizes}
+        scores = {n: [[RULES[name](group, text) for text in group.responses] for group in groups[n]] for n in groups}
         rankings = {n: [list(group.rankings or ()) for group in groups[n]] for n in options.sizes}
         results = {
             str(n): {

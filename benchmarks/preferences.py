@@ -27,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.data.preferences import load_preferences
 from mr_reward.evaluation.figures import plot_curves
-from mr_reward.evaluation.ranking import score_baseline
+from mr_reward.evaluation.scorers import BASELINES
 
 Scores = Sequence[Sequence[float]]
 NUM_RESAMPLES = 2000
@@ -127,7 +127,10 @@ def main() -> None:
     options = parser.parse_args()
     train, val = load_preferences(options.train), load_preferences(options.val)
     names = ["all", *sorted({group.source or "unknown" for group in val})]
-    scores: dict[str, Scores] = {name: score_baseline(name, val) for name in ("longest", "random")}
+    scores: dict[str, Scores] = {
+        name: [[BASELINES[name](group, text) for text in group.responses] for group in val]
+        for name in ("longest", "random")
+    }
     for name, with_others in (("shallow", False), ("shallow +", True)):
         scorer = shallow_scorer(train, with_others)
         scores[name] = [scorer(group) for group in val]

@@ -11,7 +11,7 @@ from mr_reward.groups import ResponseGroup
 from mr_reward.metrics import order_flip_rate, ranking_metrics, score_length_correlation
 from mr_reward.scoring import GroupScorer
 
-__all__ = ["evaluate_ranking", "score_baseline"]
+__all__ = ["evaluate_ranking"]
 
 
 def evaluate_ranking(scorer: GroupScorer, groups: Sequence[ResponseGroup], *, seed: int = 0) -> dict[str, float]:
@@ -61,21 +61,3 @@ def evaluate_ranking(scorer: GroupScorer, groups: Sequence[ResponseGroup], *, se
         "num_groups": float(len(kept)),
         "dropped_groups": float(len(groups) - len(kept)),
     }
-
-
-def score_baseline(name: str, groups: Sequence[ResponseGroup], *, seed: int = 0) -> list[list[float]]:
-    """Scores that look at nothing but the length, or at nothing at all.
-
-    Args:
-        name: `longest`, `shortest` or `random`.
-        groups: B groups.
-        seed: of `random`.
-
-    Returns:
-        B lists of N scores.
-    """
-    generator = random.Random(seed)
-    signs = {"longest": 1.0, "shortest": -1.0}
-    if name == "random":
-        return [[generator.random() for _ in group.responses] for group in groups]
-    return [[signs[name] * len(response) for response in group.responses] for group in groups]

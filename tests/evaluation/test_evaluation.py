@@ -13,7 +13,7 @@ from mr_reward.data.tiny import build_qwen3_vl, build_qwen3_vl_processor
 from mr_reward.errors import GroupError
 from mr_reward.evaluation.figures import plot_curves, plot_scored_groups
 from mr_reward.evaluation.handwriting import handwriting_accuracy, policy_answers
-from mr_reward.evaluation.ranking import evaluate_ranking, score_baseline
+from mr_reward.evaluation.ranking import evaluate_ranking
 
 
 class FakeScorer:
@@ -69,14 +69,6 @@ def test_dropped_groups_are_counted_and_unranked_ones_refused() -> None:
     only = [groups[4]]
     with pytest.raises(GroupError, match="dropped"):
         evaluate_ranking(FakeScorer(drop=groups[4].responses[0]), only)  # type: ignore[arg-type]
-
-
-def test_baselines() -> None:
-    groups = [ResponseGroup(prompt="?", responses=["a", "bbb", "cc"])]
-    assert score_baseline("longest", groups) == [[1, 3, 2]]
-    assert score_baseline("shortest", groups) == [[-1, -3, -2]]
-    assert score_baseline("random", groups, seed=1) == score_baseline("random", groups, seed=1)
-    assert score_baseline("random", groups, seed=1) != score_baseline("random", groups, seed=2)
 
 
 def test_the_truth_as_a_reward_function() -> None:
