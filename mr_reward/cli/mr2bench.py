@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mr_reward.errors import ConfigurationError
@@ -57,7 +58,7 @@ def build(
         show_progress=True,
     )
     write_benchmark(built, out, questions.parent)
-    table = Table("", "", title=str(out), show_header=False)
+    table = Table("", "", title=escape(str(out)), show_header=False)
     for name, value in built.facts.items():
         table.add_row(name, value)
     Console().print(table)

@@ -18,6 +18,7 @@ __all__ = ["Strengths", "bradley_terry_map", "solve"]
 
 Floats = NDArray[np.float64]
 _GLOBAL_VARIANCE = 4.0  # of the models' strengths: hardly binds
+_DRAWS = 4000
 _ROUNDS = 20  # of the estimate of the questions' variance
 
 
@@ -52,6 +53,22 @@ class Strengths:
         variance = spread[first, first] + spread[second, second] - 2 * spread[first, second]
         gap = self.mean[question, first] - self.mean[question, second]
         return float(norm.cdf(gap / np.sqrt(variance)))
+
+    def best_probability(self, question: int, first: int, others: Sequence[int]) -> float:
+        """How sure it is that one response is stronger than all of several others.
+
+        Args:
+            question: position of the question.
+            first: position of a response.
+            others: positions of the others.
+
+        Returns:
+            A probability, from 4,000 draws of the Gaussian, the same in each call.
+        """
+        among = [first, *others]
+        spread = np.linalg.cholesky(self.covariance[question][np.ix_(among, among)])
+        draws = self.mean[question, among] + np.random.default_rng(0).normal(size=(_DRAWS, len(among))) @ spread.T
+        return float((draws[:, 0] > draws[:, 1:].max(axis=1)).mean())
 
 
 def bradley_terry_map(wins: Sequence[Floats]) -> Strengths:

@@ -12,6 +12,7 @@ from pathlib import Path
 from mr_reward.data.media_files import resolve_media
 from mr_reward.data.preferences import save_preferences
 from mr_reward.errors import GroupError
+from mr_reward.evaluation.mr2bench.annotator_noise import ranking_strengths
 from mr_reward.evaluation.mr2bench.bradley_terry import bradley_terry_map
 from mr_reward.evaluation.mr2bench.judgments import FullRanking, Question, Vote, votes_of, win_counts
 from mr_reward.evaluation.mr2bench.rankings import Denoised, agreement, consensus_ranks, describe, rank_votes
@@ -43,7 +44,10 @@ class Built:
 
 
 def rank_rankings(rankings: Sequence[FullRanking]) -> Denoised:
-    """Consensus of several full rankings per question, with Bradley-Terry strengths that say how sure it is.
+    """Consensus of several full rankings per question, with strengths that say how sure it is.
+
+    Where no question has two rankings, noise cannot be told from quality: the strengths are then Bradley-Terry on the
+    pairs of each ranking, good for comparing gaps, and surer than they should be.
 
     Args:
         rankings: of all questions, of the same models throughout.
@@ -64,7 +68,9 @@ def rank_rankings(rankings: Sequence[FullRanking]) -> Denoised:
     ranks = [consensus_ranks(by_question[question], models) for question in questions]
     counts = win_counts(votes_of(rankings), models)
     wins = [counts[question] for question in questions]
-    return describe("consensus", models, questions, wins, ranks, bradley_terry_map(wins))
+    repeated = any(len(members) > 1 for members in by_question.values())
+    strengths = ranking_strengths(by_question, models) if repeated else bradley_terry_map(wins)
+    return describe("consensus", models, questions, wins, ranks, strengths)
 
 
 def build_benchmark(
@@ -102,13 +108,15 @@ def build_benchmark(
     if bool(votes) == bool(rankings):
         raise GroupError(f"got {len(votes)} votes and {len(rankings)} rankings, expected one of both; give one file")
     ranking = rank_votes(votes, method=method, show_progress=show_progress) if votes else rank_rankings(rankings)
-    variants, dropped = sample_variants(ranking, num_responses=num_responses, min_gap=min_gap, seed=seed)
-    everyone = range(len(ranking.models))
-    full = [make_group(ranking, q, everyone, questions, source) for q in range(len(ranking.questions))]
+    full = [make_group(ranking, q, judged, questions, source) for q, judged in enumerate(ranking.judged)]
+    variants, dropped = sample_variants(
+        ranking, num_responses=num_responses, min_gap=min_gap, seed=seed, questions=questions
+    )
     items = [make_group(ranking, v.question, v.positions, questions, source) for v in variants]
     annotators = {vote.annotator for vote in votes} | {given.annotator for given in rankings}
     facts = {
         "questions": str(len(ranking.questions)),
+        "questions without judgments, left out": str(len(set(questions) - set(ranking.questions))),
         "models": str(len(ranking.models)),
         "judgments": f"{len(votes)} votes" if votes else f"{len(rankings)} full rankings",
         "annotators": str(len(annotators - {None}) or "unknown"),
@@ -122,10 +130,23 @@ def build_benchmark(
         found = agreement(rankings)
         facts["agreement of two annotators, tau-b"] = f"{found['tau_b']:.3f}"
         facts["agreement of all, Kendall's W"] = f"{found['kendall_w']:.3f}"
-    if variants:
-        sure = statistics.fmean(variant.probability for variant in variants)
-        facts["estimated share of right labels"] = f"{sure:.1%} (best against runner-up, by the Bradley-Terry model)"
+    if rankings and len({given.question for given in rankings}) == len(rankings):
+        facts["estimated share of right labels"] = "unknown, no question has two rankings"
+    elif variants:
+        facts["estimated share of right labels"] = (
+            f"{_right_labels(ranking, variants):.1%} (if the model of noise holds)"
+        )
     return Built(ranking=ranking, variants=variants, items=items, full=full, dropped=dropped, facts=facts)
+
+
+def _right_labels(ranking: Denoised, variants: Sequence[Variant]) -> float:
+    """How often the best of an item should be its strongest; ahead of the runner-up alone would be too easy."""
+    chances = []
+    for variant in variants:
+        ranks = ranking.ranks[variant.question]
+        best, *others = sorted(variant.positions, key=lambda i, own=ranks: own[i])  # type: ignore[misc]
+        chances.append(ranking.strengths.best_probability(variant.question, best, others))
+    return statistics.fmean(chances)
 
 
 def write_benchmark(built: Built, folder: str | Path, media: str | Path = ".") -> None:
@@ -170,7 +191,7 @@ and media. Responses are drawn from equal parts of the question's ranking; the b
 
     mr-reward evaluate groups MODEL --source benchmark.jsonl --out results
 
-Overall strength of the models, in logits (Bradley-Terry over all questions):
+Overall strength of the models, in logits (over all questions):
 
 | model | strength |
 |---|---|

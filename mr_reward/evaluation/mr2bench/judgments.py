@@ -96,16 +96,17 @@ def read_votes(path: str | Path) -> list[Vote]:
     """
     found = []
     for number, row in json_lines(Path(path)):
-        names = [row.get(key) for key in ("question_id", "model_a", "model_b")] if isinstance(row, dict) else [None]
-        if not all(isinstance(name, str) for name in names) or row.get("winner") not in _WINNERS:
+        keys = ("question_id", "model_a", "model_b", "winner")
+        texts = [row.get(key) for key in keys] if isinstance(row, dict) else [None]
+        if not all(isinstance(text, str) for text in texts) or row["winner"] not in _WINNERS:
             raise GroupError(
-                f"{path}, line {number}: {row!r:.120}, expected question_id, model_a, model_b and a winner out of "
+                f"{path}, line {number}: {_shown(row)}, expected question_id, model_a, model_b and a winner out of "
                 f"{', '.join(_WINNERS)}; correct or remove it"
             )
-        question, a, b = map(str, names)
+        question, a, b, winner = map(str, texts)
         if a == b:
             raise GroupError(f"{path}, line {number}: {a!r} against itself, expected two models; remove it")
-        found.append(Vote(question, a, b, _WINNERS[row["winner"]], row.get("annotator")))
+        found.append(Vote(question, a, b, _WINNERS[winner], _annotator(row, f"{path}, line {number}")))
     return found
 
 
@@ -127,10 +128,10 @@ def read_rankings(path: str | Path) -> list[FullRanking]:
         whole = isinstance(ranks, dict) and all(type(rank) is int and rank >= 1 for rank in ranks.values())
         if not whole or len(ranks) < 2 or not isinstance(row.get("question_id"), str):
             raise GroupError(
-                f"{path}, line {number}: {row!r:.120}, expected question_id and a ranking of two models or more with "
+                f"{path}, line {number}: {_shown(row)}, expected question_id and a ranking of two models or more with "
                 "whole numbers from 1 on; correct or remove it"
             )
-        found.append(FullRanking(row["question_id"], ranks, row.get("annotator")))
+        found.append(FullRanking(row["question_id"], ranks, _annotator(row, f"{path}, line {number}")))
     return found
 
 
@@ -150,10 +151,17 @@ def read_questions(path: str | Path) -> dict[str, Question]:
     for number, row in json_lines(Path(path)):
         responses: Any = row.get("responses") if isinstance(row, dict) else None
         texts = isinstance(responses, dict) and all(isinstance(text, str) for text in responses.values())
-        if not texts or not isinstance(row.get("id"), str) or "prompt" not in row:
+        if not texts or not isinstance(row.get("id"), str) or not isinstance(row.get("prompt"), (str, list)):
             raise GroupError(
-                f"{path}, line {number}: {row!r:.120}, expected id, prompt and responses (model -> text); correct it"
+                f"{path}, line {number}: {_shown(row)}, expected id, prompt and responses (model -> text); correct it"
             )
+        for key in ("images", "videos"):
+            paths = row.get(key) or []
+            # A text would be taken apart into letters.
+            if not isinstance(paths, list) or not all(isinstance(one, str) for one in paths):
+                raise GroupError(
+                    f"{path}, line {number}: {key} is {paths!r:.80}, expected a list of paths; correct it"
+                )
         if row["id"] in found:
             raise GroupError(f"{path}, line {number}: a second question {row['id']!r}, expected one; rename it")
         found[row["id"]] = Question(
@@ -164,6 +172,19 @@ def read_questions(path: str | Path) -> dict[str, Question]:
             videos=row.get("videos") or (),
         )
     return found
+
+
+def _annotator(row: Mapping[str, Any], where: str) -> str | None:
+    """Who judged; a number is a name too."""
+    given = row.get("annotator")
+    if given is not None and (isinstance(given, bool) or not isinstance(given, (str, int))):
+        raise GroupError(f"{where}: annotator is {given!r:.60}, expected a text or a whole number; correct it")
+    return None if given is None else str(given)
+
+
+def _shown(row: Any) -> str:
+    """What stands in the line, for a message: why it is no JSON, or its start."""
+    return str(row) if isinstance(row, GroupError) else f"{row!r:.120}"
 
 
 def votes_of(rankings: Iterable[FullRanking]) -> list[Vote]:

@@ -40,7 +40,8 @@ class Denoised:
         models: M names.
         questions: Q ids.
         ranks: Q times M ranks, 1 = best, ties share a rank.
-        strengths: Bradley-Terry strengths, whatever the method: they say how sure a comparison is.
+        strengths: in logits, whatever the method (Bradley-Terry for votes): they say how sure a comparison is.
+        judged: for each question the positions of the models that were judged there; the rest has no rank to rely on.
         cyclic: share of questions whose votes no ranking agrees with.
         contradicted: share of votes (ties left out) that the ranking contradicts.
     """
@@ -50,6 +51,7 @@ class Denoised:
     questions: Sequence[str]
     ranks: Sequence[Sequence[int]]
     strengths: Strengths
+    judged: Sequence[Sequence[int]]
     cyclic: float
     contradicted: float
 
@@ -123,6 +125,7 @@ def describe(
         questions=questions,
         ranks=ranks,
         strengths=strengths,
+        judged=[np.flatnonzero((matrix + matrix.T).any(axis=1)).tolist() for matrix in wins],
         cyclic=statistics.fmean(is_cyclic(net_weights(matrix)) for matrix in wins),
         contradicted=float(against / total) if total else 0.0,
     )
@@ -186,6 +189,9 @@ def agreement(rankings: Iterable[FullRanking]) -> dict[str, float]:
     Returns:
         `tau_b`: Kendall's tau-b between two annotators, mean over pairs and questions; `kendall_w`: coefficient of
         concordance with the correction for ties, mean over questions; NaN where no question has two rankings.
+
+    Raises:
+        GroupError: two rankings of a question are of different models.
     """
     by_question: defaultdict[str, list[FullRanking]] = defaultdict(list)
     for ranking in rankings:
@@ -195,6 +201,11 @@ def agreement(rankings: Iterable[FullRanking]) -> dict[str, float]:
         models = sorted(members[0].ranks)
         if len(members) < 2:
             continue
+        if other := next((ranking for ranking in members if sorted(ranking.ranks) != models), None):
+            raise GroupError(
+                f"question {other.question!r}: one ranking is of {len(models)} models, another of {len(other.ranks)} "
+                "or of others, expected the same; complete or remove one"
+            )
         ranks = [[ranking.ranks[model] for model in models] for ranking in members]
         taus += [kendalltau(a, b).statistic for a, b in combinations(ranks, 2)]
         concordances.append(_kendall_w([_midranks(ranking, models) for ranking in members]))

@@ -34,7 +34,13 @@ class Variant:
 
 
 def draw_positions(
-    ranking: Denoised, question: int, generator: random.Random, *, num_responses: int, min_gap: float
+    ranking: Denoised,
+    question: int,
+    generator: random.Random,
+    *,
+    num_responses: int,
+    min_gap: float,
+    texts: Sequence[str] | None = None,
 ) -> Variant | None:
     """Draw responses from equal parts of the ranking, until one draw has a clear best.
 
@@ -44,17 +50,22 @@ def draw_positions(
         generator: of random numbers.
         num_responses: N, at most the number of models.
         min_gap: logits that the strongest has to be ahead of the next.
+        texts: M responses; two equal ones are never drawn together, for one of them would be called worse.
 
     Returns:
-        The variant; None if no draw was clear enough.
+        The variant; None if too few responses were judged, or no draw was clear enough.
     """
     ranks, strengths = ranking.ranks[question], ranking.strengths.mean[question]
-    order = sorted(range(len(ranks)), key=lambda i: (ranks[i], -strengths[i]))
+    order = sorted(ranking.judged[question], key=lambda i: (ranks[i], -strengths[i]))
+    if len(order) < num_responses:
+        return None
     parts = [
         order[i * len(order) // num_responses : (i + 1) * len(order) // num_responses] for i in range(num_responses)
     ]
     for _ in range(_ATTEMPTS):
         drawn = [generator.choice(part) for part in parts]
+        if texts is not None and len({texts[i] for i in drawn}) < num_responses:
+            continue
         best = min(drawn, key=lambda i: ranks[i])
         others = [i for i in drawn if i != best]
         runner_up = max(others, key=lambda i: strengths[i])
@@ -67,7 +78,12 @@ def draw_positions(
 
 
 def sample_variants(
-    ranking: Denoised, *, num_responses: int = 4, min_gap: float = 0.0, seed: int = 0
+    ranking: Denoised,
+    *,
+    num_responses: int = 4,
+    min_gap: float = 0.0,
+    seed: int = 0,
+    questions: Mapping[str, Question] | None = None,
 ) -> tuple[list[Variant], list[str]]:
     """One variant of each question, where there is a clear one.
 
@@ -76,6 +92,7 @@ def sample_variants(
         num_responses: N.
         min_gap: logits that the best has to be ahead of the runner-up, by the Bradley-Terry strengths.
         seed: of the draws; a question's draw depends on it and the question's id alone.
+        questions: the texts, by id, to keep equal ones apart; None: all count as different.
 
     Returns:
         The variants, and the ids of the questions without one.
@@ -92,7 +109,10 @@ def sample_variants(
     found, dropped = [], []
     for i, name in enumerate(ranking.questions):
         generator = random.Random(f"{seed} {name}")
-        variant = draw_positions(ranking, i, generator, num_responses=num_responses, min_gap=min_gap)
+        texts = None
+        if questions is not None:
+            texts = [questions[name].responses.get(model, "").strip() for model in ranking.models]
+        variant = draw_positions(ranking, i, generator, num_responses=num_responses, min_gap=min_gap, texts=texts)
         if variant is None:
             dropped.append(name)
         else:
