@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -43,9 +42,10 @@ def evaluate(
     """
     import torch
 
-    from mr_reward.evaluation.benchmarks import open_benchmark
-    from mr_reward.evaluation.protocol import ALL_ORDERS, score_benchmark
-    from mr_reward.evaluation.report import ITEMS, read_report, show_report, write_report
+    from mr_reward.evaluation.benchmarks import get_benchmark
+    from mr_reward.evaluation.protocol import ALL_ORDERS
+    from mr_reward.evaluation.report import show_report
+    from mr_reward.evaluation.run import evaluate_benchmark
     from mr_reward.evaluation.scorers import load_scorer
     from mr_reward.grpo.loading import default_device
 
@@ -53,7 +53,7 @@ def evaluate(
     if dtype not in dtypes:
         raise ConfigurationError(f"--dtype is {dtype!r}, expected one of {', '.join(filter(None, dtypes))}")
     num_orders = ALL_ORDERS if orders == "all" else _number(orders)
-    data = open_benchmark(benchmark, source, split)
+    get_benchmark(benchmark)  # a wrong name is told before the model is loaded
     loaded = load_scorer(
         scorer,
         device=device or default_device(),
@@ -62,17 +62,17 @@ def evaluate(
         over_length=over_length,
         alone=alone,
     )
-    score_benchmark(
+    report = evaluate_benchmark(
+        benchmark,
         loaded,
-        islice(data, limit),
-        out / ITEMS,
-        settings={"benchmark": benchmark, "source": data.source, "split": split, "limit": limit},
+        out,
+        source=source,
+        split=split,
         num_orders=num_orders,
         seed=seed,
-        total=limit or sum(data.benchmark.counts.values()) or None,
+        limit=limit,
+        num_resamples=resamples,
     )
-    report = read_report(out, num_resamples=resamples)
-    write_report(report, out)
     show_report(report, Console())
 
 
