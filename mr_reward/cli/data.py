@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ from mr_reward.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from mr_reward.data.converters.conversion import BadRow
+    from mr_reward.groups import ResponseGroup
 
 __all__ = ["data"]
 
@@ -105,7 +107,9 @@ def inspect(
 @data.command()
 def decontaminate(
     train: Annotated[list[Path], typer.Argument(help=".jsonl files of training groups")],
-    benchmark: Annotated[list[Path], typer.Option(help=".jsonl file of a benchmark, can be repeated")],
+    benchmark: Annotated[
+        list[str], typer.Option(help="NAME or NAME=SOURCE as for evaluate, or a .jsonl file of groups; repeatable")
+    ],
     out: Annotated[Path, typer.Option(help="The .jsonl file of clean groups to write")],
     report: Annotated[Path | None, typer.Option(help="JSON file: each removed group and what it met")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Templates and stock phrases count too")] = False,
@@ -116,14 +120,14 @@ def decontaminate(
     A prompt beside a picture counts if it is long and no template, a response if it is no stock phrase; --strict
     counts them all. A group stands in the table below each benchmark and reason that it meets.
 
-    Example: mr-reward data decontaminate train.jsonl --benchmark vl_rewardbench.jsonl --out clean.jsonl
+    Example: mr-reward data decontaminate train.jsonl --benchmark vl_rewardbench --out clean.jsonl
     """
     from mr_reward.data.decontamination import decontaminate as remove
     from mr_reward.data.preferences import load_preferences, save_preferences
 
-    if len({path.stem for path in benchmark}) < len(benchmark):
-        raise ConfigurationError(f"got benchmarks {[path.name for path in benchmark]}, expected different names")
-    benchmarks = {path.stem: load_preferences(path, skip_bad=skip_bad) for path in benchmark}
+    benchmarks = dict(_benchmark(spec, skip_bad) for spec in benchmark)
+    if len(benchmarks) < len(benchmark):
+        raise ConfigurationError(f"got benchmarks {benchmark}, expected different names")
     groups = [group for path in train for group in load_preferences(path, skip_bad=skip_bad)]
     result = remove(groups, benchmarks, strict=strict, show_progress=True)
     table = Table("training source", "benchmark", "same", "groups removed")
@@ -138,6 +142,18 @@ def decontaminate(
         ]
         report.write_text(json.dumps(removed, indent=1) + "\n")
     save_preferences(result.kept, out)
+
+
+def _benchmark(spec: str, skip_bad: bool) -> tuple[str, list[ResponseGroup]]:
+    """The name and the groups of a benchmark, with the ids that it gives itself."""
+    from mr_reward.data.preferences import load_preferences
+    from mr_reward.evaluation.benchmarks import BENCHMARKS, open_benchmark
+
+    name, _, source = spec.partition("=")
+    if name not in BENCHMARKS:
+        return Path(spec).stem, load_preferences(spec, skip_bad=skip_bad)
+    items = open_benchmark(name, source or None)
+    return name, [replace(item.group, id=item.uid.partition(":")[2] or item.uid) for item in items]
 
 
 @data.command()

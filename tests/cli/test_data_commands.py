@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import datasets
 import pytest
 from PIL import Image
+from published_schemas import WRITERS, picture
 from test_converters import ROWS
 from typer.testing import CliRunner
 
@@ -232,6 +235,37 @@ def test_decontaminate_reports_and_writes(tmp_path: Path) -> None:
     assert "1 of 2 kept" in output and "prompt" in output and "bench" in output
     assert load_preferences(tmp_path / "clean.jsonl")[0].id == "train.jsonl:2"
     assert len(load_preferences(tmp_path / "clean.jsonl")) == 1
+
+
+def test_decontaminate_with_published_benchmarks(tmp_path: Path) -> None:
+    """By id and picture of VL-RewardBench, by the path of the medium of MM-RLHF-RewardBench."""
+    vl = WRITERS["vl_rewardbench"](tmp_path / "vl", random.Random(0))
+    WRITERS["mm_rlhf_rewardbench"](tmp_path / "mm", random.Random(0))
+    (tmp_path / "own.png").write_bytes(picture(250))
+    (tmp_path / "theirs.png").write_bytes(vl[5]["image"]["bytes"])
+    shutil.copytree(tmp_path / "mm" / "mcq", tmp_path / "mcq")
+    media = sorted((tmp_path / "mcq").iterdir())[0]
+    rows = [
+        {"id": "RLAIF-V-1", "images": ["own.png"]},
+        {"id": "a", "images": [str(media.relative_to(tmp_path))]},
+        {"id": "b", "images": ["own.png"]},
+    ]
+    train = [{"prompt": f"Something else, {i}?", "responses": ["a", "b"], "rankings": [1, 2], **row}
+             for i, row in enumerate(rows)]  # fmt: skip
+    arguments = ["data", "decontaminate", write_jsonl(tmp_path / "train.jsonl", train), "--out", tmp_path / "c.jsonl"]
+    arguments += ["--report", tmp_path / "removed.json"]
+    arguments += ["--benchmark", f"vl_rewardbench={tmp_path / 'vl'}"]
+    arguments += ["--benchmark", f"mm_rlhf_rewardbench={tmp_path / 'mm'}"]
+    output = run(*arguments)
+    assert "1 of 3 kept" in output
+    assert [group.id for group in load_preferences(tmp_path / "c.jsonl")] == ["b"]
+    found = json.loads((tmp_path / "removed.json").read_text())
+    assert [(entry["id"], entry["matches"][0][0]) for entry in found] == [
+        ("RLAIF-V-1", "vl_rewardbench"),
+        ("a", "mm_rlhf_rewardbench"),
+    ]
+    with pytest.raises(ConfigurationError, match="expected different names"):
+        run(*arguments, "--benchmark", f"vl_rewardbench={tmp_path / 'vl'}")
 
 
 @pytest.mark.parametrize("command", ["convert", "inspect", "decontaminate"])
