@@ -194,10 +194,8 @@ def _read_reward_model(plan: RunPlan) -> tuple[MultiResponseRewardConfig | None,
     if name is None:
         return None, [Finding("red", "reward model", "reward_model is missing; give the folder of pretrain_rm.py")]
     if not Path(name).is_dir() and not has_file(name, "config.json"):
-        if _looks_like_a_folder(name):
-            text = f"{name} is no folder; give the one that pretrain_rm.py wrote"
-            return None, [Finding("red", "reward model", text)]
-        return None, [Finding("yellow", "reward model", f"{name} is no folder, and no hub within reach has it")]
+        text = f"{name} is no folder, and no hub within reach has it; give the folder that pretrain_rm.py wrote"
+        return None, [Finding("red", "reward model", text)]
     try:
         if not any(has_file(name, file) for file in _WEIGHT_FILES):
             raise ConfigurationError(f"{name} holds no weights ({', '.join(_WEIGHT_FILES)}); copy them too")
@@ -336,8 +334,3 @@ def _policy_config(name: str) -> PreTrainedConfig | None:
     """The configuration, if it is on this machine."""
     found: Any = AutoConfig.from_pretrained(name, local_files_only=True) if has_file(name, "config.json") else None
     return found
-
-
-def _looks_like_a_folder(name: str) -> bool:
-    """Not `name` or `owner/name`, which may be on the hub."""
-    return name.startswith((".", "/", "~")) or name.count("/") != 1

@@ -89,8 +89,9 @@ class TestRecipes:
         assert not passed and "divisible by num_generations (7)" in shown, shown
 
     def test_folder_of_the_reward_model_missing(self, recipe: str, check: Check) -> None:
-        passed, shown = check(recipe, reward_model="./outputs/other")
-        assert not passed and "./outputs/other is no folder; give the one that pretrain_rm.py wrote" in shown
+        for name in ("./outputs/other", "outputs/other"):
+            passed, shown = check(recipe, reward_model=name)
+            assert not passed and f"{name} is no folder, and no hub within reach has it; give the folder" in shown
 
     def test_layout_with_flash_attention(self, recipe: str, check: Check) -> None:
         passed, shown = check(recipe, reward_attn_implementation="flash_attention_2")
@@ -235,7 +236,7 @@ def test_launch_files(tmp_path: Path) -> None:
     found = {path.name: read_launch(path) for path in ACCELERATE.glob("*.yaml")}
     assert found["zero3.yaml"] == Launch(num_processes=8, num_machines=1, zero_stage=3, offload=False)
     assert found["zero2_cpu.yaml"] == Launch(num_processes=2, zero_stage=2)
-    assert found["zero3_offload.yaml"].offload and len(found) == 7
+    assert found["zero3_offload.yaml"].offload and len(found) == 8
     path = tmp_path / "a.yaml"
     for content, message in (
         ("[", "cannot be read"),
