@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from mr_reward.evaluation.items import Judged
 __all__ = ["Interval", "intervals", "paired_interval"]
 
 Summarise = Callable[[Sequence[Judged]], dict[str, float]]
+Draw = tuple[int, int]  # position of an item, and how often its unit was drawn before
+_TOGETHER = ("id", "prompt")  # facts: items that share one are drawn together
 
 
 class Interval(NamedTuple):
@@ -36,7 +40,7 @@ def intervals(
 ) -> dict[str, Interval]:
     """Each metric, averaged over the orders, with a 95 % percentile bootstrap over items.
 
-    Items that belong together (the fact `id`, as in Acc+) are drawn together.
+    Items that belong together (the facts `id`, as in Acc+, or `prompt`, as in Ties) are drawn together.
 
     Args:
         orders: the same items as scored in each of K orders.
@@ -53,7 +57,7 @@ def intervals(
         Interval(value=1.0, low=1.0, high=1.0)
     """
     units = _units(orders[0])
-    values = _averaged(orders, range(len(orders[0])), summarise)
+    values = _averaged(orders, _once(orders[0]), summarise)
     draws = [_averaged(orders, drawn, summarise) for drawn in _draws(units, num_resamples, seed)]
     found = {}
     for name, value in values.items():
@@ -94,16 +98,20 @@ def paired_interval(
         )
     aligned = [[items[position[uid]] for uid in uids] for items in second]
 
-    def difference(drawn: Sequence[int]) -> dict[str, float]:
+    def difference(drawn: Iterable[Draw]) -> dict[str, float]:
         mine, other = _averaged(first, drawn, summarise), _averaged(aligned, drawn, summarise)
         return {name: mine[name] - other[name] for name in mine.keys() & other.keys()}
 
-    values = difference(range(len(uids)))
+    values = difference(_once(uids))
     draws = [difference(drawn) for drawn in _draws(_units(first[0]), num_resamples, seed)]
     found = {}
     for name in sorted(values):
         found[name] = _interval(values[name], [draw[name] for draw in draws if name in draw])
     return found
+
+
+def _once(items: Sequence[Any]) -> list[Draw]:
+    return [(i, 0) for i in range(len(items))]
 
 
 def _interval(value: float, resampled: Sequence[float]) -> Interval:
@@ -115,19 +123,39 @@ def _interval(value: float, resampled: Sequence[float]) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def _averaged(orders: Sequence[Sequence[Judged]], drawn: Sequence[int], summarise: Summarise) -> dict[str, float]:
-    summaries = [summarise([items[i] for i in drawn]) for items in orders]
+def _averaged(orders: Sequence[Sequence[Judged]], drawn: Iterable[Draw], summarise: Summarise) -> dict[str, float]:
+    drawn = list(drawn)
+    summaries = [summarise([_again(items[i], time) for i, time in drawn]) for items in orders]
     return {name: sum(summary[name] for summary in summaries) / len(summaries) for name in summaries[0]}
+
+
+def _again(item: Judged, time: int) -> Judged:
+    """An item that is drawn a second time belongs to a second id, or Acc+ would take both for one."""
+    names = item.facts.keys() & set(_TOGETHER)
+    if not time or not names:
+        return item
+    twin = copy(item)
+    object.__setattr__(twin, "facts", {**item.facts, **{name: f"{item.facts[name]} #{time}" for name in names}})
+    return twin
 
 
 def _units(items: Sequence[Judged]) -> list[list[int]]:
     """Positions that are drawn together."""
     found: dict[str, list[int]] = {}
     for i, item in enumerate(items):
-        found.setdefault(str(item.facts.get("id", item.facts.get("prompt", item.uid))), []).append(i)
+        name = next((item.facts[name] for name in _TOGETHER if name in item.facts), item.uid)
+        found.setdefault(str(name), []).append(i)
     return list(found.values())
 
 
-def _draws(units: Sequence[Sequence[int]], num_resamples: int, seed: int) -> list[list[int]]:
+def _draws(units: Sequence[Sequence[int]], num_resamples: int, seed: int) -> list[list[Draw]]:
     generator = random.Random(seed)
-    return [[i for unit in generator.choices(units, k=len(units)) for i in unit] for _ in range(num_resamples)]
+    found = []
+    for _ in range(num_resamples):
+        times: Counter[int] = Counter()
+        drawn = []
+        for unit in generator.choices(range(len(units)), k=len(units)):
+            drawn += [(i, times[unit]) for i in units[unit]]
+            times[unit] += 1
+        found.append(drawn)
+    return found

@@ -286,3 +286,19 @@ def test_intervals_cover_and_pairs_are_drawn_together() -> None:
     twins = [Judged(f"{i.uid}{k}", "", i.rankings, i.scores, {"id": i.uid}) for i in items for k in "ab"]
     alone, both = (intervals([x], n_way, num_resamples=400)["pairwise"] for x in (items, twins))
     assert both.high - both.low == pytest.approx(alone.high - alone.low, rel=0.25)
+
+
+def test_an_id_that_is_drawn_twice_counts_twice() -> None:
+    """Acc+ over ids of which three in ten are wholly right: as a bootstrap of the ids' own zeros and ones."""
+    items = [
+        Judged(f"{i}{k}", "mcq", (1, 2), (1.0, 0.0) if i < 12 or k == "a" else (0.0, 1.0), {"id": i})
+        for i in range(40)
+        for k in "ab"
+    ]
+    found = intervals([items], BENCHMARKS["mm_rlhf_rewardbench"].summarise, num_resamples=2000)["acc_plus"]
+    generator = np.random.default_rng(0)
+    whole = np.array([i < 12 for i in range(40)])
+    plain = [whole[generator.integers(40, size=40)].mean() for _ in range(2000)]
+    low, high = np.percentile(plain, [2.5, 97.5])
+    assert found.value == 0.3
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.03), pytest.approx(high, abs=0.03))
