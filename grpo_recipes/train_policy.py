@@ -32,6 +32,7 @@ from mr_reward.evaluation.handwriting import handwriting_accuracy
 from mr_reward.grpo.arguments import PolicyTrainingArguments
 from mr_reward.grpo.dry_run import Finding, RunPlan, check_run, planned_arguments, show_findings
 from mr_reward.grpo.launch import Launch, read_launch
+from mr_reward.grpo.loading import DTYPES
 from mr_reward.grpo.placement import PLACEMENTS
 from mr_reward.grpo.resume import ContinuedEpochs, checkpoint_to_resume
 from mr_reward.grpo.reward import REWARD_TRANSFORMS
@@ -42,8 +43,6 @@ from mr_reward.grpo.vllm_images import send_single_placeholders
 from mr_reward.grpo.vllm_server import check_vllm_server
 from mr_reward.grpo.warning_signs import WarningSigns
 from mr_reward.packing import OVER_LENGTH_POLICIES
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass

@@ -40,24 +40,21 @@ def evaluate(
 
     Example: mr-reward evaluate vl_rewardbench outputs/rm --out results/vl
     """
-    import torch
-
     from mr_reward.evaluation.benchmarks import get_benchmark
     from mr_reward.evaluation.protocol import ALL_ORDERS
     from mr_reward.evaluation.report import show_report
     from mr_reward.evaluation.run import evaluate_benchmark
     from mr_reward.evaluation.scorers import load_scorer
-    from mr_reward.grpo.loading import default_device
+    from mr_reward.grpo.loading import DTYPES, default_device
 
-    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise ConfigurationError(f"--dtype is {dtype!r}, expected one of {', '.join(filter(None, dtypes))}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigurationError(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     num_orders = ALL_ORDERS if orders == "all" else _number(orders)
     get_benchmark(benchmark)  # a wrong name is told before the model is loaded
     loaded = load_scorer(
         scorer,
         device=device or default_device(),
-        dtype=dtypes[dtype],
+        dtype=None if dtype is None else DTYPES[dtype],
         max_tokens_per_batch=max_tokens,
         over_length=over_length,
         alone=alone,

@@ -40,16 +40,13 @@ def serve(
 
     Example: mr-reward serve rm --device cuda:1 --dtype bfloat16
     """
-    import torch
-
-    from mr_reward.grpo.loading import default_device
+    from mr_reward.grpo.loading import DTYPES, default_device
     from mr_reward.scoring import GroupScorer
     from mr_reward.serving import ServerLimits, check_access
     from mr_reward.serving import serve as run_server
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is not None and dtype not in dtypes:
-        raise ConfigurationError(f"--dtype is {dtype!r}, expected one of {', '.join(dtypes)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigurationError(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     token = token_file.read_text().strip() if token_file is not None else os.environ.get(_TOKEN_VARIABLE) or None
     check_access(host, token)
     limits = ServerLimits(
@@ -61,7 +58,7 @@ def serve(
     )
     scorer = GroupScorer.from_pretrained(
         model,
-        dtype=None if dtype is None else dtypes[dtype],
+        dtype=None if dtype is None else DTYPES[dtype],
         device=device or default_device(),
         max_tokens_per_batch=max_tokens,
         over_length=over_length,

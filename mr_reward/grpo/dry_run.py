@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 from trl import GRPOConfig
@@ -134,7 +135,7 @@ def show_findings(findings: Sequence[Finding], console: Console) -> bool:
     """
     table = Table("", "what", "found", title="dry run: nothing was loaded", show_lines=False)
     for finding in findings:
-        table.add_row(f"[{finding.level}]●[/]", finding.what, finding.text)
+        table.add_row(f"[{finding.level}]●[/]", finding.what, escape(finding.text))
     console.print(table)
     return all(finding.level != "red" for finding in findings)
 
@@ -160,14 +161,14 @@ def _check_objective(plan: RunPlan) -> Iterator[Finding]:
     from trl import GRPOTrainer  # takes seconds
 
     source = inspect.getsource(GRPOTrainer)
-    shown = []
-    for name in ("loss_type", "scale_rewards"):
-        value = getattr(plan.args, name)
-        shown.append(f"{name} {value}")
-        if f'"{value}"' not in source:
-            text = f"{name} is {value!r}, which this version of trl does not know; see the fields of GRPOConfig"
-            yield Finding("red", "objective", text)
-    yield Finding("green", "objective", f"{', '.join(shown)}, KL weight {plan.args.beta:g}")
+    values = {name: getattr(plan.args, name) for name in ("loss_type", "scale_rewards")}
+    unknown = [name for name, value in values.items() if f'"{value}"' not in source]
+    for name in unknown:
+        text = f"{name} is {values[name]!r}, which this version of trl does not know; see the fields of GRPOConfig"
+        yield Finding("red", "objective", text)
+    if not unknown:
+        shown = ", ".join(f"{name} {value}" for name, value in values.items())
+        yield Finding("green", "objective", f"{shown}, KL weight {plan.args.beta:g}")
 
 
 def _check_rewards(plan: RunPlan) -> Iterator[Finding]:

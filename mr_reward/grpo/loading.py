@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from mr_reward.scoring import GroupScorer
     from mr_reward.serving import RemoteScorer
 
-__all__ = ["build_scorer", "connect_scorer", "default_device", "outside_zero3"]
+__all__ = ["DTYPES", "build_scorer", "connect_scorer", "default_device", "outside_zero3"]
 
 logger = logging.getLogger(__name__)
 
+# By the names that recipes and the command line take.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _START_SECONDS = 120.0  # that a scoring server may take to come up
 
 

@@ -255,7 +255,6 @@ def test_variants(min_gap: float) -> None:
         strengths = sorted((ranking.strengths.mean[variant.question][i] for i in variant.positions), reverse=True)
         assert len(set(variant.positions)) == 4 and ranks.count(min(ranks)) == 1
         assert variant.gap == pytest.approx(strengths[0] - strengths[1]) and variant.gap >= min_gap
-        assert 0.5 <= variant.probability <= 1
         positions = sorted(sorted(ranking.ranks[variant.question]).index(rank) for rank in ranks)
         assert all(i * 19 // 4 <= place < (i + 1) * 19 // 4 for i, place in enumerate(positions)), (
             "one of each quarter"
@@ -265,7 +264,7 @@ def test_variants(min_gap: float) -> None:
 
 
 def test_the_filter_keeps_right_labels() -> None:
-    """The share of right labels rises with the gap, and the estimate of it is honest within 8 points."""
+    """The share of right labels rises with the gap."""
     strengths = draw_strengths(300, 19)
     ranking = rank_votes(draw_votes(strengths, Crowd(num_votes=300 * 189)))
     shares = []
@@ -277,7 +276,6 @@ def test_the_filter_keeps_right_labels() -> None:
             for v in variants
         ]
         shares.append(np.mean(right))
-        assert np.mean([v.probability for v in variants]) == pytest.approx(np.mean(right), abs=0.08)
     assert shares[0] < shares[1] < shares[2]
 
 
@@ -392,4 +390,4 @@ def test_votes_of_rankings_and_two_votes_for_one_question() -> None:
     votes = votes_of([FullRanking("q", {"a": 1, "b": 2, "c": 3})])
     assert rank_votes(votes).ranks == [(1, 2, 3)]
     found = bradley_terry_map([np.array([[0.0, 3.0], [1.0, 0.0]])])
-    assert found.win_probability(0, 0, 1) > 0.5 and found.win_probability(0, 1, 0) < 0.5
+    assert found.best_probability(0, 0, [1]) > 0.5 and found.best_probability(0, 1, [0]) < 0.5

@@ -43,7 +43,7 @@ def ranking_strengths(rankings: Mapping[str, Sequence[FullRanking]], models: Seq
 
     Example:
         >>> both = [FullRanking("q", {"a": 1, "b": 2, "c": 3}), FullRanking("q", {"a": 1, "b": 3, "c": 2})]
-        >>> bool(ranking_strengths({"q": both}, ["a", "b", "c"]).win_probability(0, 0, 1) > 0.9)
+        >>> bool(ranking_strengths({"q": both}, ["a", "b", "c"]).best_probability(0, 0, [1]) > 0.9)
         True
     """
     scores = [np.array([_normal_scores(given, models) for given in rankings[name]]) for name in sorted(rankings)]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
-from scipy.stats import norm
 
 __all__ = ["Strengths", "bradley_terry_map", "solve"]
 
@@ -37,22 +36,6 @@ class Strengths:
     covariance: Floats
     overall: Floats
     variance: float
-
-    def win_probability(self, question: int, first: int, second: int) -> float:
-        """How sure it is that one response is stronger than another.
-
-        Args:
-            question: position of the question.
-            first: position of a response.
-            second: position of another.
-
-        Returns:
-            A probability, 0.5 where nothing is known.
-        """
-        spread = self.covariance[question]
-        variance = spread[first, first] + spread[second, second] - 2 * spread[first, second]
-        gap = self.mean[question, first] - self.mean[question, second]
-        return float(norm.cdf(gap / np.sqrt(variance)))
 
     def best_probability(self, question: int, first: int, others: Sequence[int]) -> float:
         """How sure it is that one response is stronger than all of several others.

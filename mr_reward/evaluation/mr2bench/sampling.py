@@ -24,13 +24,11 @@ class Variant:
         question: position of the question.
         positions: of the models, in the order shown.
         gap: logits between the two strongest of them.
-        probability: that the best one is stronger than the runner-up.
     """
 
     question: int
     positions: tuple[int, ...]
     gap: float
-    probability: float
 
 
 def draw_positions(
@@ -72,8 +70,7 @@ def draw_positions(
         gap = float(strengths[best] - strengths[runner_up])
         if all(ranks[i] > ranks[best] for i in others) and gap >= min_gap:
             generator.shuffle(drawn)
-            sure = ranking.strengths.win_probability(question, best, runner_up)
-            return Variant(question, tuple(drawn), gap, sure)
+            return Variant(question, tuple(drawn), gap)
     return None
 
 
