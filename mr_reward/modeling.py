@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mr_reward.attention import attention_mask, check_backend
+from mr_reward.attention import check_backend
 from mr_reward.backbones import get_adapter
 from mr_reward.configuration import MultiResponseRewardConfig, check_layers, context_tokens
-from mr_reward.errors import BackendError, CheckpointError, ConfigurationError
+from mr_reward.errors import CheckpointError, ConfigurationError
+from mr_reward.fast_path import FastPath, choose_attention, load_attention
+from mr_reward.group_attention import GroupPlan
 from mr_reward.head import ReadoutVectors, ValueHead
 from mr_reward.integrity import (
     align_weights,
@@ -34,11 +35,10 @@ from mr_reward.layouts import check_layout
 from mr_reward.lora import is_lora, merge_lora
 from mr_reward.model_card import CARD_FILE, name_in_card, read_card, write_model_card
 from mr_reward.paper_format import is_paper_format, paper_score_scale, read_head, trained_separator, with_separator
+from mr_reward.reading import Reader, Rows, check_arguments
 from mr_reward.rendering import JOINED_TEMPLATES, TEMPLATE, check_template, template_hash
 
 __all__ = ["MultiResponseRewardConfig", "MultiResponseRewardModel", "RewardOutput"]
-
-_FORBIDDEN_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "inputs_embeds")
 
 
 @dataclass
@@ -98,6 +98,7 @@ class MultiResponseRewardModel(PreTrainedModel):
         self.head = ValueHead(
             hidden_size, config.head_hidden_size or hidden_size, config.head_activation, bias=config.head_bias
         )
+        self.fast_path = FastPath()
         self.processor: Any = None
         self.model_card: str | None = None
         self._no_split_modules = getattr(self.backbone, "_no_split_modules", None)
@@ -119,6 +120,7 @@ class MultiResponseRewardModel(PreTrainedModel):
         head_hidden_size: int | None = None,
         head_activation: str = "silu",
         score_scale: float | None = None,
+        attn_implementation: str | None = None,
         **load_options: Any,
     ) -> MultiResponseRewardModel:
         """Put a new value head and new readout vectors on a pretrained language or vision-language model.
@@ -136,7 +138,8 @@ class MultiResponseRewardModel(PreTrainedModel):
             head_hidden_size: width of the value head's hidden layer; None for the backbone's width.
             head_activation: `selu` or a name of transformers' `ACT2FN`.
             score_scale: factor on the head's output; None for 1, or for 1 / sqrt(width) with the paper's templates.
-            **load_options: passed on to transformers' `from_pretrained` (`dtype`, `attn_implementation`, `revision`).
+            attn_implementation: attention backend; None for the fastest, see `mr_reward.fast_path.choose_attention`.
+            **load_options: passed on to transformers' `from_pretrained` (`dtype`, `revision`).
 
         Returns:
             A reward model with an untrained head, in evaluation mode.
@@ -153,6 +156,7 @@ class MultiResponseRewardModel(PreTrainedModel):
             base, name = backbone.base_model, backbone.config.name_or_path or None
         else:
             name = str(backbone)
+            load_options |= load_attention(attn_implementation)
             base = AutoModel.from_pretrained(name, **load_options)
             processor = processor if processor is not None else load_processor(name, load_options.get("revision"))
         joined = template in JOINED_TEMPLATES
@@ -172,9 +176,10 @@ class MultiResponseRewardModel(PreTrainedModel):
             backbone_name_or_path=name,
             backbone_revision=getattr(base.config, "_commit_hash", None),
             # A new configuration would reset the choice in the backbone's.
-            attn_implementation=base.config.get_text_config()._attn_implementation,
+            **load_attention(base.config.get_text_config()._attn_implementation),
         )
         model = cls(config, backbone=base)
+        choose_attention(base, attn_implementation)
         if model.readouts is not None:
             model.readouts.initialise_from(base.get_input_embeddings())
         model.to(base.device)
@@ -205,6 +210,8 @@ class MultiResponseRewardModel(PreTrainedModel):
         revision = kwargs.get("revision")
         wants_info = kwargs.pop("output_loading_info", False)
         template = kwargs.pop("template", None)
+        attention = kwargs.pop("attn_implementation", None)
+        kwargs |= load_attention(attention)
         info: dict[str, Any] = {}
         if is_paper_format(name, revision):
             model = cls._from_paper_format(name, template or JOINED_TEMPLATES[0], kwargs)
@@ -229,6 +236,7 @@ class MultiResponseRewardModel(PreTrainedModel):
                 model.model_card = read_card(name, revision)
             found = template_hash(model.processor, model.config.template)
             check_template_hash(name, model.config.template_hash, found)
+        choose_attention(model.backbone, attention)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -239,7 +247,14 @@ class MultiResponseRewardModel(PreTrainedModel):
         backbone = load_backbone(name, **options)
         processor = trained_separator(name, backbone, load_processor(name, revision))
         settings, weights = read_head(name, backbone.config.get_text_config().hidden_size, revision)
-        model = cls.from_backbone(backbone, layout="causal", template=template, processor=processor, **settings)
+        model = cls.from_backbone(
+            backbone,
+            layout="causal",
+            template=template,
+            processor=processor,
+            attn_implementation=options.get("attn_implementation"),
+            **settings,
+        )
         model.head.load_state_dict(weights)
         return model
 
@@ -336,6 +351,7 @@ class MultiResponseRewardModel(PreTrainedModel):
         offsets: Tensor,
         score_sites: Tensor,
         response_mask: Tensor,
+        plan: GroupPlan | None = None,
         **media: Any,
     ) -> RewardOutput:
         """Score packed rows; `PackedBatch.model_inputs()` gives the arguments.
@@ -347,6 +363,7 @@ class MultiResponseRewardModel(PreTrainedModel):
             offsets: (B, L) int64.
             score_sites: (B, N) int64 token indices; 0 in empty slots.
             response_mask: (B, N) bool, True where there is a response.
+            plan: of the rows, so that a GPU need not be waited for to read it off them; None makes it.
             **media: the family's media tensors.
 
         Returns:
@@ -356,36 +373,22 @@ class MultiResponseRewardModel(PreTrainedModel):
             BackendError: an argument that would replace the layout's mask or positions, or a backend changed after
                 construction to one that cannot express the layout.
         """
-        for key in _FORBIDDEN_ARGUMENTS:
-            value = media.pop(key, None)
-            if value is not None and value is not False:  # by identity: a mask tensor cannot be compared
-                raise BackendError(
-                    f"forward got {key}, but mask and positions follow from the layout {self.config.layout!r}; "
-                    f"{key} would silently let responses see each other; leave it out"
-                )
-        unknown = set(media) - set(self.adapter.media_keys) - {"mm_token_type_ids"}
-        if unknown:
-            raise ConfigurationError(
-                f"forward got unknown arguments {sorted(unknown)}; "
-                f"this backbone takes the media tensors {self.adapter.media_keys}"
-            )
-        inputs_embeds = self.get_input_embeddings()(input_ids)
-        if self.readouts is not None:
-            inputs_embeds = self.readouts(inputs_embeds, kinds)
-        hidden = self.backbone(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask(
-                self.config.layout,
-                self.attention_backend,
-                segments,
-                kinds,
-                inputs_embeds.dtype,
-                self.adapter.media_block_ids(media),
-            ),
-            position_ids=self.adapter.position_ids(self.backbone, input_ids, segments, offsets, media),
-            use_cache=False,
-            **self.adapter.forward_arguments(input_ids, media),
-        ).last_hidden_state
-        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-        scores = self.head(hidden[rows, score_sites]) * self.config.score_scale
+        check_arguments(media, self.adapter.media_keys, self.config.layout)
+        check_backend(self.config.layout, self.attention_backend, self.adapter.media_blocks)
+        reader = Reader(
+            backbone=self.backbone,
+            adapter=self.adapter,
+            readouts=self.readouts,
+            layout=self.config.layout,
+            backend=self.attention_backend,
+        )
+        rows = Rows(
+            input_ids=input_ids,
+            segments=segments,
+            kinds=kinds,
+            offsets=offsets,
+            score_sites=score_sites,
+            media=media,
+        )
+        scores = self.head(self.fast_path.read(reader, rows, plan)) * self.config.score_scale
         return RewardOutput(scores=scores.masked_fill(~response_mask, 0.0))

@@ -175,14 +175,15 @@ def test_what_stands_at_padding_and_readout_sites_does_not_matter(layout: str, p
 
 @pytest.mark.parametrize(("name", "images"), BACKBONES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_eager_equals_sdpa(layout: str, name: str, images: int) -> None:
+@pytest.mark.parametrize("backend", ["sdpa", "mr_group"])
+def test_every_backend_equals_eager(backend: str, layout: str, name: str, images: int) -> None:
     groups = mixed_batch(random.Random(2), 5, images, 0)
-    eager = reward_model(name, layout, backend="eager")
-    sdpa = reward_model(name, layout)
-    assert (eager.attention_backend, sdpa.attention_backend) == ("eager", "sdpa")
+    eager, other = (reward_model(name, layout, backend=backend) for backend in ("eager", backend))
+    assert (eager.attention_backend, other.attention_backend) == ("eager", backend)
     for padding_side in ("left", "right"):
-        for found, expected in zip(score(eager, groups, padding_side), score(sdpa, groups, padding_side), strict=True):
+        for found, expected in zip(score(other, groups, padding_side), score(eager, groups, padding_side), strict=True):
             assert_close(found, expected, ROUNDING)
+    assert other.fast_path.num_fallbacks == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from mr_reward import MultiResponseRewardModel, ResponseGroup
 from mr_reward.data import tiny, tiny_molmo2
+from mr_reward.group_attention import GROUP_ATTENTION
 from mr_reward.packing import PackedBatch, PackedRow, Packer, collate
 from mr_reward.rendering import Renderer
 
@@ -93,19 +94,18 @@ def _shared_model(name: str, layout: str, backend: str) -> MultiResponseRewardMo
 def _build(name: str, layout: str, backend: str, **options: Any) -> MultiResponseRewardModel:
     members = family(name)
     backbone = members.full_model
-    if options or backend != "sdpa":
+    if options or backend != GROUP_ATTENTION:
         backbone = copy.deepcopy(backbone)
-        backbone.set_attn_implementation(backend)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         options.pop("fresh", None)
         return MultiResponseRewardModel.from_backbone(
-            backbone, layout=layout, processor=members.processor, **options
+            backbone, layout=layout, processor=members.processor, attn_implementation=backend, **options
         ).eval()
 
 
 def reward_model(
-    name: str, layout: str = "set", *, backend: str = "sdpa", fresh: bool = False, **options: Any
+    name: str, layout: str = "set", *, backend: str = GROUP_ATTENTION, fresh: bool = False, **options: Any
 ) -> MultiResponseRewardModel:
     """A reward model whose head and readout vectors are the same for every layout and backend.
 

@@ -1,0 +1,392 @@
+"""Attention that does only the visible work of packed rows: an attention implementation of transformers, `mr_group`.
+
+A dense mask computes every pair of tokens and throws most of them away. Here the rows lie end to end in one row
+without padding, and its parts are taken one by one: each prompt and each response attends to itself causally, all
+responses of a prompt to the prompt, the comparison tokens of `set` to the summaries of the other responses. The parts
+are merged by their log-sum-exp, which is exact. The `GroupPlan` travels to the layers as a keyword argument of the
+backbone's forward. Without one, `mr_group` is transformers' `sdpa`.
+
+Legend: B rows (one group each), N responses, L tokens of the longest row, T tokens of all rows, h heads, d width of a
+head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from mr_reward.errors import BackendError, ConfigurationError
+from mr_reward.layouts import PADDING_SEGMENT, PROMPT_SEGMENT, TokenKind
+from mr_reward.ragged_attention import Part, Ragged, RaggedSequence, attend, gradients
+
+__all__ = ["GROUP_ATTENTION", "GroupPlan", "group_attention"]
+
+GROUP_ATTENTION = "mr_group"
+
+# What some families add to attention and this one has not: the scores would be wrong without an error.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+_States = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Exchange:
+    """The comparison tokens and the summaries they see beside their own.
+
+    Args:
+        comparisons: (G, N) int64 sites of queries; any site in empty slots.
+        summaries: (G, S) int64 sites of keys.
+        seen: (G, N, S) bool.
+        real: int64 places of the real slots among the G * N; None if all are.
+    """
+
+    comparisons: Tensor
+    summaries: Tensor
+    seen: Tensor
+    real: Tensor | None
+
+    @property
+    def sites(self) -> Tensor:
+        """(comparison tokens,) int64."""
+        sites = self.comparisons.flatten()
+        return sites if self.real is None else sites[self.real]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """A prompt in which some tokens see each other in both directions.
+
+    Args:
+        start: first token.
+        mask: (P, P) bool.
+    """
+
+    start: int
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupPlan:
+    """Where everything is in a row of T tokens that holds all rows of a batch, made once for all layers.
+
+    Args:
+        tokens: (T,) int64, the tokens that are not padding as places in the flattened batch.
+        row_lengths: B numbers of tokens.
+        own: each prompt and each response, causally.
+        prompts: the responses of each prompt and the prompt they see.
+        exchange: for `set`.
+        blocks: prompts with media blocks.
+    """
+
+    tokens: Tensor
+    row_lengths: tuple[int, ...]
+    own: Ragged
+    prompts: Ragged
+    exchange: _Exchange | None
+    blocks: tuple[_Block, ...]
+
+    @classmethod
+    def of(
+        cls,
+        layout: str,
+        segments: Tensor,
+        kinds: Tensor,
+        blocks: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> GroupPlan:
+        """Read the structure off a batch. On a GPU that waits for it, so give tensors that are still on the CPU.
+
+        Args:
+            layout: `causal`, `isolated` or `set`.
+            segments: (B, L) int64, see `mr_reward.layouts`.
+            kinds: (B, L) int64.
+            blocks: (B, L) int64 or None, see `mr_reward.layouts.visible`.
+            device: of the plan's tensors; None for that of `segments`.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ConfigurationError: the tokens of a segment do not lie side by side.
+            BackendError: a device without a kernel.
+        """
+        device = segments.device if device is None else device
+        segments, kinds = segments.cpu(), kinds.cpu()
+        tokens = (segments != PADDING_SEGMENT).flatten().nonzero()[:, 0]
+        rows = _read_rows(segments, tokens)
+        masks = {} if blocks is None else _block_masks(rows, blocks.cpu().flatten()[tokens])
+        own, prompts = [], []
+        for row in rows:
+            (start, length), *responses = row
+            if layout == "causal" and start not in masks:
+                length += sum(size for _, size in responses)
+                responses = []
+            elif layout == "causal":
+                responses = [(start + length, sum(size for _, size in responses))]
+            if start not in masks:
+                own.append(RaggedSequence(start, length, start, length))
+            own += [RaggedSequence(site, size, site, size) for site, size in responses]
+            num_queries = sum(size for _, size in responses)
+            prompts.append(RaggedSequence(start + length, num_queries, start, length))
+        exchange = None
+        if layout == "set":
+            exchange = _exchange(rows, kinds.flatten()[tokens], device)
+        return cls(
+            tokens=tokens.to(device, non_blocking=True),
+            row_lengths=tuple(sum(size for _, size in row) for row in rows),
+            own=Ragged(own, causal=True, device=device),
+            prompts=Ragged(prompts, causal=False, device=device),
+            exchange=exchange,
+            blocks=tuple(_Block(start, mask.to(device, non_blocking=True)) for start, mask in masks.items()),
+        )
+
+
+def group_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    group_plan: GroupPlan | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """As transformers' attention functions.
+
+    Args:
+        module: the attention layer.
+        query: (1, h, T, d).
+        key: (1, h', T, d).
+        value: like `key`.
+        attention_mask: used without a plan only; the plan says it all.
+        scaling: of the logits.
+        dropout: of attention; 0.
+        group_plan: where everything is.
+        **options: what else the layer says.
+
+    Returns:
+        (1, T, h, d), and no weights.
+
+    Raises:
+        BackendError: the layer wants something that this attention cannot do.
+    """
+    # A vision tower is handed the plan of the row too, and is none of its business.
+    if group_plan is None or not getattr(module, "is_causal", True):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    wanted = [name for name in _UNSUPPORTED if options.get(name) is not None] + ["dropout"] * (dropout > 0)
+    if wanted:
+        raise BackendError(
+            f"{type(module).__name__} uses {', '.join(wanted)} in attention, which {GROUP_ATTENTION!r} cannot do; use "
+            "attn_implementation='sdpa' or 'eager'"
+        )
+    states = tuple(tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states):
+        out = _MergedAttention.apply(*states, group_plan, scaling)
+    else:
+        out, _ = _merge_parts(states, group_plan, scaling)
+    return out[None], None
+
+
+AttentionInterface.register(GROUP_ATTENTION, group_attention)
+AttentionMaskInterface.register(GROUP_ATTENTION, sdpa_mask)
+
+
+class _MergedAttention(torch.autograd.Function):
+    """`_merge_parts` with the gradients of its parts."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: GroupPlan, scale: float | None) -> Tensor:
+        out, lse = _merge_parts((query, key, value), plan, scale)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.plan, ctx.scale = plan, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *states, out, lse = ctx.saved_tensors
+        query, key, value = states
+        grads = tuple(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in states)
+        grad = grad.contiguous()
+        for ragged in (ctx.plan.own, ctx.plan.prompts):
+            gradients(grad, (query, key, value), out, lse, ragged, ctx.scale, grads)
+        for block in ctx.plan.blocks:
+            _block_gradients(grad, (query, key, value), block, ctx.scale, grads)
+        if ctx.plan.exchange is not None:
+            _exchange_gradients(grad, (query, key, value), out, lse, ctx.plan.exchange, ctx.scale, grads)
+        return (*grads, None, None)
+
+
+def _merge_parts(states: _States, plan: GroupPlan, scale: float | None) -> tuple[Tensor, Tensor]:
+    """(T, h, d) and the log-sum-exp (T, h) of all that each query sees; not set where a prompt has media blocks."""
+    query, key, value = states
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    lse = torch.zeros(query.shape[:2], dtype=wide, device=query.device)
+    for part in attend(query, key, value, plan.own, scale):
+        out[part.sites], lse[part.sites] = part.out, part.lse
+    for block in plan.blocks:
+        site = slice(block.start, block.start + len(block.mask))
+        out[site] = _attend_block(tuple(tensor[site] for tensor in states), block.mask, scale)
+    for part in attend(query, key, value, plan.prompts, scale):
+        _merge(out, lse, part)
+    if plan.exchange is not None:
+        _merge(out, lse, _attend_summaries(states, plan.exchange, scale))
+    return out, lse
+
+
+def _merge(out: Tensor, lse: Tensor, part: Part) -> None:
+    """Merge what more keys gave into what was found before."""
+    before = lse[part.sites]
+    weight = torch.sigmoid(part.lse - before)[..., None].to(out.dtype)
+    if isinstance(part.sites, slice):  # in place
+        torch.lerp(out[part.sites], part.out, weight, out=out[part.sites])
+    else:
+        out[part.sites] = torch.lerp(out[part.sites], part.out, weight)
+    lse[part.sites] = torch.logaddexp(before, part.lse)
+
+
+def _attend_block(states: _States, mask: Tensor, scale: float | None) -> Tensor:
+    """A prompt with a mask, (P, h, d) -> (P, h, d)."""
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in states)
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:  # with a mask, not every kernel takes fewer heads of keys
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out[0].transpose(0, 1)
+
+
+def _block_gradients(grad: Tensor, states: _States, block: _Block, scale: float | None, grads: _States) -> None:
+    site = slice(block.start, block.start + len(block.mask))
+    with torch.enable_grad():
+        leaves = tuple(tensor[site].detach().requires_grad_() for tensor in states)
+        found = torch.autograd.grad(_attend_block(leaves, block.mask, scale), leaves, grad[site])
+    for total, part in zip(grads, found, strict=True):
+        total[site] += part
+
+
+def _exchange_states(states: _States, exchange: _Exchange) -> _States:
+    """(G, N, h', r, d), (G, S, h', d), (G, S, h', d) in float32 or wider, where r query heads share a key head."""
+    query, key, value = states
+    wide = torch.promote_types(query.dtype, torch.float32)
+    shared = (key.shape[1], query.shape[1] // key.shape[1])
+    return (
+        query[exchange.comparisons].to(wide).unflatten(2, shared),
+        key[exchange.summaries].to(wide),
+        value[exchange.summaries].to(wide),
+    )
+
+
+def _exchange_logits(query: Tensor, key: Tensor, exchange: _Exchange, scale: float | None) -> Tensor:
+    """(G, h', r, N, S)."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.einsum("gnhrd,gshd->ghrns", query, key) * scale
+    return logits.masked_fill(~exchange.seen[:, None, None], -torch.inf)
+
+
+def _flat_slots(tensor: Tensor, exchange: _Exchange) -> Tensor:
+    """(G, N, h', r, ...) -> (comparison tokens, h, ...)."""
+    tensor = tensor.flatten(2, 3).flatten(0, 1)
+    return tensor if exchange.real is None else tensor.index_select(0, exchange.real)
+
+
+def _attend_summaries(states: _States, exchange: _Exchange, scale: float | None) -> Part:
+    query, key, value = _exchange_states(states, exchange)
+    logits = _exchange_logits(query, key, exchange, scale)
+    # A comparison token of a group of one sees nothing here: its log-sum-exp is -inf, and merging leaves it alone.
+    largest = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+    weights = (logits - largest).exp()
+    total = weights.sum(-1, keepdim=True)
+    lse = (largest + total.log())[..., 0]
+    out = torch.einsum("ghrns,gshd->gnhrd", weights / total.clamp_min(torch.finfo(logits.dtype).tiny), value)
+    lse = _flat_slots(lse.permute(0, 3, 1, 2), exchange)
+    return Part(exchange.sites, _flat_slots(out, exchange).to(states[0].dtype), lse)
+
+
+def _exchange_gradients(
+    grad: Tensor,
+    states: _States,
+    out: Tensor,
+    lse: Tensor,
+    exchange: _Exchange,
+    scale: float | None,
+    grads: _States,
+) -> None:
+    """Of the merged softmax: probabilities are exp(logit - lse) with the merged lse, as in `gradients`."""
+    query, key, value = _exchange_states(states, exchange)
+    shared = query.shape[2:4]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    slots = exchange.comparisons
+    upstream = grad[slots].to(query.dtype).unflatten(2, shared)
+    total = lse[slots].unflatten(2, shared).permute(0, 2, 3, 1)[..., None]
+    weights = (_exchange_logits(query, key, exchange, scale) - total).exp()  # (G, h', r, N, S), 0 where unseen
+    along = torch.einsum("gnhrd,gnhrd->ghrn", upstream, out[slots].to(query.dtype).unflatten(2, shared))
+    slope = weights * (torch.einsum("gnhrd,gshd->ghrns", upstream, value) - along[..., None]) * scale
+    of_query = _flat_slots(torch.einsum("ghrns,gshd->gnhrd", slope, key), exchange)
+    of_key = torch.einsum("ghrns,gnhrd->gshd", slope, query)
+    of_value = torch.einsum("ghrns,gnhrd->gshd", weights, upstream)
+    found = (
+        (exchange.sites, of_query),
+        (exchange.summaries.flatten(), of_key),
+        (exchange.summaries.flatten(), of_value),
+    )
+    for total_grad, (sites, part) in zip(grads, found, strict=True):
+        part = part if part.ndim == 3 else part.flatten(0, 1)
+        total_grad.index_add_(0, sites, part.to(total_grad.dtype))
+
+
+def _read_rows(segments: Tensor, tokens: Tensor) -> list[list[tuple[int, int]]]:
+    """For each row (first token, number of tokens) of the prompt, which may have none, and of each response."""
+    length = segments.shape[1]
+    most = int(segments.max()) + 1
+    names = tokens // length * most + segments.flatten()[tokens]
+    found, counts = torch.unique_consecutive(names, return_counts=True)
+    if (found.diff() <= 0).any():
+        raise ConfigurationError(
+            "the tokens of a segment do not lie side by side, or not in the order of the segments; pack the rows with "
+            "Packer and collate"
+        )
+    rows: list[list[tuple[int, int]]] = []
+    start, last = 0, -1
+    for name, count in zip(found.tolist(), counts.tolist(), strict=True):
+        row, segment = divmod(name, most)
+        if row != last:
+            rows.append([] if segment == PROMPT_SEGMENT else [(start, 0)])
+        rows[-1].append((start, count))
+        start, last = start + count, row
+    return rows
+
+
+def _block_masks(rows: Sequence[list[tuple[int, int]]], blocks: Tensor) -> dict[int, Tensor]:
+    """The masks of the prompts that have blocks, by their first token."""
+    masks = {}
+    for (start, length), *_ in rows:
+        own = blocks[start : start + length]
+        if (own >= 0).any():
+            together = (own[:, None] == own[None, :]) & (own >= 0)[:, None]
+            masks[start] = together | torch.ones(length, length, dtype=torch.bool).tril()
+    return masks
+
+
+def _exchange(rows: Sequence[list[tuple[int, int]]], kinds: Tensor, device: torch.device) -> _Exchange:
+    """Both sites of each response; they follow its text."""
+    counts = torch.tensor([len(row) - 1 for row in rows])
+    real = torch.arange(int(counts.max())) < counts[:, None]
+    sites = []
+    for kind in (TokenKind.COMPARISON, TokenKind.SUMMARY):
+        padded = torch.zeros(real.shape, dtype=torch.long)
+        padded[real] = (kinds == kind).nonzero()[:, 0]
+        sites.append(padded.to(device, non_blocking=True))
+    seen = real[:, None] & real[:, :, None] & ~torch.eye(real.shape[1], dtype=torch.bool)
+    places = None if bool(real.all()) else real.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+    return _Exchange(*sites, seen.to(device, non_blocking=True), places)
