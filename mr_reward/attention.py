@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from mr_reward.errors import BackendError
-from mr_reward.group_attention import GROUP_ATTENTION, GroupPlan
+from mr_reward.group_attention import GROUP_ATTENTION
+from mr_reward.group_plan import GroupPlan
 from mr_reward.layouts import PADDING_SEGMENT, TokenKind, check_layout, visible
 
 __all__ = ["BACKENDS", "attention_mask", "check_backend", "flat_arguments", "is_flat"]

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from mr_reward.attention import is_flat
 from mr_reward.errors import BackendError
-from mr_reward.group_attention import GROUP_ATTENTION, GroupPlan
+from mr_reward.group_attention import GROUP_ATTENTION
+from mr_reward.group_plan import GroupPlan
 from mr_reward.layouts import PADDING_SEGMENT, plan_row
 from mr_reward.reading import Reader, Rows
 
@@ -87,29 +88,44 @@ class FastPath:
         Returns:
             (B, N, H) hidden states at the score sites.
         """
-        if not is_flat(reader.backend):
-            return reader.padded(rows)
-        if reader.backend == GROUP_ATTENTION:
-            weight = reader.backbone.get_input_embeddings().weight  # type: ignore[operator]
-            device, dtype = rows.input_ids.device, weight.dtype
-            if torch.is_autocast_enabled(device.type):
-                dtype = torch.get_autocast_dtype(device.type)
-            if not _has_kernel(device, dtype):
-                return reader.padded(rows)
-            key = (device.type, dtype)
-            if key not in self._passed:
-                self._passed[key] = _passes_check(reader, device, dtype)
-            if not self._passed[key]:
-                self.num_fallbacks += 1
-                return reader.padded(rows)
-        return reader.flat(rows, plan)
+        if self.is_flat(reader, rows.input_ids.device):
+            return reader.flat(rows, plan)
+        self.num_fallbacks += self._passed.get(_place(reader, rows.input_ids.device)) is False
+        return reader.padded(rows)
+
+    def is_flat(self, reader: Reader, device: torch.device) -> bool:
+        """Whether rows are read end to end; checks it if it was not yet.
+
+        Args:
+            reader: what reads.
+            device: where.
+
+        Returns:
+            False if the dense mask is used.
+        """
+        if reader.backend != GROUP_ATTENTION:
+            return is_flat(reader.backend)
+        place = _place(reader, device)
+        if not _has_kernel(*place):
+            return False
+        if place not in self._passed:
+            self._passed[place] = _passes_check(reader, device, place[1])
+        return self._passed[place]
 
 
-def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+def _place(reader: Reader, device: torch.device) -> tuple[str, torch.dtype]:
+    """Type of the device, and the dtype that attention gets to see there."""
+    dtype = reader.backbone.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return device.type, dtype
+
+
+def _has_kernel(device_type: str, dtype: torch.dtype) -> bool:
     """On CUDA there is one for half precision without gradients."""
-    if device.type == "cuda":
+    if device_type == "cuda":
         return dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled()
-    return device.type == "cpu"
+    return device_type == "cpu"
 
 
 def _passes_check(reader: Reader, device: torch.device, dtype: torch.dtype) -> bool:

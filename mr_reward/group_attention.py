@@ -12,8 +12,8 @@ head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mr_reward.errors import BackendError, ConfigurationError
-from mr_reward.layouts import PADDING_SEGMENT, PROMPT_SEGMENT, TokenKind
-from mr_reward.ragged_attention import Part, Ragged, RaggedSequence, attend, gradients
+from mr_reward.errors import BackendError
+from mr_reward.group_plan import Block, Exchange, GroupPlan
+from mr_reward.ragged_attention import Part, attend, gradients
 
-__all__ = ["GROUP_ATTENTION", "GroupPlan", "group_attention"]
+__all__ = ["GROUP_ATTENTION", "group_attention"]
 
 GROUP_ATTENTION = "mr_group"
 
@@ -35,118 +35,6 @@ GROUP_ATTENTION = "mr_group"
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 _States = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Exchange:
-    """The comparison tokens and the summaries they see beside their own.
-
-    Args:
-        comparisons: (G, N) int64 sites of queries; any site in empty slots.
-        summaries: (G, S) int64 sites of keys.
-        seen: (G, N, S) bool.
-        real: int64 places of the real slots among the G * N; None if all are.
-    """
-
-    comparisons: Tensor
-    summaries: Tensor
-    seen: Tensor
-    real: Tensor | None
-
-    @property
-    def sites(self) -> Tensor:
-        """(comparison tokens,) int64."""
-        sites = self.comparisons.flatten()
-        return sites if self.real is None else sites[self.real]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Block:
-    """A prompt in which some tokens see each other in both directions.
-
-    Args:
-        start: first token.
-        mask: (P, P) bool.
-    """
-
-    start: int
-    mask: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GroupPlan:
-    """Where everything is in a row of T tokens that holds all rows of a batch, made once for all layers.
-
-    Args:
-        tokens: (T,) int64, the tokens that are not padding as places in the flattened batch.
-        row_lengths: B numbers of tokens.
-        own: each prompt and each response, causally.
-        prompts: the responses of each prompt and the prompt they see.
-        exchange: for `set`.
-        blocks: prompts with media blocks.
-    """
-
-    tokens: Tensor
-    row_lengths: tuple[int, ...]
-    own: Ragged
-    prompts: Ragged
-    exchange: _Exchange | None
-    blocks: tuple[_Block, ...]
-
-    @classmethod
-    def of(
-        cls,
-        layout: str,
-        segments: Tensor,
-        kinds: Tensor,
-        blocks: Tensor | None = None,
-        device: torch.device | None = None,
-    ) -> GroupPlan:
-        """Read the structure off a batch. On a GPU that waits for it, so give tensors that are still on the CPU.
-
-        Args:
-            layout: `causal`, `isolated` or `set`.
-            segments: (B, L) int64, see `mr_reward.layouts`.
-            kinds: (B, L) int64.
-            blocks: (B, L) int64 or None, see `mr_reward.layouts.visible`.
-            device: of the plan's tensors; None for that of `segments`.
-
-        Returns:
-            The plan.
-
-        Raises:
-            ConfigurationError: the tokens of a segment do not lie side by side.
-            BackendError: a device without a kernel.
-        """
-        device = segments.device if device is None else device
-        segments, kinds = segments.cpu(), kinds.cpu()
-        tokens = (segments != PADDING_SEGMENT).flatten().nonzero()[:, 0]
-        rows = _read_rows(segments, tokens)
-        masks = {} if blocks is None else _block_masks(rows, blocks.cpu().flatten()[tokens])
-        own, prompts = [], []
-        for row in rows:
-            (start, length), *responses = row
-            if layout == "causal" and start not in masks:
-                length += sum(size for _, size in responses)
-                responses = []
-            elif layout == "causal":
-                responses = [(start + length, sum(size for _, size in responses))]
-            if start not in masks:
-                own.append(RaggedSequence(start, length, start, length))
-            own += [RaggedSequence(site, size, site, size) for site, size in responses]
-            num_queries = sum(size for _, size in responses)
-            prompts.append(RaggedSequence(start + length, num_queries, start, length))
-        exchange = None
-        if layout == "set":
-            exchange = _exchange(rows, kinds.flatten()[tokens], device)
-        return cls(
-            tokens=tokens.to(device, non_blocking=True),
-            row_lengths=tuple(sum(size for _, size in row) for row in rows),
-            own=Ragged(own, causal=True, device=device),
-            prompts=Ragged(prompts, causal=False, device=device),
-            exchange=exchange,
-            blocks=tuple(_Block(start, mask.to(device, non_blocking=True)) for start, mask in masks.items()),
-        )
 
 
 def group_attention(
@@ -190,7 +78,7 @@ def group_attention(
             f"{type(module).__name__} uses {', '.join(wanted)} in attention, which {GROUP_ATTENTION!r} cannot do; use "
             "attn_implementation='sdpa' or 'eager'"
         )
-    states = tuple(tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    states = _each(lambda tensor: tensor[0].transpose(0, 1), (query, key, value))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states):
         out = _MergedAttention.apply(*states, group_plan, scaling)
     else:
@@ -200,6 +88,12 @@ def group_attention(
 
 AttentionInterface.register(GROUP_ATTENTION, group_attention)
 AttentionMaskInterface.register(GROUP_ATTENTION, sdpa_mask)
+
+
+def _each(function: Callable[[Tensor], Tensor], states: Sequence[Tensor]) -> _States:
+    """Apply to query, key and value."""
+    query, key, value = states
+    return function(query), function(key), function(value)
 
 
 class _MergedAttention(torch.autograd.Function):
@@ -213,17 +107,17 @@ class _MergedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        *states, out, lse = ctx.saved_tensors
-        query, key, value = states
-        grads = tuple(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in states)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        states = _each(lambda tensor: tensor, inputs)
+        grads = _each(lambda tensor: torch.zeros_like(tensor, memory_format=torch.contiguous_format), states)
         grad = grad.contiguous()
         for ragged in (ctx.plan.own, ctx.plan.prompts):
-            gradients(grad, (query, key, value), out, lse, ragged, ctx.scale, grads)
+            gradients(grad, states, out, lse, ragged, ctx.scale, grads)
         for block in ctx.plan.blocks:
-            _block_gradients(grad, (query, key, value), block, ctx.scale, grads)
+            _block_gradients(grad, states, block, ctx.scale, grads)
         if ctx.plan.exchange is not None:
-            _exchange_gradients(grad, (query, key, value), out, lse, ctx.plan.exchange, ctx.scale, grads)
+            _exchange_gradients(grad, states, out, lse, ctx.plan.exchange, ctx.scale, grads)
         return (*grads, None, None)
 
 
@@ -237,7 +131,7 @@ def _merge_parts(states: _States, plan: GroupPlan, scale: float | None) -> tuple
         out[part.sites], lse[part.sites] = part.out, part.lse
     for block in plan.blocks:
         site = slice(block.start, block.start + len(block.mask))
-        out[site] = _attend_block(tuple(tensor[site] for tensor in states), block.mask, scale)
+        out[site] = _attend_block(_each(operator.itemgetter(site), states), block.mask, scale)
     for part in attend(query, key, value, plan.prompts, scale):
         _merge(out, lse, part)
     if plan.exchange is not None:
@@ -266,16 +160,16 @@ def _attend_block(states: _States, mask: Tensor, scale: float | None) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-def _block_gradients(grad: Tensor, states: _States, block: _Block, scale: float | None, grads: _States) -> None:
+def _block_gradients(grad: Tensor, states: _States, block: Block, scale: float | None, grads: _States) -> None:
     site = slice(block.start, block.start + len(block.mask))
     with torch.enable_grad():
-        leaves = tuple(tensor[site].detach().requires_grad_() for tensor in states)
+        leaves = _each(lambda tensor: tensor[site].detach().requires_grad_(), states)
         found = torch.autograd.grad(_attend_block(leaves, block.mask, scale), leaves, grad[site])
     for total, part in zip(grads, found, strict=True):
         total[site] += part
 
 
-def _exchange_states(states: _States, exchange: _Exchange) -> _States:
+def _exchange_states(states: _States, exchange: Exchange) -> _States:
     """(G, N, h', r, d), (G, S, h', d), (G, S, h', d) in float32 or wider, where r query heads share a key head."""
     query, key, value = states
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -287,20 +181,20 @@ def _exchange_states(states: _States, exchange: _Exchange) -> _States:
     )
 
 
-def _exchange_logits(query: Tensor, key: Tensor, exchange: _Exchange, scale: float | None) -> Tensor:
+def _exchange_logits(query: Tensor, key: Tensor, exchange: Exchange, scale: float | None) -> Tensor:
     """(G, h', r, N, S)."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = torch.einsum("gnhrd,gshd->ghrns", query, key) * scale
     return logits.masked_fill(~exchange.seen[:, None, None], -torch.inf)
 
 
-def _flat_slots(tensor: Tensor, exchange: _Exchange) -> Tensor:
+def _flat_slots(tensor: Tensor, exchange: Exchange) -> Tensor:
     """(G, N, h', r, ...) -> (comparison tokens, h, ...)."""
     tensor = tensor.flatten(2, 3).flatten(0, 1)
     return tensor if exchange.real is None else tensor.index_select(0, exchange.real)
 
 
-def _attend_summaries(states: _States, exchange: _Exchange, scale: float | None) -> Part:
+def _attend_summaries(states: _States, exchange: Exchange, scale: float | None) -> Part:
     query, key, value = _exchange_states(states, exchange)
     logits = _exchange_logits(query, key, exchange, scale)
     # A comparison token of a group of one sees nothing here: its log-sum-exp is -inf, and merging leaves it alone.
@@ -318,7 +212,7 @@ def _exchange_gradients(
     states: _States,
     out: Tensor,
     lse: Tensor,
-    exchange: _Exchange,
+    exchange: Exchange,
     scale: float | None,
     grads: _States,
 ) -> None:
@@ -343,50 +237,3 @@ def _exchange_gradients(
     for total_grad, (sites, part) in zip(grads, found, strict=True):
         part = part if part.ndim == 3 else part.flatten(0, 1)
         total_grad.index_add_(0, sites, part.to(total_grad.dtype))
-
-
-def _read_rows(segments: Tensor, tokens: Tensor) -> list[list[tuple[int, int]]]:
-    """For each row (first token, number of tokens) of the prompt, which may have none, and of each response."""
-    length = segments.shape[1]
-    most = int(segments.max()) + 1
-    names = tokens // length * most + segments.flatten()[tokens]
-    found, counts = torch.unique_consecutive(names, return_counts=True)
-    if (found.diff() <= 0).any():
-        raise ConfigurationError(
-            "the tokens of a segment do not lie side by side, or not in the order of the segments; pack the rows with "
-            "Packer and collate"
-        )
-    rows: list[list[tuple[int, int]]] = []
-    start, last = 0, -1
-    for name, count in zip(found.tolist(), counts.tolist(), strict=True):
-        row, segment = divmod(name, most)
-        if row != last:
-            rows.append([] if segment == PROMPT_SEGMENT else [(start, 0)])
-        rows[-1].append((start, count))
-        start, last = start + count, row
-    return rows
-
-
-def _block_masks(rows: Sequence[list[tuple[int, int]]], blocks: Tensor) -> dict[int, Tensor]:
-    """The masks of the prompts that have blocks, by their first token."""
-    masks = {}
-    for (start, length), *_ in rows:
-        own = blocks[start : start + length]
-        if (own >= 0).any():
-            together = (own[:, None] == own[None, :]) & (own >= 0)[:, None]
-            masks[start] = together | torch.ones(length, length, dtype=torch.bool).tril()
-    return masks
-
-
-def _exchange(rows: Sequence[list[tuple[int, int]]], kinds: Tensor, device: torch.device) -> _Exchange:
-    """Both sites of each response; they follow its text."""
-    counts = torch.tensor([len(row) - 1 for row in rows])
-    real = torch.arange(int(counts.max())) < counts[:, None]
-    sites = []
-    for kind in (TokenKind.COMPARISON, TokenKind.SUMMARY):
-        padded = torch.zeros(real.shape, dtype=torch.long)
-        padded[real] = (kinds == kind).nonzero()[:, 0]
-        sites.append(padded.to(device, non_blocking=True))
-    seen = real[:, None] & real[:, :, None] & ~torch.eye(real.shape[1], dtype=torch.bool)
-    places = None if bool(real.all()) else real.flatten().nonzero()[:, 0].to(device, non_blocking=True)
-    return _Exchange(*sites, seen.to(device, non_blocking=True), places)

@@ -21,7 +21,7 @@ from mr_reward.backbones import get_adapter
 from mr_reward.configuration import MultiResponseRewardConfig, check_layers, context_tokens
 from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.fast_path import FastPath, choose_attention, load_attention
-from mr_reward.group_attention import GroupPlan
+from mr_reward.group_plan import GroupPlan
 from mr_reward.head import ReadoutVectors, ValueHead
 from mr_reward.integrity import (
     align_weights,
@@ -374,14 +374,6 @@ class MultiResponseRewardModel(PreTrainedModel):
                 construction to one that cannot express the layout.
         """
         check_arguments(media, self.adapter.media_keys, self.config.layout)
-        check_backend(self.config.layout, self.attention_backend, self.adapter.media_blocks)
-        reader = Reader(
-            backbone=self.backbone,
-            adapter=self.adapter,
-            readouts=self.readouts,
-            layout=self.config.layout,
-            backend=self.attention_backend,
-        )
         rows = Rows(
             input_ids=input_ids,
             segments=segments,
@@ -390,5 +382,24 @@ class MultiResponseRewardModel(PreTrainedModel):
             score_sites=score_sites,
             media=media,
         )
-        scores = self.head(self.fast_path.read(reader, rows, plan)) * self.config.score_scale
-        return RewardOutput(scores=scores.masked_fill(~response_mask, 0.0))
+        return RewardOutput(scores=self.read_scores(self.fast_path.read(self.reader, rows, plan), response_mask))
+
+    @property
+    def reader(self) -> Reader:
+        """Reads rows with the backbone in this model's layout."""
+        check_backend(self.config.layout, self.attention_backend, self.adapter.media_blocks)
+        return Reader(
+            backbone=self.backbone,
+            adapter=self.adapter,
+            readouts=self.readouts,
+            layout=self.config.layout,
+            backend=self.attention_backend,
+        )
+
+    def reads_flat(self) -> bool:
+        """Whether rows are read end to end, without padding, on the device and in the dtype of now."""
+        return self.fast_path.is_flat(self.reader, self.device)
+
+    def read_scores(self, hidden: Tensor, response_mask: Tensor) -> Tensor:
+        """Hidden states (B, N, H) at the score sites -> scores (B, N) float32, 0 in empty slots."""
+        return (self.head(hidden) * self.config.score_scale).masked_fill(~response_mask, 0.0)

@@ -4,7 +4,7 @@ Legend: B rows (one group each), N responses, L tokens of the longest row, P tok
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -170,7 +170,50 @@ class Packer:
                 if rendered.framing is not None:
                     prompt_length += sum(fixed)
                 raise OverLengthError(self._explain(name, prompt_length, lengths))
-        return self._build_row(rendered, lengths, kept or lengths)
+        return self.build_row(rendered, kept)
+
+    def trim(self, rendered: RenderedGroup, name: str) -> tuple[RenderedGroup, tuple[bool, ...]] | None:
+        """Apply the over-length policy to responses that are read over their prompt in several passes.
+
+        Args:
+            rendered: token ids and media.
+            name: of the group, for messages.
+
+        Returns:
+            The group, of which each response fits the budget together with the prompt, and N flags, True where tokens
+            were cut off; None if one does not fit and the policy is `drop_group`.
+
+        Raises:
+            OverLengthError: as `pack`.
+            MediaError: as `pack`.
+        """
+        check_media(rendered.media, name)
+        prompt_length, lengths = len(rendered.prompt_ids), [len(ids) for ids in rendered.response_ids]
+        limit = min(self.max_tokens, self.context_tokens or self.max_tokens) - prompt_length
+        limit -= max(self._fixed_lengths(rendered))
+        if limit < 0 or max(lengths) > limit:
+            if self.over_length == "drop_group":
+                return None
+            if self.over_length == "error" or limit < 0:
+                raise OverLengthError(
+                    f"{name}: a response of {max(lengths)} tokens does not fit beside {prompt_length} prompt tokens into "
+                    f"a pass of {self.max_tokens} tokens and a context of {self.context_tokens} positions; raise "
+                    "max_tokens_per_batch, shorten the prompt or its media, or choose over_length='drop_group' or "
+                    "'truncate_responses'"
+                )
+        cut = replace(rendered, response_ids=[ids[:limit] for ids in rendered.response_ids])
+        return cut, tuple(length > limit for length in lengths)
+
+    def num_tokens(self, rendered: RenderedGroup) -> int:
+        """L of the group's row if nothing is cut off.
+
+        Args:
+            rendered: token ids and media.
+
+        Returns:
+            Number of tokens, readout tokens and framing included.
+        """
+        return len(rendered.prompt_ids) + sum(map(len, rendered.response_ids)) + sum(self._fixed_lengths(rendered))
 
     def _fixed_lengths(self, rendered: RenderedGroup) -> list[int]:
         """Tokens beside each response that are never cut: readout tokens or the template's framing."""
@@ -206,10 +249,25 @@ class Packer:
             "prompt or its media, or choose over_length='drop_group' or 'truncate_responses'"
         )
 
-    def _build_row(self, rendered: RenderedGroup, lengths: list[int], kept: list[int]) -> PackedRow:
+    def build_row(
+        self, rendered: RenderedGroup, kept: Sequence[int] | None = None, layout: str | None = None
+    ) -> PackedRow:
+        """Lay out a rendered group without looking at the budget.
+
+        Args:
+            rendered: token ids and media; without responses it is a row of the prompt alone, without a prompt one of
+                the responses alone.
+            kept: N lengths to which the responses are cut; None cuts nothing.
+            layout: another layout than the packer's.
+
+        Returns:
+            The row.
+        """
+        lengths = [len(ids) for ids in rendered.response_ids]
+        kept = lengths if kept is None else kept
         framing = rendered.framing
         sizes = None if framing is None else [(len(before), len(after)) for before, after in framing]
-        plan = plan_row(self.layout, len(rendered.prompt_ids), kept, sizes)
+        plan = plan_row(layout or self.layout, len(rendered.prompt_ids), kept, sizes)
         input_ids = torch.zeros_like(plan.segments)
         input_ids[: len(rendered.prompt_ids)] = rendered.prompt_ids
         for i, ((start, end), ids) in enumerate(zip(plan.spans, rendered.response_ids, strict=True)):
@@ -229,12 +287,14 @@ class Packer:
         )
 
 
-def plan_batches(num_tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Put rows of similar length together so that a batch, padding included, stays within the budget.
+def plan_batches(num_tokens: Sequence[int], max_tokens: int, padded: bool = True) -> list[list[int]]:
+    """Put rows together so that the tokens that a batch computes stay within the budget.
 
     Args:
         num_tokens: length of each row, each at most `max_tokens`.
-        max_tokens: budget of a batch: rows times the longest row.
+        max_tokens: budget of a batch.
+        padded: rows are padded to the longest of a batch, so rows of similar length go together; otherwise a batch
+            computes the sum of its rows, and each row goes to the first batch that has room.
 
     Returns:
         Lists of row indices, the longest rows first, so that running out of memory shows at once.
@@ -242,15 +302,23 @@ def plan_batches(num_tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
     Example:
         >>> plan_batches([2, 5, 2], 6)
         [[1], [0, 2]]
+        >>> plan_batches([2, 5, 2, 1], 6, padded=False)
+        [[1, 3], [0, 2]]
     """
     batches: list[list[int]] = []
-    longest = 0
+    sizes: list[int] = []  # tokens of each batch; padded: of its longest row
     for row in sorted(range(len(num_tokens)), key=lambda i: -num_tokens[i]):
-        if batches and (len(batches[-1]) + 1) * longest <= max_tokens:
-            batches[-1].append(row)
+        size = num_tokens[row]
+        if padded:
+            fits = [len(batches) - 1] if batches and (len(batches[-1]) + 1) * sizes[-1] <= max_tokens else []
+        else:
+            fits = [i for i, total in enumerate(sizes) if total + size <= max_tokens][:1]
+        if fits:
+            batches[fits[0]].append(row)
+            sizes[fits[0]] += 0 if padded else size
         else:
             batches.append([row])
-            longest = num_tokens[row]
+            sizes.append(size)
     return batches
 
 

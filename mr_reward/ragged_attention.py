@@ -304,4 +304,5 @@ def _make_lengths(sequences: list[RaggedSequence], device: torch.device) -> _Len
         running(num_queries),
         running(num_keys),
     )
-    return _Lengths(*(tensor.to(device, non_blocking=True) for tensor in tensors), max(num_queries), max(num_keys))
+    queries, keys, query_starts, key_starts = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    return _Lengths(queries, keys, query_starts, key_starts, max(num_queries), max(num_keys))

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from mr_reward.attention import attention_mask, flat_arguments
 from mr_reward.backbones import BackboneAdapter
 from mr_reward.errors import BackendError, ConfigurationError
-from mr_reward.group_attention import GroupPlan
+from mr_reward.group_plan import GroupPlan
 from mr_reward.head import ReadoutVectors
+from mr_reward.prompt_cache import PromptCache
 
 __all__ = ["Reader", "Rows", "check_arguments"]
 
@@ -114,12 +115,14 @@ class Reader:
         row = torch.arange(len(hidden), device=hidden.device)[:, None]
         return hidden[row, rows.score_sites]
 
-    def flat(self, rows: Rows, plan: GroupPlan | None = None) -> Tensor:
+    def flat(self, rows: Rows, plan: GroupPlan | None = None, cache: PromptCache | None = None) -> Tensor:
         """Read the rows end to end, without padding.
 
         Args:
             rows: the rows.
             plan: of the rows; None reads it off them, for which a GPU is waited for.
+            cache: an empty one takes the row in; a frozen one holds the prompt of rows that have none, and `plan`
+                says so.
 
         Returns:
             As `padded`.
@@ -139,8 +142,9 @@ class Reader:
         input_ids = squeeze(rows.input_ids)
         hidden = self.backbone(
             inputs_embeds=self._embed(input_ids, squeeze(rows.kinds)),
-            position_ids=squeeze(self._positions(rows)),
-            use_cache=False,
+            position_ids=squeeze(self._positions(rows, cache)),
+            use_cache=cache is not None,
+            past_key_values=cache,
             **flat_arguments(self.layout, self.backend, plan, rows.segments, rows.kinds, blocks),
             **self.adapter.forward_arguments(input_ids, media),
         ).last_hidden_state[0]
@@ -148,9 +152,26 @@ class Reader:
         places[tokens] = torch.arange(len(tokens), device=tokens.device)
         return hidden[places.view_as(rows.segments).gather(1, rows.score_sites)]
 
+    def prompt(self, rows: Rows) -> PromptCache:
+        """Read a prompt alone and keep its keys and values.
+
+        Args:
+            rows: one row without responses.
+
+        Returns:
+            The cache for `flat`.
+        """
+        cache = PromptCache()
+        self.flat(rows, cache=cache)
+        positions = self._positions(rows)
+        cache.freeze(positions.shape[:-2], positions.amax() + 1)
+        return cache
+
     def _embed(self, input_ids: Tensor, kinds: Tensor) -> Tensor:
         embeds = self.backbone.get_input_embeddings()(input_ids)  # type: ignore[operator]
         return embeds if self.readouts is None else self.readouts(embeds, kinds)
 
-    def _positions(self, rows: Rows) -> Tensor:
+    def _positions(self, rows: Rows, cache: PromptCache | None = None) -> Tensor:
+        if cache is not None and cache.frozen:
+            return cache.positions(rows.offsets)
         return self.adapter.position_ids(self.backbone, rows.input_ids, rows.segments, rows.offsets, rows.media)

@@ -122,6 +122,25 @@ class RenderedGroup:
         texts = [self.texts[i] for i in indices]
         return replace(self, texts=texts, **self.joiner.join(texts))
 
+    def without_prompt(self) -> "RenderedGroup":
+        """The responses alone, for a prompt that was read before."""
+        return replace(self, prompt_ids=self.prompt_ids[:0], media={}, mm_token_type_ids=None)
+
+    def has_prompt_of(self, other: "RenderedGroup") -> bool:
+        """Whether prompt and media are the same as those of another group.
+
+        Args:
+            other: of the same renderer.
+
+        Returns:
+            True if every token and every pixel is.
+        """
+        return (
+            torch.equal(self.prompt_ids, other.prompt_ids)
+            and self.media.keys() == other.media.keys()
+            and all(torch.equal(tensor, other.media[name]) for name, tensor in self.media.items())
+        )
+
 
 def check_template(template: str, layout: str = "causal") -> None:
     """Refuse a template that does not exist or does not go with the layout.

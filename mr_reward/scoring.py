@@ -10,24 +10,30 @@ import logging
 import math
 import random
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from mr_reward.errors import ConfigurationError, NonFiniteScoreError
+from mr_reward.group_attention import GROUP_ATTENTION
+from mr_reward.group_plan import GroupPlan
 from mr_reward.groups import ResponseGroup
 from mr_reward.modeling import MultiResponseRewardModel
 from mr_reward.packing import PackedRow, Packer, collate, plan_batches
-from mr_reward.rendering import Renderer
+from mr_reward.rendering import RenderedGroup, Renderer
+from mr_reward.shared_prompts import score_over_prompt
 
 __all__ = ["GroupScorer", "GroupScores", "Scorer"]
 
 logger = logging.getLogger(__name__)
 
 _OVER_BUDGET = "over the token budget"
+# How many forward passes are prepared at a time.
+_WINDOW_PASSES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +51,27 @@ class GroupScores:
     truncated: tuple[bool, ...]
     order_spread: float = 0.0
     drop_reason: str | None = None
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """A group on its way to the model.
+
+    Args:
+        group: as given.
+        unique: its different responses.
+        rendered: those, as token ids.
+        passes: (order, row) of each pass; none if it is dropped or shares a prompt.
+        shares_with: the first of the groups that share its prompt, if they are read over it.
+        truncated: a flag for each of the different responses, if it shares a prompt.
+    """
+
+    group: ResponseGroup
+    unique: list[str]
+    rendered: RenderedGroup
+    passes: list[tuple[list[int], PackedRow]] = field(default_factory=list)
+    shares_with: _Prepared | None = None
+    truncated: tuple[bool, ...] = ()
 
 
 class Scorer(Protocol):
@@ -164,29 +191,86 @@ class GroupScorer:
             OverLengthError: a group does not fit the budget and the policy is `error`.
             NonFiniteScoreError: the model gave NaN or infinity.
         """
-        passes = [self._pack(group) for group in groups]
-        rows = [(group, row) for group, group_passes in zip(groups, passes, strict=True) for _, row in group_passes]
-        row_scores = iter(self._score_rows(rows))
-        results = [
-            self._combine(group, [(order, next(row_scores), row.truncated) for order, row in group_passes])
-            for group, group_passes in zip(groups, passes, strict=True)
-        ]
+        results: list[GroupScores] = []
+        self.model.reads_flat()  # checked here, not while a window is prepared
+        windows = self._prepare(groups)
+        # The next window is rendered, tokenized and laid out while the model runs on this one.
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="preparing") as thread:
+            following = thread.submit(next, windows, None)
+            while (window := following.result()) is not None:
+                following = thread.submit(next, windows, None)
+                results += self._score_window(window)
         num_dropped = sum(result.scores is None for result in results)
         if num_dropped:
             logger.warning("dropped %d of %d groups: %s", num_dropped, len(groups), _OVER_BUDGET)
         return results
 
-    def _pack(self, group: ResponseGroup) -> list[tuple[list[int], PackedRow]]:
-        """One (order, row) per pass over the group's unique responses; none if the group is dropped."""
+    def _prepare(self, groups: Sequence[ResponseGroup]) -> Iterator[list[_Prepared]]:
+        """Windows of some forward passes each, so that tensors of many images are never there at once."""
+        window: list[_Prepared] = []
+        room = _WINDOW_PASSES * self.max_tokens_per_batch
+        for group in groups:
+            window.append(self._render(group))
+            room -= self.packer.num_tokens(window[-1].rendered)
+            if room <= 0:
+                yield self._lay_out(window)
+                window, room = [], _WINDOW_PASSES * self.max_tokens_per_batch
+        if window:
+            yield self._lay_out(window)
+
+    def _render(self, group: ResponseGroup) -> _Prepared:
         unique = list(dict.fromkeys(group.responses))
-        rendered = self.packer.renderer.render(group.select([group.responses.index(response) for response in unique]))
+        first = [group.responses.index(response) for response in unique]
+        return _Prepared(group, unique, self.packer.renderer.render(group.select(first)))
+
+    def _lay_out(self, window: list[_Prepared]) -> list[_Prepared]:
+        """Lay each group out as rows, or let it share the reading of its prompt."""
+        shares_prompts = (
+            self.packer.layout != "causal"
+            and self.model.attention_backend == GROUP_ATTENTION
+            and self.model.reads_flat()
+        )
+        same_prompt: list[list[_Prepared]] = []
+        for item in window:
+            fellows = next((found for found in same_prompt if found[0].rendered.has_prompt_of(item.rendered)), None)
+            same_prompt.append([item]) if fellows is None else fellows.append(item)
+        for fellows in same_prompt:
+            for item in fellows:
+                too_large = self.packer.num_tokens(item.rendered) > self.max_tokens_per_batch
+                if shares_prompts and len(item.rendered.prompt_ids) and (too_large or len(fellows) > 1):
+                    trimmed = self.packer.trim(item.rendered, item.group.name)
+                    if trimmed is not None:
+                        item.rendered, item.truncated = trimmed
+                        item.shares_with = fellows[0]
+                else:
+                    item.passes = self._pack(item)
+        return window
+
+    def _pack(self, item: _Prepared) -> list[tuple[list[int], PackedRow]]:
+        """One (order, row) per pass over the group's unique responses; none if the group is dropped."""
         passes = []
-        for order in self._orders(group, len(unique)):
-            row = self.packer.lay_out(rendered.select(order), group.name)
+        for order in self._orders(item.group, len(item.unique)):
+            row = self.packer.lay_out(item.rendered.select(order), item.group.name)
             if row is None:
                 return []
             passes.append((order, row))
         return passes
+
+    def _score_window(self, window: list[_Prepared]) -> list[GroupScores]:
+        rows = [(item.group, row) for item in window for _, row in item.passes]
+        row_scores = iter(self._score_rows(rows))
+        found = {id(item): [(order, next(row_scores), row.truncated) for order, row in item.passes] for item in window}
+        sharing: dict[int, list[_Prepared]] = {}
+        for item in window:
+            if item.shares_with is not None:
+                sharing.setdefault(id(item.shares_with), []).append(item)
+        for fellows in sharing.values():
+            with torch.inference_mode():
+                scored = score_over_prompt(self.model, self.packer, [item.rendered for item in fellows])
+            for item, scores in zip(fellows, scored, strict=True):
+                _check_finite(item.group, scores)
+                found[id(item)] = [(list(range(len(scores))), scores, item.truncated)]
+        return [self._combine(item.group, found[id(item)]) for item in window]
 
     def _orders(self, group: ResponseGroup, num_unique: int) -> list[list[int]]:
         """K orders; the same group gets the same ones on any rank and in any batch."""
@@ -197,23 +281,33 @@ class GroupScorer:
             orders += [generator.sample(range(num_unique), num_unique) for _ in range(self.num_orders - 1)]
         return orders
 
-    @torch.inference_mode()
     def _score_rows(self, rows: list[tuple[ResponseGroup, PackedRow]]) -> list[list[float]]:
         scores: list[list[float]] = [[] for _ in rows]
-        for batch in plan_batches([row.num_tokens for _, row in rows], self.max_tokens_per_batch):
-            inputs = collate([rows[i][1] for i in batch]).model_inputs()
-            inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
-            with torch.inference_mode():
-                output = self.model(**inputs).scores.tolist()
-            for i, values in zip(batch, output, strict=True):
+        batches = plan_batches(
+            [row.num_tokens for _, row in rows], self.max_tokens_per_batch, padded=not self.model.reads_flat()
+        )
+        with torch.inference_mode():
+            # Nothing waits for a GPU in here: scores are fetched when all passes are under way.
+            outputs = [self.model(**self._inputs([rows[i][1] for i in batch])).scores for batch in batches]
+        for batch, output in zip(batches, outputs, strict=True):
+            for i, values in zip(batch, output.tolist(), strict=True):
                 group, row = rows[i]
                 scores[i] = values[: len(row.score_sites)]
-                if not all(map(math.isfinite, scores[i])):
-                    raise NonFiniteScoreError(
-                        f"{group.name}: scores {scores[i]} are not finite; the weights or the activations overflow, "
-                        "try a wider dtype (float32) and check the checkpoint"
-                    )
+                _check_finite(group, scores[i])
         return scores
+
+    def _inputs(self, rows: list[PackedRow]) -> dict[str, Any]:
+        """On the model's device. The plan is made before the tensors leave the CPU, so that no GPU is waited for."""
+        batch = collate(rows)
+        device = self.model.device
+        inputs: dict[str, Any] = {}
+        for name, tensor in batch.model_inputs().items():
+            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+            inputs[name] = pinned.to(device, non_blocking=True)
+        if self.model.reads_flat():
+            blocks = self.model.adapter.media_block_ids(batch.media)
+            inputs["plan"] = GroupPlan.of(self.packer.layout, batch.segments, batch.kinds, blocks, device)
+        return inputs
 
     @staticmethod
     def _combine(group: ResponseGroup, passes: list[tuple[list[int], list[float], tuple[bool, ...]]]) -> GroupScores:
@@ -232,4 +326,12 @@ class GroupScorer:
             scores=tuple(statistics.fmean(over_orders[slot]) for slot in slots),
             truncated=tuple(truncated[slot] for slot in slots),
             order_spread=statistics.fmean(map(statistics.pstdev, over_orders)),
+        )
+
+
+def _check_finite(group: ResponseGroup, scores: Sequence[float]) -> None:
+    if not all(map(math.isfinite, scores)):
+        raise NonFiniteScoreError(
+            f"{group.name}: scores {scores} are not finite; the weights or the activations overflow, "
+            "try a wider dtype (float32) and check the checkpoint"
         )

@@ -18,13 +18,22 @@ from mr_reward.errors import ConfigurationError, MediaError
 def test_from_backbone_does_not_change_the_backbone(name: str) -> None:
     full = copy.deepcopy(family(name).full_model)
     weights = {key: value.clone() for key, value in full.state_dict().items()}
-    config, backend = full.config.to_dict(), full.config.get_text_config()._attn_implementation
+    full.set_attn_implementation("sdpa")
+    config, ids = full.config.to_dict(), torch.arange(20)[None]
+    with torch.no_grad():
+        logits = full(input_ids=ids).logits
     model = MultiResponseRewardModel.from_backbone(full, layout="set", processor=family(name).processor)
     score(model, [random_group(random.Random(0), 2, images=int(family(name).sees_images))])
     for key, value in full.state_dict().items():
         assert torch.equal(value, weights[key]), key
     assert full.config.to_dict() == config
-    assert full.config.get_text_config()._attn_implementation == backend == "sdpa"
+    # Attention is another, which is the old one for whoever does not hand it a plan.
+    assert full.config.get_text_config()._attn_implementation == "mr_group"
+    with torch.no_grad():
+        assert torch.equal(full(input_ids=ids).logits, logits)
+    generated = full.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    full.set_attn_implementation("sdpa")
+    assert torch.equal(full.generate(input_ids=ids, max_new_tokens=4, do_sample=False), generated)
     assert model.backbone is full.base_model, "shared, not copied"
     assert model.get_input_embeddings() is full.get_input_embeddings()
     assert len(full.get_input_embeddings().weight) == len(weights[next(iter(k for k in weights if "embed_tok" in k))])

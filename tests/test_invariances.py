@@ -181,7 +181,9 @@ def test_every_backend_equals_eager(backend: str, layout: str, name: str, images
     eager, other = (reward_model(name, layout, backend=backend) for backend in ("eager", backend))
     assert (eager.attention_backend, other.attention_backend) == ("eager", backend)
     for padding_side in ("left", "right"):
-        for found, expected in zip(score(other, groups, padding_side), score(eager, groups, padding_side), strict=True):
+        for found, expected in zip(
+            score(other, groups, padding_side), score(eager, groups, padding_side), strict=True
+        ):
             assert_close(found, expected, ROUNDING)
     assert other.fast_path.num_fallbacks == 0
 
@@ -221,10 +223,12 @@ def test_positions_do_not_depend_on_padding(layout: str, name: str, images: int,
         ))  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "mr_group"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["qwen3_vl", "molmo2", "llama"])
-def test_what_the_backbone_is_given(name: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = reward_model(name, layout)
+def test_what_the_backbone_is_given(name: str, layout: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = reward_model(name, layout, backend=backend)
+    model.reads_flat()
     seen: dict[str, Any] = {}
     forward = model.backbone.forward
 
@@ -237,7 +241,12 @@ def test_what_the_backbone_is_given(name: str, layout: str, monkeypatch: pytest.
     batch_size, length, _ = seen["inputs_embeds"].shape
     assert seen["use_cache"] is False and seen.get("past_key_values") is None and "input_ids" not in seen
     assert not seen.get("output_hidden_states"), "the hidden states of all layers are not stored"
-    shape = (batch_size, length) if layout == "causal" else (batch_size, 1, length, length)
-    assert seen["attention_mask"].shape == shape
+    if backend == "mr_group":
+        # One row without padding, and no mask that would be looked at.
+        assert (batch_size, length) == (1, len(seen["group_plan"].tokens))
+        assert seen["attention_mask"].shape == (1, 1, 1, 1)
+    else:
+        shape = (batch_size, length) if layout == "causal" else (batch_size, 1, length, length)
+        assert batch_size == 3 and seen["attention_mask"].shape == shape
     # The row of text, then time, height and width.
     assert seen["position_ids"].shape == ((4,) if name == "qwen3_vl" else ()) + (batch_size, length)

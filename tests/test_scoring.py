@@ -23,16 +23,16 @@ Spy = Callable[[MultiResponseRewardModel], list[tuple[int, int]]]
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    """The (rows, tokens) of every forward pass of a model from here on."""
+    """The (rows, tokens without padding) of every forward pass of a model from here on."""
 
     def watch(model: MultiResponseRewardModel) -> list[tuple[int, int]]:
         sizes: list[tuple[int, int]] = []
         forward = model.forward
 
-        def recorded(input_ids: torch.Tensor, **inputs: Any) -> Any:
-            sizes.append((input_ids.shape[0], input_ids.shape[1]))
+        def recorded(input_ids: torch.Tensor, segments: torch.Tensor, **inputs: Any) -> Any:
+            sizes.append((input_ids.shape[0], int((segments >= 0).sum())))
             assert not torch.is_grad_enabled() and not model.training
-            return forward(input_ids, **inputs)
+            return forward(input_ids, segments, **inputs)
 
         monkeypatch.setattr(model, "forward", recorded)
         return sizes
@@ -106,12 +106,28 @@ def test_one_empty_response() -> None:
 def test_every_forward_keeps_the_budget(layout: str, budget: int, spy: Spy) -> None:
     model = reward_model("llama", layout)
     sizes = spy(model)
-    groups = many_groups(random.Random(1))
-    GroupScorer(model, max_tokens_per_batch=budget, over_length="truncate_responses").score(groups)
+    groups = [group for group in many_groups(random.Random(1)) if pack(model, group).num_tokens <= budget]
+    GroupScorer(model, max_tokens_per_batch=budget).score(groups)
     assert sum(rows for rows, _ in sizes) == len(groups)
-    assert all(rows * tokens <= budget for rows, tokens in sizes)
+    assert all(tokens <= budget for _, tokens in sizes)
     assert max(rows for rows, _ in sizes) > 1, "rows share a forward"
-    assert sizes[0][1] == max(tokens for _, tokens in sizes), "running out of memory shows at once"
+    assert len(sizes) <= 1 + sum(tokens for _, tokens in sizes) / budget * 1.5, "passes are filled"
+
+
+def test_padded_passes_keep_the_budget_too(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a dense mask the rows are padded, and padding counts."""
+    model = reward_model("llama", "set", backend="sdpa")
+    shapes: list[tuple[int, int]] = []
+    forward = model.backbone.forward
+
+    def recorded(inputs_embeds: torch.Tensor, **inputs: Any) -> Any:
+        shapes.append(tuple(inputs_embeds.shape[:2]))
+        return forward(inputs_embeds=inputs_embeds, **inputs)
+
+    monkeypatch.setattr(model.backbone, "forward", recorded)
+    GroupScorer(model, max_tokens_per_batch=600).score(many_groups(random.Random(1)))
+    assert all(rows * tokens <= 600 for rows, tokens in shapes) and max(rows for rows, _ in shapes) > 1
+    assert shapes[0][1] == max(tokens for _, tokens in shapes), "running out of memory shows at once"
 
 
 def test_groups_that_do_not_fit(caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from mr_reward import MultiResponseRewardModel, ResponseGroup
 from mr_reward.data import tiny, tiny_molmo2
+from mr_reward.fast_path import choose_attention
 from mr_reward.group_attention import GROUP_ATTENTION
 from mr_reward.packing import PackedBatch, PackedRow, Packer, collate
 from mr_reward.rendering import Renderer
@@ -118,7 +119,9 @@ def reward_model(
     """
     if fresh or options:
         return _build(name, layout, backend, fresh=True, **options)
-    return _shared_model(name, layout, backend)
+    model = _shared_model(name, layout, backend)
+    choose_attention(model.backbone, backend)  # whoever makes a configuration of the shared backbone's resets it
+    return model
 
 
 def random_text(rng: random.Random, longest: int = 16, shortest: int = 0) -> str:

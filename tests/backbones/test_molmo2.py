@@ -115,19 +115,18 @@ def test_flash_attention_is_refused(layout: str, backend: str, monkeypatch: pyte
     model = reward_model("molmo2", layout, fresh=True)
     # Flash attention needs packages that are not here, so the choice is put where the model reads it.
     monkeypatch.setattr(MultiResponseRewardModel, "attention_backend", backend)
-    with pytest.raises(BackendError, match=f"{backend}.*{layout}.*image tokens.*both directions.*'eager' or 'sdpa'"):
+    with pytest.raises(
+        BackendError, match=f"{backend}.*{layout}.*image tokens.*both directions.*'mr_group' or 'sdpa'"
+    ):
         MultiResponseRewardModel.from_backbone(members.full_model, layout=layout, processor=members.processor)
     with pytest.raises(BackendError, match=f"{backend}.*image tokens"):
         score(model, [random_group(random.Random(3), 2, images=1)])
 
 
 def test_backends_that_can() -> None:
-    for backend in ("eager", "sdpa"):
+    for backend in ("mr_group", "eager", "sdpa", "flex_attention"):
         for layout in LAYOUTS:
             check_backend(layout, backend, media_blocks=True)
-    check_backend("causal", "flex_attention", media_blocks=True)
-    with pytest.raises(BackendError, match="flex_attention.*set"):
-        check_backend("set", "flex_attention", media_blocks=True)
     check_backend("causal", "flash_attention_2")
 
 
