@@ -196,8 +196,8 @@ class Packer:
                 return None
             if self.over_length == "error" or limit < 0:
                 raise OverLengthError(
-                    f"{name}: a response of {max(lengths)} tokens does not fit beside {prompt_length} prompt tokens into "
-                    f"a pass of {self.max_tokens} tokens and a context of {self.context_tokens} positions; raise "
+                    f"{name}: a response of {max(lengths)} tokens does not fit beside {prompt_length} prompt tokens "
+                    f"into a pass of {self.max_tokens} tokens and a context of {self.context_tokens} positions; raise "
                     "max_tokens_per_batch, shorten the prompt or its media, or choose over_length='drop_group' or "
                     "'truncate_responses'"
                 )
