@@ -104,6 +104,7 @@ def _block_mask(layout: str, plan: GroupPlan, segments: Tensor, kinds: Tensor, b
     """`mr_reward.layouts.visible` for rows that lie end to end."""
     row = plan.tokens // segments.shape[1]
     segment, kind = segments.flatten()[plan.tokens], kinds.flatten()[plan.tokens]
+    comparison, summary = int(TokenKind.COMPARISON), int(TokenKind.SUMMARY)  # an enum would be lost in tracing
     block = torch.full_like(segment, -1) if blocks is None else blocks.flatten()[plan.tokens]
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ def _block_mask(layout: str, plan: GroupPlan, segments: Tensor, kinds: Tensor, b
         if layout != "causal":
             seen = seen & ((segment[key] == 0) | (segment[key] == segment[query]))
         if layout == "set":
-            seen = seen | ((kind[query] == TokenKind.COMPARISON) & (kind[key] == TokenKind.SUMMARY))
+            seen = seen | ((kind[query] == comparison) & (kind[key] == summary))
         seen = seen | ((block[query] == block[key]) & (block[query] >= 0))
         return seen & (row[query] == row[key])
 

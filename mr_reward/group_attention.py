@@ -37,6 +37,8 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 _States = tuple[Tensor, Tensor, Tensor]
 
 
+# Compiled layers break their graph here: the parts are many calls of one kernel, whose number changes with the rows.
+@torch.compiler.disable
 def group_attention(
     module: nn.Module,
     query: Tensor,

@@ -95,6 +95,7 @@ class GroupScorer:
         over_length: `error`, `drop_group` or `truncate_responses`, see `mr_reward.packing.Packer`.
         num_orders: K orders of the responses over which scores are averaged. Only `causal` depends on the order; for
             `isolated` and `set` one order gives the same scores.
+        compile: compile the backbone's layers with `torch.compile`; the first passes then take a minute or so.
 
     Raises:
         ConfigurationError: no processor, unknown policy, K < 1.
@@ -114,6 +115,7 @@ class GroupScorer:
         max_tokens_per_batch: int = 16384,
         over_length: str = "error",
         num_orders: int = 1,
+        compile: bool = False,
     ) -> None:
         if model.processor is None:
             raise ConfigurationError("the model has no processor; load it with from_pretrained or from_backbone")
@@ -124,6 +126,10 @@ class GroupScorer:
             model.backbone.to(dtype)
         if device is not None:
             model.to(device)
+        if compile:
+            model.reads_flat()  # its check would be one more shape to compile for
+            for layer in model.backbone.get_decoder().layers:
+                layer.compile(dynamic=True)
         self.max_tokens_per_batch = max_tokens_per_batch
         self.num_orders = num_orders if model.config.layout == "causal" else 1
         self.packer = Packer(
