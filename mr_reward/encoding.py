@@ -1,6 +1,7 @@
 """Text -> token ids from which no control token can come out, whatever a policy writes."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = ["TextEncoder", "encodable"]
@@ -48,17 +49,39 @@ class TextEncoder:
         Returns:
             Token ids without special or added tokens.
         """
-        pieces = [encodable(text)]
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts, in one call of the tokenizer.
+
+        Args:
+            texts: as for a single one.
+
+        Returns:
+            For each text its token ids.
+        """
+        pieces = [encodable(text) for text in texts]
+        encoded = self._encode_pieces(pieces)
+        return [
+            self._without_control_tokens(piece) if self._controls(ids) else ids
+            for piece, ids in zip(pieces, encoded, strict=True)
+        ]
+
+    def _encode_pieces(self, pieces: list[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return self.tokenizer(pieces, **options)["input_ids"] if pieces else []
+
+    def _controls(self, ids: list[int]) -> set[str]:
+        return {self.control_tokens[index] for index in ids if index in self.control_tokens}
+
+    def _without_control_tokens(self, text: str) -> list[int]:
+        """split_special_tokens leaves added tokens that are not special (<think>): cut them and encode the parts."""
+        pieces = [text]
         while True:
-            encoded = [
-                self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-                for piece in pieces
-            ]
-            ids = [index for piece in encoded for index in piece]
-            found = {self.control_tokens[index] for index in ids if index in self.control_tokens}
+            ids = [index for piece in self._encode_pieces(pieces) for index in piece]
+            found = self._controls(ids)
             if not found:
                 return ids
-            # split_special_tokens leaves added tokens that are not special (<think>): cut them and encode the parts.
             parts = [part for piece in pieces for part in _cut(piece, found)]
             if parts == pieces:  # the token stands in the normalised text only, there is nothing to cut
                 return [index for index in ids if index not in self.control_tokens]

@@ -374,14 +374,7 @@ class MultiResponseRewardModel(PreTrainedModel):
                 construction to one that cannot express the layout.
         """
         check_arguments(media, self.adapter.media_keys, self.config.layout)
-        rows = Rows(
-            input_ids=input_ids,
-            segments=segments,
-            kinds=kinds,
-            offsets=offsets,
-            score_sites=score_sites,
-            media=media,
-        )
+        rows = Rows(input_ids, segments, kinds, offsets, score_sites, media)
         return RewardOutput(scores=self.read_scores(self.fast_path.read(self.reader, rows, plan), response_mask))
 
     @property

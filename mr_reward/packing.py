@@ -13,7 +13,8 @@ from mr_reward.backbones import check_media, merge_media
 from mr_reward.errors import ConfigurationError, OverLengthError
 from mr_reward.groups import ResponseGroup
 from mr_reward.layouts import PADDING_SEGMENT, check_layout, plan_row, readout_kinds
-from mr_reward.rendering import RenderedGroup, Renderer, check_template
+from mr_reward.rendered import RenderedGroup
+from mr_reward.rendering import Renderer, check_template
 
 __all__ = ["OVER_LENGTH_POLICIES", "PackedBatch", "PackedRow", "Packer", "collate", "plan_batches"]
 
@@ -63,7 +64,8 @@ class PackedBatch:
         offsets: (B, L) int64.
         score_sites: (B, N) int64, 0 in empty slots.
         response_mask: (B, N) bool.
-        media: tensors by name, merged over the rows by the family's rule; with media also `mm_token_type_ids` (B, L).
+        media: tensors by name, merged over the rows by the family's rule, pixels of a picture that several rows show
+            once; with media also `mm_token_type_ids` (B, L).
     """
 
     input_ids: Tensor

@@ -49,7 +49,7 @@ def check_arguments(media: dict[str, Any], media_keys: tuple[str, ...], layout: 
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Rows:
     """Packed rows, as in `mr_reward.packing.PackedBatch`.
 
@@ -110,7 +110,7 @@ class Reader:
             ),
             position_ids=self._positions(rows),
             use_cache=False,
-            **self.adapter.forward_arguments(rows.input_ids, rows.media),
+            **self.adapter.forward_arguments(self.backbone, rows.input_ids, rows.media),
         ).last_hidden_state
         row = torch.arange(len(hidden), device=hidden.device)[:, None]
         return hidden[row, rows.score_sites]
@@ -146,7 +146,7 @@ class Reader:
             use_cache=cache is not None,
             past_key_values=cache,
             **flat_arguments(self.layout, self.backend, plan, rows.segments, rows.kinds, blocks),
-            **self.adapter.forward_arguments(input_ids, media),
+            **self.adapter.forward_arguments(self.backbone, input_ids, media),
         ).last_hidden_state[0]
         places = torch.zeros(rows.segments.numel(), dtype=torch.long, device=tokens.device)
         places[tokens] = torch.arange(len(tokens), device=tokens.device)

@@ -14,24 +14,24 @@ Legend: N responses, P tokens of the prompt.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
+from mr_reward.backbones import split_media
 from mr_reward.encoding import TextEncoder, encodable
-from mr_reward.errors import ConfigurationError, GroupError, MediaError
+from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError
 from mr_reward.groups import ResponseGroup
 from mr_reward.media import load_image
+from mr_reward.rendered import GLUE, Joiner, RenderedGroup
 
 __all__ = [
     "JOINED_TEMPLATES",
     "SEPARATOR",
     "TEMPLATE",
-    "RenderedGroup",
     "Renderer",
     "check_template",
     "template_hash",
@@ -40,106 +40,12 @@ __all__ = [
 TEMPLATE = "chat"
 JOINED_TEMPLATES = ("mr2rm-assistant", "mr2rm-user")
 SEPARATOR = "<|resp_sep|>"
-_GLUE = "\n\n"
 # Stands for the responses while a chat template is looked at; the line breaks tell whether it changes white space.
 _SLOT = "\n\nRESPONSES\n\n"
 # Raise it when rendering changes what a row holds: checkpoints trained before are then refused.
 _TEMPLATE_VERSION = 1
 _FRAMES_PER_SECOND = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Joiner:
-    """Encodes responses as parts of one text that a template makes of them.
-
-    Args:
-        encode: text -> ids without control tokens.
-        separator_id: of `<|resp_sep|>`.
-        before: plain text between the last control token and the first response.
-        after: plain text between the last response and the next control token.
-        after_ids: from that control token on.
-    """
-
-    encode: Callable[[str], list[int]]
-    separator_id: int
-    before: str
-    after: str
-    after_ids: list[int]
-
-    def join(self, texts: Sequence[str]) -> dict[str, Any]:
-        """`response_ids` and `framing` of a `RenderedGroup`.
-
-        Tokenizers split at control tokens, so the pieces between separators have the ids that they have in the whole
-        text. A token in which a response and its surroundings are merged counts as surroundings.
-        """
-        response_ids, framing = [], []
-        for i, text in enumerate(texts):
-            before = _GLUE if i else self.before
-            after = _GLUE if i < len(texts) - 1 else self.after
-            ids = self.encode(before + text + after)
-            end = max(0, len(ids) - len(self.encode(after)))
-            start = min(end, len(self.encode(before)))
-            response_ids.append(ids[start:end])
-            framing.append(([self.separator_id] * bool(i) + ids[:start], ids[end:]))
-        framing[-1][1].extend(self.after_ids)
-        return {"response_ids": response_ids, "framing": framing}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RenderedGroup:
-    """Token ids of one group, not laid out yet.
-
-    Args:
-        prompt_ids: (P,) int64, media placeholders expanded.
-        response_ids: N lists of token ids, none of them special or added.
-        media: tensors of the prompt's media by name, as the processor makes them; empty for text.
-        mm_token_type_ids: (P,) int64, 0 text, 1 image, 2 video; None for text-only backbones.
-        framing: N pairs of token ids that the template puts before and after a response; they are never cut, and the
-            score is read at the last of them. None for templates whose scores are read at readout tokens.
-        texts: the N responses, where their ids depend on what stands beside them.
-        joiner: encodes them.
-    """
-
-    prompt_ids: Tensor
-    response_ids: list[list[int]]
-    media: dict[str, Tensor]
-    mm_token_type_ids: Tensor | None
-    framing: list[tuple[list[int], list[int]]] | None = None
-    texts: Sequence[str] = ()
-    joiner: _Joiner | None = None
-
-    def select(self, indices: Sequence[int]) -> "RenderedGroup":
-        """The same prompt with the responses at `indices`, in that order.
-
-        Args:
-            indices: positions of responses.
-
-        Returns:
-            A new rendered group that shares the prompt's tensors.
-        """
-        if self.joiner is None:
-            return replace(self, response_ids=[self.response_ids[i] for i in indices])
-        texts = [self.texts[i] for i in indices]
-        return replace(self, texts=texts, **self.joiner.join(texts))
-
-    def without_prompt(self) -> "RenderedGroup":
-        """The responses alone, for a prompt that was read before."""
-        return replace(self, prompt_ids=self.prompt_ids[:0], media={}, mm_token_type_ids=None)
-
-    def has_prompt_of(self, other: "RenderedGroup") -> bool:
-        """Whether prompt and media are the same as those of another group.
-
-        Args:
-            other: of the same renderer.
-
-        Returns:
-            True if every token and every pixel is.
-        """
-        return (
-            torch.equal(self.prompt_ids, other.prompt_ids)
-            and self.media.keys() == other.media.keys()
-            and all(torch.equal(tensor, other.media[name]) for name, tensor in self.media.items())
-        )
+_PROMPT_OPTIONS = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
 
 
 def check_template(template: str, layout: str = "causal") -> None:
@@ -232,13 +138,46 @@ class Renderer:
         if self.template in JOINED_TEMPLATES:
             return self._render_joined(group)
         prompt = self._render_messages(group, group.messages, add_generation_prompt=True)
-        token_types = prompt.pop("mm_token_type_ids", None)
-        return RenderedGroup(
-            prompt_ids=prompt.pop("input_ids")[0],
-            response_ids=[self.encode_text(response) for response in group.responses],
-            media=prompt,
-            mm_token_type_ids=None if token_types is None else token_types[0].long(),
-        )
+        return _rendered(prompt, self.encode_text.encode_all(group.responses))
+
+    def render_all(self, groups: Sequence[ResponseGroup]) -> list[RenderedGroup]:
+        """Render groups, in one call of the processor where it can: its own work for a call is that for many prompts.
+
+        Args:
+            groups: as for `render`.
+
+        Returns:
+            What `render` gives for each.
+
+        Raises:
+            MediaError: as `render`.
+            GroupError: as `render`.
+        """
+        if len(groups) == 1 or self.template in JOINED_TEMPLATES or any(group.videos for group in groups):
+            return [self.render(group) for group in groups]
+        try:
+            chats = [self._load_messages(group, group.messages) for group in groups]
+            found = self.processor.apply_chat_template(chats, **_PROMPT_OPTIONS, add_generation_prompt=True)
+        except (MRRewardError, ValueError, TemplateError):
+            return [self.render(group) for group in groups]  # the one at fault says so under its name
+        media = {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+        lengths = [group.num_responses for group in groups]
+        responses = iter(self.encode_text.encode_all([text for group in groups for text in group.responses]))
+        token_types = found.get("mm_token_type_ids", [None] * len(groups))
+        return [
+            _rendered(
+                {"input_ids": torch.tensor([ids]), **own}
+                | ({} if types is None else {"mm_token_type_ids": torch.tensor([types])}),
+                [next(responses) for _ in range(length)],
+            )
+            for ids, types, own, length in zip(
+                found["input_ids"],
+                token_types,
+                split_media(media, [len(group.images) for group in groups]),
+                lengths,
+                strict=True,
+            )
+        ]
 
     def _render_joined(self, group: ResponseGroup) -> RenderedGroup:
         """The prompt ends at the last control token before the responses; plain text behind it is the joiner's."""
@@ -254,7 +193,7 @@ class Renderer:
                 f"template {self.template!r} does not work with it, use {TEMPLATE!r}"
             )
         texts = [encodable(response) for response in group.responses]
-        joiner = _Joiner(
+        joiner = Joiner(
             encode=self.encode_text,
             separator_id=self._separator_id,
             before=before + user_text,
@@ -282,7 +221,7 @@ class Renderer:
             )
         text = messages[-1]["content"].pop()["text"]
         messages[-1]["content"].append({"type": "text", "text": _SLOT})
-        return messages, encodable(text) + _GLUE
+        return messages, encodable(text) + GLUE
 
     def _surroundings(self, messages: list[dict[str, Any]]) -> tuple[str, str, list[int]]:
         """What the chat template writes around the slot: text before, text after, ids from a control token on."""
@@ -304,73 +243,67 @@ class Renderer:
 
     def _find_separator(self) -> int:
         """The id of the separator, if it splits text as a control token does and takes no white space with it."""
-        found = self.tokenizer(f"a{_GLUE}{SEPARATOR}{_GLUE}b", add_special_tokens=False)["input_ids"]
+        found = self.tokenizer(f"a{GLUE}{SEPARATOR}{GLUE}b", add_special_tokens=False)["input_ids"]
         index = {token: i for i, token in self.encode_text.control_tokens.items()}.get(SEPARATOR)
-        if index is None or found != [*self.encode_text("a" + _GLUE), index, *self.encode_text(_GLUE + "b")]:
+        if index is None or found != [*self.encode_text("a" + GLUE), index, *self.encode_text(GLUE + "b")]:
             raise ConfigurationError(
                 f"{type(self.tokenizer).__name__} has no control token {SEPARATOR} that leaves the text beside it "
                 f"alone, which template {self.template!r} needs; MultiResponseRewardModel.from_backbone adds one"
             )
         return index
 
-    def _render_messages(
-        self, group: ResponseGroup, messages: list[dict[str, Any]], *, add_generation_prompt: bool
-    ) -> dict[str, Tensor]:
-        """Token ids and media tensors of a chat that holds the group's media."""
+    def _load_messages(self, group: ResponseGroup, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The chat as the processor takes it, with the group's media in it."""
         if not self.sees_images:
             if group.images or group.videos:
                 raise MediaError(
                     f"{group.name}: {len(group.images)} images and {len(group.videos)} videos for a text-only "
                     "backbone; use a vision-language backbone or remove them"
                 )
-            messages = [
+            return [
                 {**message, "content": "".join(encodable(block["text"]) for block in message["content"])}
                 for message in messages
             ]
-            return self._apply_chat_template(group, messages, add_generation_prompt=add_generation_prompt)
         images, videos = iter(group.images), iter(group.videos)
-        messages = [
+        return [
             {
                 **message,
                 "content": [self._load_block(block, images, videos, group.name) for block in message["content"]],
             }
             for message in messages
         ]
-        options: dict[str, Any] = {}
+
+    def _render_messages(
+        self, group: ResponseGroup, messages: list[dict[str, Any]], *, add_generation_prompt: bool
+    ) -> dict[str, Tensor]:
+        """Token ids and media tensors of a chat that holds the group's media."""
+        messages = self._load_messages(group, messages)
+        options: dict[str, Any] = {"processor_kwargs": {}} if self.sees_images else {}
         if group.videos:
             metadata = [
                 {"total_num_frames": len(video), "fps": _FRAMES_PER_SECOND, "frames_indices": list(range(len(video)))}
                 for video in group.videos
             ]
-            options = {"do_sample_frames": False, "video_metadata": [metadata]}
-        try:
-            return self._apply_chat_template(
-                group, messages, add_generation_prompt=add_generation_prompt, processor_kwargs=options
-            )
-        except ValueError as error:
-            if not (group.images or group.videos):
-                raise
-            raise MediaError(
-                f"{group.name}: {type(self.processor).__name__} does not take its images or videos ({error}); "
-                "resize or remove them"
-            ) from error
-
-    def _apply_chat_template(
-        self, group: ResponseGroup, messages: list[dict[str, Any]], **options: Any
-    ) -> dict[str, Tensor]:
+            options["processor_kwargs"] = {"do_sample_frames": False, "video_metadata": [metadata]}
         try:
             rendered = self.processor.apply_chat_template(
                 [messages],
-                tokenize=True,
-                return_dict=True,
+                **_PROMPT_OPTIONS,
                 return_tensors="pt",
-                sanitize_control_tokens=True,
+                add_generation_prompt=add_generation_prompt,
                 **options,
             )
         except TemplateError as error:  # Molmo2's takes no system turn, for instance
             roles = ", ".join(message["role"] for message in messages)
             raise GroupError(
                 f"{group.name}: the backbone's chat template refuses the turns ({roles}): {error}; change the prompt"
+            ) from error
+        except ValueError as error:
+            if not (group.images or group.videos):
+                raise
+            raise MediaError(
+                f"{group.name}: {type(self.processor).__name__} does not take its images or videos ({error}); "
+                "resize or remove them"
             ) from error
         return {
             key: value
@@ -388,6 +321,17 @@ class Renderer:
             return {"type": "video", "video": [load_image(frame) for frame in next(videos)]}
         except MediaError as error:
             raise MediaError(f"{name}: {error}") from error
+
+
+def _rendered(prompt: dict[str, Tensor], response_ids: list[list[int]]) -> RenderedGroup:
+    """From what the processor makes of one prompt."""
+    token_types = prompt.pop("mm_token_type_ids", None)
+    return RenderedGroup(
+        prompt_ids=prompt.pop("input_ids")[0],
+        response_ids=response_ids,
+        media=prompt,
+        mm_token_type_ids=None if token_types is None else token_types[0].long(),
+    )
 
 
 def _media_first(message: dict[str, Any]) -> dict[str, Any]:

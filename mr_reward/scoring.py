@@ -24,7 +24,8 @@ from mr_reward.group_plan import GroupPlan
 from mr_reward.groups import ResponseGroup
 from mr_reward.modeling import MultiResponseRewardModel
 from mr_reward.packing import PackedRow, Packer, collate, plan_batches
-from mr_reward.rendering import RenderedGroup, Renderer
+from mr_reward.rendered import RenderedGroup
+from mr_reward.rendering import Renderer
 from mr_reward.shared_prompts import score_over_prompt
 
 __all__ = ["GroupScorer", "GroupScores", "Scorer"]
@@ -32,8 +33,9 @@ __all__ = ["GroupScorer", "GroupScores", "Scorer"]
 logger = logging.getLogger(__name__)
 
 _OVER_BUDGET = "over the token budget"
-# How many forward passes are prepared at a time.
-_WINDOW_PASSES = 4
+# Groups are prepared in windows, each while the model runs on the one before: the first is small, so that the model
+# need not wait for it, and each has twice the groups of the one before, up to so many full forward passes.
+_FIRST_GROUPS, _LAST_WINDOW_PASSES = 64, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,34 +202,41 @@ class GroupScorer:
         results: list[GroupScores] = []
         self.model.reads_flat()  # checked here, not while a window is prepared
         windows = self._prepare(groups)
-        # The next window is rendered, tokenized and laid out while the model runs on this one.
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="preparing") as thread:
-            following = thread.submit(next, windows, None)
-            while (window := following.result()) is not None:
-                following = thread.submit(next, windows, None)
-                results += self._score_window(window)
+        window = next(windows, None)
+        if window is not None and len(window) == len(groups):
+            results = self._score_window(window)
+        elif window is not None:
+            # The next window is rendered, tokenized and laid out while the model runs on this one.
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="preparing") as thread:
+                while window is not None:
+                    following = thread.submit(next, windows, None)
+                    results += self._score_window(window)
+                    window = following.result()
         num_dropped = sum(result.scores is None for result in results)
         if num_dropped:
             logger.warning("dropped %d of %d groups: %s", num_dropped, len(groups), _OVER_BUDGET)
         return results
 
     def _prepare(self, groups: Sequence[ResponseGroup]) -> Iterator[list[_Prepared]]:
-        """Windows of some forward passes each, so that tensors of many images are never there at once."""
-        window: list[_Prepared] = []
-        room = _WINDOW_PASSES * self.max_tokens_per_batch
-        for group in groups:
-            window.append(self._render(group))
-            room -= self.packer.num_tokens(window[-1].rendered)
-            if room <= 0:
-                yield self._lay_out(window)
-                window, room = [], _WINDOW_PASSES * self.max_tokens_per_batch
-        if window:
+        """Windows of groups. Their sizes follow from the groups alone, so the same call gives the same scores."""
+        position, count, size = 0, _FIRST_GROUPS, _FIRST_GROUPS
+        while position < len(groups):
+            window = self._render(groups[position : position + count])
             yield self._lay_out(window)
+            position += len(window)
+            # As many groups as have the tokens of some full passes, if they are like the ones before.
+            mean = sum(self.packer.num_tokens(item.rendered) for item in window) / len(window)
+            size *= 2
+            count = max(1, min(size, int(_LAST_WINDOW_PASSES * self.max_tokens_per_batch / mean)))
 
-    def _render(self, group: ResponseGroup) -> _Prepared:
-        unique = list(dict.fromkeys(group.responses))
-        first = [group.responses.index(response) for response in unique]
-        return _Prepared(group, unique, self.packer.renderer.render(group.select(first)))
+    def _render(self, groups: Sequence[ResponseGroup]) -> list[_Prepared]:
+        items = []
+        for group, rendered in zip(groups, self.packer.renderer.render_all(groups), strict=True):
+            unique = list(dict.fromkeys(group.responses))
+            if len(unique) < group.num_responses:
+                rendered = rendered.select([group.responses.index(text) for text in unique])
+            items.append(_Prepared(group, unique, rendered))
+        return items
 
     def _lay_out(self, window: list[_Prepared]) -> list[_Prepared]:
         """Lay each group out as rows, or let it share the reading of its prompt."""
@@ -236,11 +245,12 @@ class GroupScorer:
             and self.model.attention_backend == GROUP_ATTENTION
             and self.model.reads_flat()
         )
-        same_prompt: list[list[_Prepared]] = []
+        same_tokens: dict[bytes, list[list[_Prepared]]] = {}
         for item in window:
-            fellows = next((found for found in same_prompt if found[0].rendered.has_prompt_of(item.rendered)), None)
-            same_prompt.append([item]) if fellows is None else fellows.append(item)
-        for fellows in same_prompt:
+            candidates = same_tokens.setdefault(item.rendered.prompt_ids.numpy().tobytes(), [])
+            fellows = next((found for found in candidates if found[0].rendered.has_prompt_of(item.rendered)), None)
+            candidates.append([item]) if fellows is None else fellows.append(item)
+        for fellows in (found for candidates in same_tokens.values() for found in candidates):
             for item in fellows:
                 too_large = self.packer.num_tokens(item.rendered) > self.max_tokens_per_batch
                 if shares_prompts and len(item.rendered.prompt_ids) and (too_large or len(fellows) > 1):

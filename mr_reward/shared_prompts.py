@@ -19,7 +19,7 @@ from mr_reward.modeling import MultiResponseRewardModel
 from mr_reward.packing import PackedRow, Packer, collate
 from mr_reward.prompt_cache import PromptCache
 from mr_reward.reading import Rows
-from mr_reward.rendering import RenderedGroup
+from mr_reward.rendered import RenderedGroup
 
 __all__ = ["score_over_prompt"]
 

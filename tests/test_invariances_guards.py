@@ -40,7 +40,7 @@ def broken_scores(model: MultiResponseRewardModel, group: ResponseGroup, use_cac
                 model.backbone, batch.input_ids, batch.segments, batch.offsets, media
             ),
             use_cache=use_cache,
-            **model.adapter.forward_arguments(batch.input_ids, media),
+            **model.adapter.forward_arguments(model.backbone, batch.input_ids, media),
         ).last_hidden_state
         return model.head(hidden[:, list(pack(model, group).score_sites)])[0]
 

@@ -15,7 +15,8 @@ from tiny_models import LAYOUTS, family, random_group
 from mr_reward import ResponseGroup
 from mr_reward.errors import ConfigurationError, OverLengthError
 from mr_reward.packing import OVER_LENGTH_POLICIES, PackedRow, Packer, collate, plan_batches
-from mr_reward.rendering import TEMPLATE, RenderedGroup, Renderer
+from mr_reward.rendered import RenderedGroup
+from mr_reward.rendering import TEMPLATE, Renderer
 
 READOUTS = {"causal": 1, "isolated": 1, "set": 2}
 

@@ -11,7 +11,7 @@ from mr_reward.backbones.molmo2 import Molmo2Adapter
 from mr_reward.backbones.qwen_vl import QwenVLAdapter
 from mr_reward.errors import ConfigurationError
 
-__all__ = ["ADAPTERS", "BackboneAdapter", "check_media", "get_adapter", "merge_media"]
+__all__ = ["ADAPTERS", "BackboneAdapter", "check_media", "get_adapter", "merge_media", "split_media"]
 
 ADAPTERS: MappingProxyType[str, type[BackboneAdapter]] = MappingProxyType(
     {"qwen2_5_vl": QwenVLAdapter, "qwen3_vl": QwenVLAdapter, "molmo2": Molmo2Adapter}
@@ -63,6 +63,21 @@ def merge_media(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         Tensors by name, for the model's forward.
     """
     return _family_of({name for row in rows for name in row}).merge_media(rows)
+
+
+def split_media(media: dict[str, Tensor], num_images: Sequence[int]) -> list[dict[str, Tensor]]:
+    """The media tensors of several prompts in one call of a processor -> those of each prompt, as if it were alone.
+
+    Args:
+        media: tensors by name.
+        num_images: of each prompt; there are no videos.
+
+    Returns:
+        For each prompt tensors by name; none for a prompt without images.
+    """
+    if not media:
+        return [{} for _ in num_images]
+    return _family_of(media).split_media(media, num_images)
 
 
 def _family_of(names: Iterable[str]) -> BackboneAdapter:

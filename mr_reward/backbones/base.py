@@ -3,6 +3,7 @@
 `docs/add-a-backbone.md` says how to add one.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,14 +12,18 @@ from torch import Tensor, nn
 
 from mr_reward.layouts import PADDING_SEGMENT, PROMPT_SEGMENT
 
-__all__ = ["BackboneAdapter", "TextAdapter", "concatenate_media", "continue_positions"]
+__all__ = ["BackboneAdapter", "TextAdapter", "concatenate_media", "continue_positions", "different_pictures"]
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE = 64  # values of a picture that are looked at before all of them are
 
 
 class BackboneAdapter(Protocol):
     """The differences between backbone families, and nothing else.
 
     Args:
-        media_keys: names of the media tensors that the family's processor makes and its forward takes.
+        media_keys: names of the media tensors that the family's processor or `merge_media` makes.
         lora_targets: linear layers of the language part, as `target_modules` of peft (regular expression or keyword).
         media_blocks: some media tokens see each other in both directions, so `media_block_ids` has to be asked.
     """
@@ -32,7 +37,11 @@ class BackboneAdapter(Protocol):
         ...
 
     def merge_media(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The media tensors of the rows of a batch -> those of the batch."""
+        """The media tensors of the rows of a batch -> those of the batch, with the pixels of each picture once."""
+        ...
+
+    def split_media(self, media: dict[str, Tensor], num_images: Sequence[int]) -> list[dict[str, Tensor]]:
+        """The image tensors of several prompts in one call of the processor -> those of each prompt."""
         ...
 
     def media_block_ids(self, media: dict[str, Tensor]) -> Tensor | None:
@@ -45,8 +54,8 @@ class BackboneAdapter(Protocol):
         """Positions for the backbone's forward; every response continues from the end of the prompt."""
         ...
 
-    def forward_arguments(self, input_ids: Tensor, media: dict[str, Tensor]) -> dict[str, Any]:
-        """Media arguments for the backbone's forward."""
+    def forward_arguments(self, backbone: nn.Module, input_ids: Tensor, media: dict[str, Tensor]) -> dict[str, Any]:
+        """Media arguments for the backbone's forward, in which each picture is encoded once."""
         ...
 
 
@@ -69,6 +78,38 @@ def concatenate_media(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: torch.cat([row[name] for row in rows if name in row]) for name in names}
+
+
+def different_pictures(pictures: Sequence[Tensor], grids: Tensor) -> tuple[list[Tensor], list[int]]:
+    """Find the pictures that several rows of a batch show, so that the vision tower encodes them once.
+
+    Args:
+        pictures: pixels of each image or video of the batch.
+        grids: (pictures, axes) int64, how its patches lie; the same pixels in another grid are another picture.
+
+    Returns:
+        The different ones in the order of their first appearance, and for each picture which of them it is.
+
+    Example:
+        >>> different_pictures([torch.ones(2), torch.zeros(2), torch.ones(2)], torch.ones(3, 3))[1]
+        [0, 1, 0]
+    """
+    different: list[Tensor] = []
+    index: list[int] = []
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for picture, grid in zip(pictures, grids.tolist(), strict=True):
+        # A few values tell most pictures apart; to hash them all takes several times as long as to compare two.
+        sample = picture.flatten()[:: picture.numel() // _SAMPLE + 1].tolist()
+        candidates = alike.setdefault((*picture.shape, *grid, *sample), [])
+        found = next((i for i in candidates if torch.equal(different[i], picture)), None)
+        if found is None:
+            found = len(different)
+            different.append(picture)
+            candidates.append(found)
+        index.append(found)
+    if len(different) < len(index):
+        logger.debug("%d of the %d images or videos of a batch are encoded", len(different), len(index))
+    return different, index
 
 
 def continue_positions(prompt_positions: Tensor, segments: Tensor, offsets: Tensor) -> Tensor:
@@ -106,6 +147,10 @@ class TextAdapter:
         """Concatenated by name."""
         return concatenate_media(rows)
 
+    def split_media(self, media: dict[str, Tensor], num_images: Sequence[int]) -> list[dict[str, Tensor]]:
+        """There are none."""
+        return [{} for _ in num_images]
+
     def media_block_ids(self, media: dict[str, Tensor]) -> Tensor | None:
         """None: everything is causal."""
         return None
@@ -117,6 +162,6 @@ class TextAdapter:
         counted = (segments != PADDING_SEGMENT).long().cumsum(-1) - 1  # left padding does not count
         return continue_positions(counted, segments, offsets)
 
-    def forward_arguments(self, input_ids: Tensor, media: dict[str, Tensor]) -> dict[str, Any]:
+    def forward_arguments(self, backbone: nn.Module, input_ids: Tensor, media: dict[str, Tensor]) -> dict[str, Any]:
         """Nothing: there are no media."""
         return {}

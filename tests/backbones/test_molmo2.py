@@ -88,7 +88,7 @@ def test_without_the_block_the_scores_are_wrong(
         monkeypatch.setattr(
             model.adapter,
             "forward_arguments",
-            lambda input_ids, media: {**arguments(input_ids, media), "mm_token_type_ids": None},
+            lambda *inputs: {**arguments(*inputs), "mm_token_type_ids": None},
         )
     assert (score(model, [group])[0] - expected).abs().max() > VISIBLE_CHANGE
 
