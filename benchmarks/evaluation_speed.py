@@ -52,7 +52,8 @@ def worker(how: str, count: int) -> None:
     """One run; prints seconds, parameters and memory."""
     torch.set_num_threads(2)
     backbone = tiny.build_llama(0, hidden_size=320, num_layers=8)
-    layout = "set" if how == "together" else "isolated"
+    # Alone in `causal`: groups of one read the same in every layout, and in this one they do not share their prompt.
+    layout = "set" if how == "together" else "causal"
     model = MultiResponseRewardModel.from_backbone(backbone, layout=layout, processor=tiny.build_tokenizer())
     scorer: Any = RewardModel(GroupScorer(model, max_tokens_per_batch=8192), how)
     if how == "alone":

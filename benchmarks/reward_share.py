@@ -63,12 +63,13 @@ def timed(scorer: GroupScorer, groups: list[ResponseGroup]) -> float:
 def one_by_one(folder: Path, groups: list[ResponseGroup]) -> float:
     """Seconds for the same responses as groups of one, batched within the same token budget.
 
-    A text that a group holds several times is scored once, as the scorer does within a group.
+    A text that a group holds several times is scored once, as the scorer does within a group. Under the dense mask,
+    where groups do not share a prompt.
     """
     singles = [
         group.select([group.responses.index(text)]) for group in groups for text in dict.fromkeys(group.responses)
     ]
-    return timed(GroupScorer.from_pretrained(folder), singles)
+    return timed(GroupScorer.from_pretrained(folder, attn_implementation="sdpa"), singles)
 
 
 def main() -> None:

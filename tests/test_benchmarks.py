@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,23 +13,95 @@ from mr_reward import MultiResponseRewardModel
 from mr_reward.data import tiny
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+OURS = ("isolated", "set", "set, dense mask")
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the resident set from /proc")
+
+
+def run_speed(script: str, *arguments: str, output: Path) -> dict[str, Any]:
+    """The JSON document of a speed benchmark with few rounds on one thread."""
+    command = [sys.executable, str(BENCHMARKS / script), "--device", "cpu", "--output", str(output)]
+    command += ["--repeats", "2", "--matmul_size", "256", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=550, env=environment)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the resident set from /proc")
-def test_training_step_keeps_less_than_the_full_language_model() -> None:
+@linux
+def test_scoring_speed_compares_scores_times_and_memory(tmp_path: Path) -> None:
     """With a large vocabulary the logits alone are more than everything else."""
-    sizes = {"width": 64, "layers": 2, "vocabulary": 40_000, "rows": 2, "prompt_tokens": 256, "repeats": 1, "steps": 1}
-    command = [sys.executable, str(BENCHMARKS / "training_step.py"), "--device", "cpu"]
-    for name, value in sizes.items():
-        command += [f"--{name}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=500, env=environment)
-    assert "peak memory" in run.stdout
-    results = json.loads(run.stdout.splitlines()[-1])
-    for checkpointing in ("off", "on"):
-        assert results[checkpointing]["memory_full_over_ours"] > 1.5
-        assert results[checkpointing]["speed_ours_over_full"] > 1.0
+    arguments = ("--cell", "vocabulary:64:16:4:1", "--lengths", "ragged")
+    document = run_speed("scoring_speed.py", *arguments, output=tmp_path)
+    assert document["machine"]["threads"] == 1
+    (cell,) = document["cells"]
+    assert len(cell["scores_differ_by"]) == 3, "separate passes, shared cache, dense mask"
+    assert max(cell["scores_differ_by"].values()) < 1e-4 < cell["scores_std"]
+    found = cell["competitors"]
+    assert set(found) == {*OURS, "shared cache", "full LM", "TRL classifier", "separate"}
+    for each in found.values():
+        assert all(ratio["lower"] > 0 for ratio in each["ratios"].values())
+        assert each["peak_share"]["median"] > 0
+    assert found["full LM"]["bytes"] > found["isolated"]["bytes"] > 0
+    assert found["separate"]["computed_over_needed"] > found["isolated"]["computed_over_needed"] == 1
+
+
+@pytest.mark.slow
+@linux
+def test_scoring_speed_reports_what_it_leaves_out(tmp_path: Path) -> None:
+    arguments = ("--cell", "tiny:64:16:4:2:image", "--cell", "tiny:64:16:4:2", "--no_memory")
+    cell, text = run_speed("scoring_speed.py", *arguments, output=tmp_path)["cells"]
+    assert (tmp_path / "scoring_speed.png").stat().st_size > 10_000
+    assert not text["skipped"] and set(cell["skipped"]) == {"full LM", "TRL classifier"}
+    assert max(cell["scores_differ_by"].values()) < 1e-4, "a prompt with an image gives the same scores too"
+    arguments = ("--cell", "10M:64:16:4:1", "--no_memory", "--time_limit", "0.001")
+    (cell,) = run_speed("scoring_speed.py", *arguments, output=tmp_path)["cells"]
+    assert not cell["competitors"] and all("--time_limit" in why for why in cell["skipped"].values())
+
+
+@pytest.mark.slow
+@linux
+def test_scoring_speed_measures_memory_cost_padding_and_peak(tmp_path: Path) -> None:
+    memory = run_speed("scoring_speed.py", "--what", "memory", "--cell", "vocabulary:64:16:4:1", output=tmp_path)
+    assert min(memory["full_over_ours"].values()) > 1
+    shapes = ("--cell", "tiny:32:16:2:1", "--cell", "tiny:128:16:2:1", "--largest", "8")
+    linear = run_speed("scoring_speed.py", "--what", "linear", *shapes, output=tmp_path)
+    assert len(linear["points"]) == 6 and linear["fit"]["r_squared"] <= 1
+    lines = [{"prompt": "2 + 2?" * i, "responses": ["4", "It is 5." * i]} for i in range(1, 40)]
+    groups = tmp_path / "groups.jsonl"
+    groups.write_text("\n".join(map(json.dumps, lines)))
+    arguments = ("--groups", str(groups), "--max_tokens", "512")
+    ways = run_speed("scoring_speed.py", "--what", "padding", *arguments, output=tmp_path)["ways"]
+    assert ways["ours"]["padding"] == 0 < ways["ours, dense mask"]["padding"] <= ways["file order, padded"]["padding"]
+    arguments = ("--cell", "tiny:64:16:4:1", "--no_memory")
+    peak = run_speed("scoring_speed.py", "--what", "peak", *arguments, output=tmp_path)["competitors"]
+    assert set(peak) == {"isolated", "set", "bare backbone"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "scoring_memory.png",
+        "scoring_linear.png",
+        "scoring_padding.png",
+        "scoring_peak.png",
+    }
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_training_speed_compares_scores_gradients_times_and_memory(train: str, tmp_path: Path) -> None:
+    arguments = ("--cell", "vocabulary:64:16:4:1", "--train", train, "--lengths", "ragged")
+    arguments += ("--gradient_checkpointing", "off", "on") if train == "lora" else ("--no_memory",)
+    document = run_speed("training_speed.py", *arguments, output=tmp_path)
+    assert len(document["cells"]) == (2 if train == "lora" else 1)
+    for cell in document["cells"]:
+        assert len(cell["differ_by"]["scores"]) == len(cell["differ_by"]["gradients"]) == 2
+        assert max(cell["differ_by"]["scores"].values()) < 1e-4
+        found = cell["competitors"]
+        assert set(found) == {*OURS, "full LM", "separate"}
+        assert all(ratio["lower"] > 0 for each in found.values() for ratio in each["ratios"].values())
+        if train == "lora":
+            assert min(found["full LM"]["memory_ratios"].values()) > 1
+    assert (tmp_path / "training_speed.png").stat().st_size > 5_000
 
 
 @pytest.mark.slow
