@@ -93,8 +93,10 @@ class GroupScorer:
         model: the reward model; it is put into evaluation mode.
         device: where to run; None keeps the model's device.
         dtype: of the backbone; None keeps the model's. The value head stays float32.
-        max_tokens_per_batch: largest number of tokens of one forward pass, padding included; also the largest row.
-        over_length: `error`, `drop_group` or `truncate_responses`, see `mr_reward.packing.Packer`.
+        max_tokens_per_batch: largest number of tokens that one forward pass computes, padding included. A larger group
+            is read in chunks over its prompt (docs/speed.md), unless the layout is `causal` or attention dense.
+        over_length: `error`, `drop_group` or `truncate_responses`, for a group that does not fit and is not read in
+            chunks, or a response that does not fit beside its prompt.
         num_orders: K orders of the responses over which scores are averaged. Only `causal` depends on the order; for
             `isolated` and `set` one order gives the same scores.
         compile: compile the backbone's layers with `torch.compile`; the first passes then take a minute or so.
@@ -158,7 +160,7 @@ class GroupScorer:
             pretrained_model_name_or_path: folder or hub id.
             dtype: of the backbone; None for the checkpoint's.
             template: for a checkpoint in the paper's format, see `MultiResponseRewardModel.from_pretrained`.
-            attn_implementation: attention backend; None for transformers' default.
+            attn_implementation: attention backend; None for the fastest that fits.
             **options: as for the constructor.
 
         Returns:

@@ -19,6 +19,7 @@ from mr_reward.attention import check_backend
 from mr_reward.backbones import get_adapter
 from mr_reward.configuration import MultiResponseRewardConfig, check_layers, context_tokens
 from mr_reward.errors import ConfigurationError, MRRewardError, OverLengthError, ScoringServerError
+from mr_reward.group_attention import GROUP_ATTENTION
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.launch import Launch
 from mr_reward.grpo.memory import estimate_policy_memory, estimate_reward_memory
@@ -231,7 +232,7 @@ def _ask_reward_server(plan: RunPlan, url: str) -> Finding:
 
 def _check_reward_model(plan: RunPlan, config: MultiResponseRewardConfig) -> Iterator[Finding]:
     try:
-        backend = plan.reward_attention or "sdpa"
+        backend = plan.reward_attention or GROUP_ATTENTION
         check_backend(config.layout, backend, get_adapter(config.backbone_config).media_blocks)
         check_layers(config)
         yield Finding("green", "attention", f"layout {config.layout} on {backend}")
@@ -263,8 +264,18 @@ def _check_row(plan: RunPlan, config: MultiResponseRewardConfig) -> Finding:
     )
     prompt = f"prompt {len(rendered.prompt_ids)}" if plan.prompts else "an unknown prompt"
     filled = replace(rendered, response_ids=[[0] * longest for _ in texts], joiner=None)
+    name = f"{prompt} with {len(texts)} completions of {longest} tokens"
+    in_chunks = config.layout != "causal" and plan.reward_attention in (None, GROUP_ATTENTION)
     try:
-        row = packer.lay_out(filled, f"{prompt} with {len(texts)} completions of {longest} tokens")
+        if in_chunks and packer.num_tokens(filled) > packer.max_tokens:
+            packer.trim(filled, name)
+            return Finding(
+                "yellow",
+                "row of a group",
+                f"{name} are more than reward_max_tokens={packer.max_tokens}: scored in chunks over the prompt, exact "
+                "but slower; raise it if the memory is there",
+            )
+        row = packer.lay_out(filled, name)
     except OverLengthError as error:
         level: Level = "yellow" if plan.reward_over_length == "truncate_responses" else "red"
         return Finding(level, "row of a group", f"{error}. This run has over_length={plan.reward_over_length!r}")

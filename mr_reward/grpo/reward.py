@@ -104,8 +104,8 @@ class MultiResponseReward:
         over_length: what to do with a group that does not fit: `"drop_group"` gives its rollouts the reward None,
             hence no advantage from this reward; `"truncate_responses"` cuts them; `"error"` ends the training.
         num_orders: response orders that the scores are averaged over; see `GroupScorer`.
-        attn_implementation: attention backend of the model, for `causal` also `"flash_attention_2"`; None for
-            transformers' default.
+        attn_implementation: attention backend of the model, for `causal` also `"flash_attention_2"`; None for the
+            fastest that fits, see docs/speed.md.
         placement: `"resident"` keeps the weights on the device; `"offload"` keeps them in CPU memory and copies them
             to the device for each call, so that they leave it to the policy, or to vLLM, in between.
         server: URL of a server that `mr-reward serve` runs, in place of `model`; the options from `device` to

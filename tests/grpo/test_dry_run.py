@@ -106,10 +106,15 @@ class TestRecipes:
         assert not passed and "context of 2048 positions in layout 'set'" in shown
 
     def test_budget_too_small(self, recipe: str, check: Check) -> None:
-        passed, shown = check(recipe, reward_max_tokens=8000)
+        dense = {"reward_attn_implementation": "sdpa", "reward_max_tokens": 8000}
+        passed, shown = check(recipe, **dense)
         assert not passed and "do not fit a row of 8000 tokens" in shown and "over_length='drop_group'" in shown
-        passed, shown = check(recipe, reward_max_tokens=8000, reward_over_length="truncate_responses")
+        passed, shown = check(recipe, **dense, reward_over_length="truncate_responses")
         assert passed and "This run has over_length='truncate_responses'" in shown
+        passed, shown = check(recipe, reward_max_tokens=8000)
+        assert passed and "reward_max_tokens=8000: scored in chunks over the prompt" in shown
+        passed, shown = check(recipe, reward_max_tokens=100)
+        assert not passed and "a response of" in shown and "into a pass of 100 tokens" in shown
 
 
 LORA = "policy_qwen3vl_4b_lora_1gpu.yaml"
