@@ -143,13 +143,16 @@ def _merge_parts(states: _States, plan: GroupPlan, scale: float | None) -> tuple
 
 def _merge(out: Tensor, lse: Tensor, part: Part) -> None:
     """Merge what more keys gave into what was found before."""
-    before = lse[part.sites]
+    is_slice = isinstance(part.sites, slice)
+    before = lse[part.sites] if is_slice else lse.index_select(0, part.sites)
     weight = torch.sigmoid(part.lse - before)[..., None].to(out.dtype)
-    if isinstance(part.sites, slice):  # in place
+    total = torch.logaddexp(before, part.lse)
+    if is_slice:
         torch.lerp(out[part.sites], part.out, weight, out=out[part.sites])
+        lse[part.sites] = total
     else:
-        out[part.sites] = torch.lerp(out[part.sites], part.out, weight)
-    lse[part.sites] = torch.logaddexp(before, part.lse)
+        out.index_copy_(0, part.sites, torch.lerp(out.index_select(0, part.sites), part.out, weight))
+        lse.index_copy_(0, part.sites, total)
 
 
 def _attend_block(states: _States, mask: Tensor, scale: float | None) -> Tensor:
@@ -175,19 +178,19 @@ def _exchange_states(states: _States, exchange: Exchange) -> _States:
     """(G, N, h', r, d), (G, S, h', d), (G, S, h', d) in float32 or wider, where r query heads share a key head."""
     query, key, value = states
     wide = torch.promote_types(query.dtype, torch.float32)
-    shared = (key.shape[1], query.shape[1] // key.shape[1])
+    groups, _, _, num_queries, num_keys = exchange.bias.shape
+    shape = (groups, num_queries, key.shape[1], query.shape[1] // key.shape[1], query.shape[2])
     return (
-        query[exchange.comparisons].to(wide).unflatten(2, shared),
-        key[exchange.summaries].to(wide),
-        value[exchange.summaries].to(wide),
+        query.index_select(0, exchange.comparisons).to(wide).view(shape),
+        key.index_select(0, exchange.summaries).to(wide).unflatten(0, (groups, num_keys)),
+        value.index_select(0, exchange.summaries).to(wide).unflatten(0, (groups, num_keys)),
     )
 
 
 def _exchange_logits(query: Tensor, key: Tensor, exchange: Exchange, scale: float | None) -> Tensor:
     """(G, h', r, N, S)."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = torch.einsum("gnhrd,gshd->ghrns", query, key) * scale
-    return logits.masked_fill(~exchange.seen[:, None, None], -torch.inf)
+    return torch.einsum("gnhrd,gshd->ghrns", query * scale, key) + exchange.bias
 
 
 def _flat_slots(tensor: Tensor, exchange: Exchange) -> Tensor:
@@ -200,11 +203,9 @@ def _attend_summaries(states: _States, exchange: Exchange, scale: float | None) 
     query, key, value = _exchange_states(states, exchange)
     logits = _exchange_logits(query, key, exchange, scale)
     # A comparison token of a group of one sees nothing here: its log-sum-exp is -inf, and merging leaves it alone.
-    largest = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
-    weights = (logits - largest).exp()
-    total = weights.sum(-1, keepdim=True)
-    lse = (largest + total.log())[..., 0]
-    out = torch.einsum("ghrns,gshd->gnhrd", weights / total.clamp_min(torch.finfo(logits.dtype).tiny), value)
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp()
+    out = torch.einsum("ghrns,gshd->gnhrd", weights, value)
     lse = _flat_slots(lse.permute(0, 3, 1, 2), exchange)
     return Part(exchange.sites, _flat_slots(out, exchange).to(states[0].dtype), lse)
 
@@ -222,7 +223,7 @@ def _exchange_gradients(
     query, key, value = _exchange_states(states, exchange)
     shared = query.shape[2:4]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    slots = exchange.comparisons
+    slots = exchange.comparisons.view(query.shape[:2])
     upstream = grad[slots].to(query.dtype).unflatten(2, shared)
     total = lse[slots].unflatten(2, shared).permute(0, 2, 3, 1)[..., None]
     weights = (_exchange_logits(query, key, exchange, scale) - total).exp()  # (G, h', r, N, S), 0 where unseen
@@ -233,8 +234,8 @@ def _exchange_gradients(
     of_value = torch.einsum("ghrns,gnhrd->gshd", weights, upstream)
     found = (
         (exchange.sites, of_query),
-        (exchange.summaries.flatten(), of_key),
-        (exchange.summaries.flatten(), of_value),
+        (exchange.summaries, of_key),
+        (exchange.summaries, of_value),
     )
     for total_grad, (sites, part) in zip(grads, found, strict=True):
         part = part if part.ndim == 3 else part.flatten(0, 1)

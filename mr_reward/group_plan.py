@@ -24,22 +24,18 @@ class Exchange:
     """The comparison tokens and the summaries they see beside their own.
 
     Args:
-        comparisons: (G, N) int64 sites of queries; any site in empty slots.
-        summaries: (G, S) int64 sites of keys.
-        seen: (G, N, S) bool.
+        comparisons: (G * N,) int64 sites of queries; any site in empty slots.
+        summaries: (G * S,) int64 sites of keys.
+        bias: (G, 1, 1, N, S) float32 to add to the logits: 0 where a comparison sees a summary, else -inf.
         real: int64 places of the real slots among the G * N; None if all are.
+        sites: int64 sites of the real comparisons.
     """
 
     comparisons: Tensor
     summaries: Tensor
-    seen: Tensor
+    bias: Tensor
     real: Tensor | None
-
-    @property
-    def sites(self) -> Tensor:
-        """(comparison tokens,) int64."""
-        sites = self.comparisons.flatten()
-        return sites if self.real is None else sites[self.real]
+    sites: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,6 +194,9 @@ def _exchange(rows: Sequence[list[tuple[int, int]]], kinds: Tensor, cached: Cach
     else:
         summaries = summaries + cached.prompt
         seen = real[:, None] & real[:, :, None] & ~torch.eye(real.shape[1], dtype=torch.bool)
-    places = None if bool(real.all()) else real.flatten().nonzero()[:, 0].to(device, non_blocking=True)
-    comparisons, summaries, seen = (tensor.to(device, non_blocking=True) for tensor in (comparisons, summaries, seen))
-    return Exchange(comparisons, summaries, seen, places)
+    bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None, None]
+    places = real.flatten().nonzero()[:, 0]
+    comparisons, summaries = comparisons.flatten(), summaries.flatten()
+    tensors = (comparisons, summaries, bias, places, comparisons[places])
+    comparisons, summaries, bias, places, found = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    return Exchange(comparisons, summaries, bias, None if bool(real.all()) else places, found)

@@ -69,7 +69,7 @@ def random_states(size: torch.Size, key_heads: int, dtype: torch.dtype, seed: in
     return tuple(torch.randn(*size, h, WIDTH, generator=generator, dtype=torch.float64).to(dtype) for h in heads)
 
 
-@settings(max_examples=120)
+@settings(max_examples=120, deadline=None)
 @given(
     layout=st.sampled_from(LAYOUTS),
     rows=ROWS,
