@@ -143,16 +143,21 @@ def _merge_parts(states: _States, plan: GroupPlan, scale: float | None) -> tuple
 
 def _merge(out: Tensor, lse: Tensor, part: Part) -> None:
     """Merge what more keys gave into what was found before."""
-    is_slice = isinstance(part.sites, slice)
-    before = lse[part.sites] if is_slice else lse.index_select(0, part.sites)
-    weight = torch.sigmoid(part.lse - before)[..., None].to(out.dtype)
-    total = torch.logaddexp(before, part.lse)
-    if is_slice:
-        torch.lerp(out[part.sites], part.out, weight, out=out[part.sites])
-        lse[part.sites] = total
+    sites = part.sites
+    if isinstance(sites, slice):
+        before = lse[sites]
+        torch.lerp(out[sites], part.out, _weight(part.lse, before, out.dtype), out=out[sites])
+        lse[sites] = torch.logaddexp(before, part.lse)
     else:
-        out.index_copy_(0, part.sites, torch.lerp(out.index_select(0, part.sites), part.out, weight))
-        lse.index_copy_(0, part.sites, total)
+        before = lse.index_select(0, sites)
+        weight = _weight(part.lse, before, out.dtype)
+        out.index_copy_(0, sites, torch.lerp(out.index_select(0, sites), part.out, weight))
+        lse.index_copy_(0, sites, torch.logaddexp(before, part.lse))
+
+
+def _weight(lse: Tensor, before: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, h, 1), the share of what was found last."""
+    return torch.sigmoid(lse - before)[..., None].to(dtype)
 
 
 def _attend_block(states: _States, mask: Tensor, scale: float | None) -> Tensor:
