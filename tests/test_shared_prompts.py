@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -133,3 +136,44 @@ def test_twins_share_their_score_bit_for_bit_over_a_shared_prompt() -> None:
         group = ResponseGroup(prompt="p", responses=[*responses, *responses[::-1]])
         (scores,) = GroupScorer(model, max_tokens_per_batch=120).score([group])
         assert scores is not None and scores[:30] == scores[:29:-1]
+
+
+PROGRAM = """
+import json, random, sys
+from pathlib import Path
+import torch
+from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
+from mr_reward.data import tiny
+
+torch.set_num_threads(1)
+model = MultiResponseRewardModel.from_backbone(
+    tiny.build_llama(0, hidden_size=256, num_layers=4), layout=sys.argv[1], processor=tiny.build_tokenizer()
+)
+rng = random.Random(0)
+def text(length):
+    return "".join(rng.choice("abcdefgh") for _ in range(length))
+group = ResponseGroup(prompt=text(200), responses=[text(100) for _ in range(256)])
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+scorer = GroupScorer(model, max_tokens_per_batch=int(sys.argv[2]))
+scorer.score([ResponseGroup(prompt="a", responses=["b", "c"])])
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+(scores,) = scorer.score([group])
+assert len(scores) == 256
+print(json.dumps(resident("VmHWM") - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("layout", ["isolated", "set"])
+def test_256_responses_within_bounded_memory(layout: str) -> None:
+    """26,000 tokens: peak of one pass over all, and of passes of 2,048 tokens, in MB."""
+    peaks = {}
+    for budget in (2_048, 32_768):
+        command = [sys.executable, "-W", "ignore", "-c", PROGRAM, layout, str(budget)]
+        run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=500)
+        peaks[budget] = json.loads(run.stdout.splitlines()[-1])
+    assert peaks[2_048] < 160 and peaks[2_048] < peaks[32_768] / 3, peaks
