@@ -33,8 +33,9 @@ __all__ = ["GroupScorer", "GroupScores", "Scorer"]
 logger = logging.getLogger(__name__)
 
 _OVER_BUDGET = "over the token budget"
-# Groups are prepared in windows, each while the model runs on the one before: the first is small, so that the model
-# need not wait for it, and each has twice the groups of the one before, up to so many full forward passes.
+# Groups are prepared in windows, each while the model runs on the one before; each has twice the groups of the one
+# before, up to so many full forward passes. Small calls are one window: on a CPU, preparing beside the model costs
+# such a call more than it hides.
 _FIRST_GROUPS, _LAST_WINDOW_PASSES = 64, 4
 
 

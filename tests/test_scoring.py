@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -184,6 +185,34 @@ def test_the_context_of_the_backbone_is_a_limit_too() -> None:
     group = ResponseGroup(prompt="p", responses=["x" * 60, "y" * 60])
     with pytest.raises(OverLengthError, match="a context of 100 positions"):
         GroupScorer(model).score([group])
+
+
+# --- windows ---
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_calls_are_prepared_in_windows_beside_the_model(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(7)
+    model = reward_model("llama", layout)
+    scorer = GroupScorer(model, max_tokens_per_batch=3000)
+    windows: list[tuple[int, str]] = []
+    render_all = scorer.packer.renderer.render_all
+
+    def recorded(groups: Any) -> Any:
+        windows.append((len(groups), threading.current_thread().name))
+        return render_all(groups)
+
+    monkeypatch.setattr(scorer.packer.renderer, "render_all", recorded)
+    groups = many_groups(rng, 300)
+    scores = scorer.score(groups)
+    assert len(windows) > 2 and sum(count for count, _ in windows) == 300
+    assert windows[0] == (64, "MainThread") and all(name.startswith("preparing") for _, name in windows[1:])
+    for i in (0, 63, 64, 150, 299):
+        assert_close(torch.tensor(scores[i]), alone(model, groups[i]), ROUNDING)
+    assert scorer.score(groups) == scores, "windows follow from the groups alone"
+    assert {thread.name for thread in threading.enumerate() if thread.name.startswith("preparing")} == set()
+    with pytest.raises(OverLengthError, match="group 'late'"):
+        scorer.score([*groups, ResponseGroup(prompt="p", responses=["x" * 5000], id="late")])
 
 
 # --- orders ---
