@@ -199,9 +199,9 @@ class Packer:
             if self.over_length == "error" or limit < 0:
                 raise OverLengthError(
                     f"{name}: a response of {max(lengths)} tokens does not fit beside {prompt_length} prompt tokens "
-                    f"into a pass of {self.max_tokens} tokens and a context of {self.context_tokens} positions in layout "
-                    f"{self.layout!r}; raise max_tokens_per_batch, shorten the prompt or its media, or choose "
-                    "over_length='drop_group' or 'truncate_responses'"
+                    f"into a pass of {self.max_tokens} tokens and a context of {self.context_tokens} positions "
+                    f"in layout {self.layout!r}; raise max_tokens_per_batch, shorten the prompt or its media, or "
+                    "choose over_length='drop_group' or 'truncate_responses'"
                 )
         cut = replace(rendered, response_ids=[ids[:limit] for ids in rendered.response_ids])
         return cut, tuple(length > limit for length in lengths)
