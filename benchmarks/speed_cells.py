@@ -27,8 +27,7 @@ from transformers import (
 )
 
 from mr_reward.head import ReadoutVectors, ValueHead
-from mr_reward.layouts import plan_row, readout_kinds
-from mr_reward.packing import PackedRow
+from mr_reward.layouts import readout_kinds
 from mr_reward.rendered import RenderedGroup
 
 # (width, layers, heads, key-value heads, width of the feed-forward layers, vocabulary); embeddings are tied.
@@ -186,34 +185,6 @@ def _put_image(
     pixels = torch.randn(patches * patches, numbers, generator=generator)
     grid = torch.tensor([[1, patches, patches]])
     return {"pixel_values": pixels, "image_grid_thw": grid}, (prompt == config.image_token_id).long()
-
-
-def lay_out(group: RenderedGroup, layout: str) -> PackedRow:
-    """A group as a row, as `mr_reward.packing.Packer` makes it for text that went through a tokenizer.
-
-    Args:
-        group: the tokens.
-        layout: of the row.
-
-    Returns:
-        The row.
-    """
-    plan = plan_row(layout, len(group.prompt_ids), [len(ids) for ids in group.response_ids])
-    input_ids = torch.zeros_like(plan.segments)
-    input_ids[: len(group.prompt_ids)] = group.prompt_ids
-    for (start, end), ids in zip(plan.spans, group.response_ids, strict=True):
-        input_ids[start:end] = torch.tensor(ids)
-    return PackedRow(
-        input_ids=input_ids,
-        segments=plan.segments,
-        kinds=plan.kinds,
-        offsets=plan.offsets,
-        spans=plan.spans,
-        score_sites=plan.score_sites,
-        media=group.media,
-        mm_token_type_ids=group.mm_token_type_ids,
-        truncated=(False,) * len(plan.spans),
-    )
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from speed_cells import Shared, Work, lay_out, triangle, visible_pairs
+from speed_cells import Shared, Work, triangle, visible_pairs
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
@@ -28,7 +28,7 @@ from mr_reward.backbones import get_adapter
 from mr_reward.fast_path import choose_attention
 from mr_reward.layouts import PADDING_SEGMENT
 from mr_reward.modeling import MultiResponseRewardConfig, MultiResponseRewardModel
-from mr_reward.packing import PackedRow, collate
+from mr_reward.packing import PackedRow, build_row, collate
 from mr_reward.rendered import RenderedGroup
 
 
@@ -125,7 +125,7 @@ class Competitor:
     def _alone(self) -> list[PackedRow]:
         """A row for each response of each group."""
         return [
-            lay_out(group.select([i]), "isolated") for group in self.groups for i in range(len(group.response_ids))
+            build_row(group.select([i]), "isolated") for group in self.groups for i in range(len(group.response_ids))
         ]
 
 
@@ -146,7 +146,7 @@ class Ours(Competitor):
         self.name = layout if attention is None else f"{layout}, dense mask"
         self.attention = attention
         self.model = our_scorer(shared, layout, attention)
-        rows = [lay_out(group, layout) for group in self.groups]
+        rows = [build_row(group, layout) for group in self.groups]
         self.inputs = packed(rows, self.device)
         tokens, pairs = sum(row.num_tokens for row in rows), sum(visible_pairs(group, layout) for group in self.groups)
         padded = self.inputs["input_ids"].numel()
@@ -193,7 +193,7 @@ class SharedCache(Competitor):
         # All prompts of a cell have one length, so they are a batch without padding.
         prompt = len(groups[0].prompt_ids)
         self.repeats = len(groups[0].response_ids)
-        self.prompts = packed([lay_out(group.select([]), "isolated") for group in groups], self.device)
+        self.prompts = packed([build_row(group.select([]), "isolated") for group in groups], self.device)
         rows = self._alone()
         whole = packed(rows, self.device)
         self.responses = {key: whole[key][:, prompt:] for key in ("input_ids", "kinds", "offsets")}
@@ -231,7 +231,7 @@ class FullModel(Competitor):
 
     def __init__(self, shared: Shared, groups: Sequence[RenderedGroup]) -> None:
         super().__init__(shared, groups)
-        rows = [lay_out(group, "causal") for group in self.groups]
+        rows = [build_row(group, "causal") for group in self.groups]
         self.inputs = packed(rows, self.device)
         count, longest = self.inputs["input_ids"].shape
         self.work = Work(
@@ -296,7 +296,7 @@ class Bare(Competitor):
 
     def __init__(self, shared: Shared, groups: Sequence[RenderedGroup]) -> None:
         super().__init__(shared, groups)
-        self.ids = torch.cat([lay_out(group, "isolated").input_ids for group in groups])[None].to(self.device)
+        self.ids = torch.cat([build_row(group, "isolated").input_ids for group in groups])[None].to(self.device)
         length = self.ids.shape[1]
         pairs = triangle(length)
         self.work = Work(tokens=length, pairs=pairs, computed_tokens=length, computed_pairs=pairs)

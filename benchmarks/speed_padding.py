@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed_cells import lay_out
 from speed_common import quartiles
 from speed_report import plot_bars, print_table
 from transformers import AutoTokenizer
 
 from mr_reward.group_plan import GroupPlan
-from mr_reward.packing import PackedRow, collate, plan_batches
+from mr_reward.packing import PackedRow, build_row, collate, plan_batches
 from mr_reward.rendered import RenderedGroup
 
 _BYTES_PER_TOKEN = 4
@@ -104,7 +103,7 @@ def _read_rows(path: Path, layout: str, count: Callable[[str], int]) -> list[Pac
             ) from error
         ids = torch.zeros(prompt, dtype=torch.long)
         group = RenderedGroup(prompt_ids=ids, response_ids=responses, media={}, mm_token_type_ids=None)
-        rows.append(lay_out(group, layout))
+        rows.append(build_row(group, layout))
     if not rows:
         raise SystemExit(f"{path}: holds no groups")
     return rows

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -389,8 +390,9 @@ class MultiResponseRewardModel(PreTrainedModel):
             backend=self.attention_backend,
         )
 
+    @torch.no_grad()
     def reads_flat(self) -> bool:
-        """Whether rows are read end to end, without padding, on the device and in the dtype of now."""
+        """Whether scoring reads rows end to end, without padding, on the device and in the dtype of now."""
         return self.fast_path.is_flat(self.reader, self.device)
 
     def read_scores(self, hidden: Tensor, response_mask: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from mr_reward.layouts import PADDING_SEGMENT, check_layout, plan_row, readout_k
 from mr_reward.rendered import RenderedGroup
 from mr_reward.rendering import Renderer, check_template
 
-__all__ = ["OVER_LENGTH_POLICIES", "PackedBatch", "PackedRow", "Packer", "collate", "plan_batches"]
+__all__ = ["OVER_LENGTH_POLICIES", "PackedBatch", "PackedRow", "Packer", "build_row", "collate", "plan_batches"]
 
 OVER_LENGTH_POLICIES = ("error", "drop_group", "truncate_responses")
 
@@ -172,7 +172,7 @@ class Packer:
                 if rendered.framing is not None:
                     prompt_length += sum(fixed)
                 raise OverLengthError(self._explain(name, prompt_length, lengths))
-        return self.build_row(rendered, kept)
+        return build_row(rendered, self.layout, kept)
 
     def trim(self, rendered: RenderedGroup, name: str) -> tuple[RenderedGroup, tuple[bool, ...]] | None:
         """Apply the over-length policy to responses that are read over their prompt in several passes.
@@ -251,42 +251,41 @@ class Packer:
             "prompt or its media, or choose over_length='drop_group' or 'truncate_responses'"
         )
 
-    def build_row(
-        self, rendered: RenderedGroup, kept: Sequence[int] | None = None, layout: str | None = None
-    ) -> PackedRow:
-        """Lay out a rendered group without looking at the budget.
 
-        Args:
-            rendered: token ids and media; without responses it is a row of the prompt alone, without a prompt one of
-                the responses alone.
-            kept: N lengths to which the responses are cut; None cuts nothing.
-            layout: another layout than the packer's.
+def build_row(rendered: RenderedGroup, layout: str, kept: Sequence[int] | None = None) -> PackedRow:
+    """Lay out a rendered group without looking at the budget.
 
-        Returns:
-            The row.
-        """
-        lengths = [len(ids) for ids in rendered.response_ids]
-        kept = lengths if kept is None else kept
-        framing = rendered.framing
-        sizes = None if framing is None else [(len(before), len(after)) for before, after in framing]
-        plan = plan_row(layout or self.layout, len(rendered.prompt_ids), kept, sizes)
-        input_ids = torch.zeros_like(plan.segments)
-        input_ids[: len(rendered.prompt_ids)] = rendered.prompt_ids
-        for i, ((start, end), ids) in enumerate(zip(plan.spans, rendered.response_ids, strict=True)):
-            before, after = ([], []) if framing is None else framing[i]
-            ids = [*before, *ids[: end - start], *after]
-            input_ids[start - len(before) : end + len(after)] = torch.tensor(ids, dtype=torch.long)
-        return PackedRow(
-            input_ids=input_ids,
-            segments=plan.segments,
-            kinds=plan.kinds,
-            offsets=plan.offsets,
-            spans=plan.spans,
-            score_sites=plan.score_sites,
-            media=rendered.media,
-            mm_token_type_ids=rendered.mm_token_type_ids,
-            truncated=tuple(keep < length for keep, length in zip(kept, lengths, strict=True)),
-        )
+    Args:
+        rendered: token ids and media; without responses it is a row of the prompt alone, without a prompt one of
+            the responses alone.
+        layout: `causal`, `isolated` or `set`.
+        kept: N lengths to which the responses are cut; None cuts nothing.
+
+    Returns:
+        The row.
+    """
+    lengths = [len(ids) for ids in rendered.response_ids]
+    kept = lengths if kept is None else kept
+    framing = rendered.framing
+    sizes = None if framing is None else [(len(before), len(after)) for before, after in framing]
+    plan = plan_row(layout, len(rendered.prompt_ids), kept, sizes)
+    input_ids = torch.zeros_like(plan.segments)
+    input_ids[: len(rendered.prompt_ids)] = rendered.prompt_ids
+    for i, ((start, end), ids) in enumerate(zip(plan.spans, rendered.response_ids, strict=True)):
+        before, after = ([], []) if framing is None else framing[i]
+        ids = [*before, *ids[: end - start], *after]
+        input_ids[start - len(before) : end + len(after)] = torch.tensor(ids, dtype=torch.long)
+    return PackedRow(
+        input_ids=input_ids,
+        segments=plan.segments,
+        kinds=plan.kinds,
+        offsets=plan.offsets,
+        spans=plan.spans,
+        score_sites=plan.score_sites,
+        media=rendered.media,
+        mm_token_type_ids=rendered.mm_token_type_ids,
+        truncated=tuple(keep < length for keep, length in zip(kept, lengths, strict=True)),
+    )
 
 
 def plan_batches(num_tokens: Sequence[int], max_tokens: int, padded: bool = True) -> list[list[int]]:

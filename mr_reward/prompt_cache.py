@@ -5,6 +5,7 @@ Legend: P tokens of the prompt, T tokens of a pass over it, S summaries, h' head
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -62,12 +63,16 @@ class PromptCache(DynamicCache):
         self._sites = sites
         self._summaries = self._summaries or [[] for _ in self.layers]
 
-    def append_collected(self) -> None:
-        """Let every pass from now on see what was collected, behind the prompt, in the order of the passes."""
-        for layer, pieces in zip(self.layers, self._summaries, strict=True):
+    def with_collected(self) -> PromptCache:
+        """A cache that shows what was collected behind the prompt, in the order of the passes; this one forgets it."""
+        cache = copy.copy(self)
+        cache.layers = [copy.copy(layer) for layer in self.layers]
+        for layer, pieces in zip(cache.layers, self._summaries, strict=True):
             layer.keys = torch.cat([layer.keys, *(key for key, _ in pieces)], 2)
             layer.values = torch.cat([layer.values, *(value for _, value in pieces)], 2)
-        self._sites, self._summaries = None, []
+        for either in (self, cache):
+            either._sites, either._summaries = None, []
+        return cache
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -16,7 +16,7 @@ import torch
 
 from mr_reward.group_plan import Cached, GroupPlan
 from mr_reward.modeling import MultiResponseRewardModel
-from mr_reward.packing import PackedRow, Packer, collate
+from mr_reward.packing import PackedRow, Packer, build_row, collate
 from mr_reward.prompt_cache import PromptCache
 from mr_reward.reading import Rows
 from mr_reward.rendered import RenderedGroup
@@ -38,7 +38,7 @@ def score_over_prompt(
         G lists of N scores.
     """
     device = model.device
-    prompt = packer.build_row(groups[0].select([]))
+    prompt = build_row(groups[0].select([]), packer.layout)
     cache = model.reader.prompt(_rows(prompt, device=device))
     budget = packer.max_tokens - prompt.num_tokens
     scores: list[list[float]] = [[] for _ in groups]
@@ -50,39 +50,38 @@ def score_over_prompt(
     else:
         pieces = [(i, group) for i, group in enumerate(without_prompt) if packer.num_tokens(group) <= budget]
     for chunk in _fill([packer.num_tokens(piece) for _, piece in pieces], budget):
-        rows = [packer.build_row(pieces[i][1]) for i in chunk]
+        rows = [build_row(pieces[i][1], packer.layout) for i in chunk]
         found = _score(model, rows, cache, Cached(prompt=prompt.num_tokens))
         for i, values in zip(chunk, found, strict=True):
             scores[pieces[i][0]] += values
     for index, group in enumerate(without_prompt):
         if not scores[index]:
-            scores[index] = _score_in_two_phases(model, packer, group, prompt, budget)
+            scores[index] = _score_in_two_phases(model, packer, group, cache, prompt.num_tokens)
     return scores
 
 
 def _score_in_two_phases(
-    model: MultiResponseRewardModel, packer: Packer, group: RenderedGroup, prompt: PackedRow, budget: int
+    model: MultiResponseRewardModel, packer: Packer, group: RenderedGroup, cache: PromptCache, num_prompt_tokens: int
 ) -> list[float]:
     """`set` for one group that is larger than a pass."""
-    cache = model.reader.prompt(_rows(prompt, device=model.device))
-    chunks = list(_split(packer, group, budget))
+    chunks = list(_split(packer, group, packer.max_tokens - num_prompt_tokens))
     reader = replace(model.reader, layout="isolated")  # without comparison tokens, which nothing else sees
     for chunk in chunks:
-        row = packer.build_row(chunk, layout="isolated")
+        row = build_row(chunk, "isolated")
         plan = GroupPlan.of(
             "isolated",
             row.segments[None],
             row.kinds[None],
             device=model.device,
-            cached=Cached(prompt=prompt.num_tokens),
+            cached=Cached(prompt=num_prompt_tokens),
         )
         cache.collect(torch.tensor(row.score_sites, device=model.device))
         reader.flat(_rows(row, device=model.device), plan, cache)
-    cache.append_collected()
+    with_summaries = cache.with_collected()
     scores: list[float] = []
     for chunk in chunks:
-        held = Cached(prompt=prompt.num_tokens, summaries=len(group.response_ids), first=len(scores))
-        scores += _score(model, [packer.build_row(chunk)], cache, held)[0]
+        held = Cached(prompt=num_prompt_tokens, summaries=len(group.response_ids), first=len(scores))
+        scores += _score(model, [build_row(chunk, packer.layout)], with_summaries, held)[0]
     return scores
 
 

@@ -20,7 +20,6 @@ import json, sys, threading, time
 from pathlib import Path
 import peft, torch
 from mr_reward import MultiResponseRewardModel
-from mr_reward.lora import is_lora
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -23,7 +23,7 @@ from tiny_models import (
     score,
 )
 
-from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
+from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup, fast_path
 from mr_reward.errors import OverLengthError
 
 
@@ -67,8 +67,10 @@ def test_a_group_larger_than_a_pass_is_scored_in_chunks(name: str, layout: str, 
         assert found is not None
         assert_close(torch.tensor(found), expected, ROUNDING)
         assert len(sizes) == 1 if budget == whole.num_tokens else len(sizes) > 2
-        # The prompt is in the cache: a chunk computes no more than what is left beside it.
-        assert max(sizes) <= budget and (len(sizes) == 1 or max(sizes[1:]) <= max(budget - prompt, prompt))
+        # The prompt is read once: a chunk computes no more than what is left beside it.
+        assert max(sizes) <= budget and max(sizes[1:], default=0) <= budget - prompt
+        twice = whole.num_tokens - prompt - 40 if layout == "set" and len(sizes) > 1 else 0
+        assert sum(sizes) == whole.num_tokens + twice, "`set` in chunks reads all but the comparisons twice"
 
 
 @pytest.mark.parametrize("layout", ["isolated", "set"])
@@ -111,6 +113,19 @@ def test_256_responses_keep_the_memory_of_a_pass(computed: Any) -> None:
         assert found is not None
         assert_close(torch.tensor(found), expected, ROUNDING)
         assert max(sizes) <= 400 and len(sizes) > 10
+
+
+def test_chunks_where_the_kernel_has_no_gradients(computed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: what counts is that scoring needs none, not the mode in which the scorer is called."""
+    monkeypatch.setattr(fast_path, "_has_kernel", lambda device_type, dtype: not torch.is_grad_enabled())
+    model = reward_model("llama", "set", fresh=True)
+    group = large_group("llama", 30)
+    expected = GroupScorer(model).score([group])[0]
+    sizes = computed(model)
+    assert torch.is_grad_enabled()
+    found = GroupScorer(model, max_tokens_per_batch=200).score([group])[0]
+    assert_close(torch.tensor(found), torch.tensor(expected), ROUNDING)
+    assert len(sizes) > 2 and max(sizes) <= 200
 
 
 def test_the_over_length_policy_is_asked_about_single_responses() -> None:
