@@ -10,6 +10,7 @@ from mr_reward.cli.checkpoints import card, export, merge
 from mr_reward.cli.data import data
 from mr_reward.cli.evaluate import compare, evaluate
 from mr_reward.cli.mr2bench import mr2bench
+from mr_reward.cli.score import score
 from mr_reward.cli.serve import serve
 from mr_reward.errors import MRRewardError
 
@@ -23,7 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(data, name="data")
 app.add_typer(mr2bench, name="mr2bench")
-for command in (evaluate, compare, merge, export, card, serve):
+for command in (score, evaluate, compare, merge, export, card, serve):
     app.command()(command)
 
 

@@ -17,7 +17,7 @@ from mr_reward.errors import MediaError
 from mr_reward.groups import ResponseGroup
 from mr_reward.media import load_image
 
-__all__ = ["frames_in", "resolve_media", "write_image"]
+__all__ = ["frames_in", "rebase_path", "resolve_media", "write_image"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
@@ -65,6 +65,26 @@ def frames_in(folder: Path) -> list[Path]:
     if not frames:
         raise MediaError(f"{str(folder)!r} holds no image file, expected one for each frame of the video")
     return sorted(frames, key=lambda path: _natural_key(path.name))
+
+
+def rebase_path(path: str, root: Path, folder: Path) -> str:
+    """The same file, named from another folder.
+
+    Args:
+        path: absolute, a URL (both stay as they are), or relative to `root`.
+        root: where the path counts from.
+        folder: where it is to count from.
+
+    Returns:
+        The path, with forward slashes.
+
+    Example:
+        >>> rebase_path("a.png", Path("data"), Path("out"))
+        '../data/a.png'
+    """
+    if Path(path).is_absolute() or path.startswith(("http://", "https://")):
+        return path
+    return Path(os.path.relpath(root / path, folder)).as_posix()
 
 
 def write_image(image: Any, folder: Path) -> Path:

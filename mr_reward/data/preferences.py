@@ -10,20 +10,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mr_reward.data.media_files import resolve_media, write_image
+from mr_reward.data.group_rows import group_from_row, row_from_group
+from mr_reward.data.media_files import resolve_media
 from mr_reward.errors import GroupError, MRRewardError
-from mr_reward.groups import Message, ResponseGroup
+from mr_reward.groups import ResponseGroup
 
-__all__ = ["json_lines", "load_preferences", "save_preferences"]
+__all__ = ["json_lines", "load_preferences", "parse_lines", "save_preferences"]
 
 logger = logging.getLogger(__name__)
-
-_REQUIRED = ("prompt", "responses", "rankings")
-_KEYS = {*_REQUIRED, "image", "images", "video", "videos", "id", "source"}
 
 
 def load_preferences(path: str | Path, *, skip_bad: bool = False) -> list[ResponseGroup]:
@@ -53,7 +51,7 @@ def load_preferences(path: str | Path, *, skip_bad: bool = False) -> list[Respon
         try:
             if isinstance(row, GroupError):
                 raise row
-            groups.append(resolve_media(_group(row, f"{path.name}:{number}"), path.parent))
+            groups.append(resolve_media(group_from_row(row, f"{path.name}:{number}", ranked=True), path.parent))
         except MRRewardError as error:
             if not skip_bad:
                 raise GroupError(f"{path}, line {number}: {error}") from error
@@ -94,8 +92,12 @@ def save_preferences(groups: Iterable[ResponseGroup], path: str | Path) -> int:
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as lines:
             for group in groups:
+                if group.rankings is None:
+                    raise GroupError(
+                        f"{group.name}: has no rankings, expected 1 = best, ties share a rank; rank it or leave it out"
+                    )
                 # ASCII: a lone surrogate in a response would be no UTF-8.
-                lines.write(json.dumps(_row(group, path)) + "\n")
+                lines.write(json.dumps(row_from_group(group, path)) + "\n")
                 count += 1
         if not count:
             raise GroupError(f"{path}: there is no group to write; check the source and what was skipped")
@@ -115,78 +117,21 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         Number and value; the value is a `GroupError` for a line that is no JSON.
     """
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:  # no JSON, or no UTF-8
-                    yield number, GroupError(f"the line is no JSON ({error})")
+        yield from parse_lines(lines)
 
 
-def _group(row: Any, fallback_id: str) -> ResponseGroup:
-    """One object of the file. Its media are not looked at yet; a video given as a folder is a list of that path."""
-    if not isinstance(row, Mapping):
-        raise GroupError(f"the row is {type(row).__name__}, expected an object with {', '.join(_REQUIRED)}")
-    missing = [key for key in _REQUIRED if row.get(key) is None]
-    if missing:
-        raise GroupError(f"keys {missing} are missing, found {sorted(row)}; known keys are {sorted(_KEYS)}")
-    for key in ("id", "source"):
-        if isinstance(row.get(key), (Mapping, list)):
-            raise GroupError(f"{key} is {row[key]!r:.60}, expected a text")
-    images, videos = _one_or_many(row, "image"), _one_or_many(row, "video")
-    return ResponseGroup(
-        prompt=row["prompt"],
-        responses=row["responses"],
-        rankings=row["rankings"],
-        images=images,
-        videos=[[video] if isinstance(video, str) else video for video in videos],
-        id=str(row["id"]) if row.get("id") is not None else fallback_id,
-        source=str(row["source"]) if row.get("source") is not None else None,
-    )
+def parse_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    """As `json_lines`, for lines that come from anywhere.
 
+    Args:
+        lines: encoded lines.
 
-def _one_or_many(row: Mapping[str, Any], key: str) -> list[Any]:
-    """The media under `image` or `images`; the same for videos."""
-    one, many = row.get(key), row.get(f"{key}s")
-    if one and many:
-        raise GroupError(f"{key} and {key}s are both given; keep one of them")
-    if many and not isinstance(many, list):
-        raise GroupError(f"{key}s is {type(many).__name__}, expected a list; a single one goes under {key!r}")
-    return [one] if one else many or []
-
-
-def _row(group: ResponseGroup, path: Path) -> dict[str, Any]:
-    if group.rankings is None:
-        raise GroupError(
-            f"{group.name}: has no rankings, expected 1 = best, ties share a rank; rank it or leave it out"
-        )
-    row: dict[str, Any] = {"id": group.id, "source": group.source, "prompt": _prompt(group)}
-    row |= {"responses": list(group.responses), "rankings": list(group.rankings)}
-    row["images"] = [_stored(image, path) for image in group.images]
-    row["videos"] = [[_stored(frame, path) for frame in video] for video in group.videos]
-    return {key: value for key, value in row.items() if value not in (None, [])}
-
-
-def _prompt(group: ResponseGroup) -> str | list[Message]:
-    """The prompt in its shortest form that reads as the same messages."""
-    messages = group.messages
-    text = [block["text"] for block in messages[0]["content"] if block["type"] == "text"]
-    if len(messages) == len(text) == 1:
-        short = ResponseGroup(prompt=text[0], responses=group.responses, images=group.images, videos=group.videos)
-        if short.messages == messages:
-            return text[0]
-    return [
-        {**message, "content": message["content"][0]["text"]}
-        if [block["type"] for block in message["content"]] == ["text"]
-        else message
-        for message in messages
-    ]
-
-
-def _stored(image: Any, path: Path) -> str:
-    """The path of an image as it stands in the file at `path`."""
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
-    if not isinstance(image, (str, Path)):
-        image = write_image(image, path.with_name(f"{path.stem}_media"))
-    return Path(os.path.relpath(image, path.parent)).as_posix()
+    Yields:
+        Number and value; the value is a `GroupError` for a line that is no JSON.
+    """
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested thousands of times
+                yield number, GroupError(f"the line is no JSON ({error})")
