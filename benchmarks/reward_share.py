@@ -41,7 +41,7 @@ def run(size: int, options: argparse.Namespace, folder: str) -> dict[str, float]
     reward = [entry["mr_reward/ms_per_group"] * rollouts / size / 1000 for entry in steps]
     whole = [entry["step_time"] for entry in steps]
     (scored,) = [function for function in trainer.reward_funcs if hasattr(function, "last_scored")]
-    groups = [group for group, _ in scored.last_scored]
+    groups = [found.group for found in scored.last_scored]
     alone = one_by_one(options.reward_model, groups)
     together = timed(GroupScorer.from_pretrained(options.reward_model), groups)
     return {

@@ -22,6 +22,7 @@ from mr_reward.errors import ConfigurationError, NonFiniteScoreError
 from mr_reward.group_attention import GROUP_ATTENTION
 from mr_reward.group_plan import GroupPlan
 from mr_reward.groups import ResponseGroup
+from mr_reward.metrics import order_flip_rate
 from mr_reward.modeling import MultiResponseRewardModel
 from mr_reward.packing import PackedRow, Packer, collate, plan_batches
 from mr_reward.rendered import RenderedGroup
@@ -47,12 +48,15 @@ class GroupScores:
         scores: N scores in input order; None if the group was dropped.
         truncated: N flags, True where the end of the response was cut off.
         order_spread: standard deviation of a response's score over the K orders, averaged over the group; 0 for K = 1.
+        order_flip_rate: share of the further orders under which another response wins than under the first, see
+            `mr_reward.metrics.order_flip_rate`; 0 where the layout has no order, None where not measured (K = 1).
         drop_reason: why the group was dropped, else None.
     """
 
     scores: tuple[float, ...] | None
     truncated: tuple[bool, ...]
     order_spread: float = 0.0
+    order_flip_rate: float | None = None
     drop_reason: str | None = None
 
 
@@ -328,8 +332,9 @@ class GroupScorer:
             inputs["plan"] = GroupPlan.of(self.packer.layout, batch.segments, batch.kinds, blocks, device)
         return inputs
 
-    @staticmethod
-    def _combine(group: ResponseGroup, passes: list[tuple[list[int], list[float], tuple[bool, ...]]]) -> GroupScores:
+    def _combine(
+        self, group: ResponseGroup, passes: list[tuple[list[int], list[float], tuple[bool, ...]]]
+    ) -> GroupScores:
         """Undo the orders, average over them, and give twins their shared score."""
         if not passes:
             return GroupScores(scores=None, truncated=(False,) * group.num_responses, drop_reason=_OVER_BUDGET)
@@ -341,10 +346,15 @@ class GroupScorer:
                 over_orders[slot].append(score)
                 truncated[slot] |= was_cut
         slots = [unique.index(response) for response in group.responses]
+        by_order = list(zip(*over_orders, strict=True))
+        flip_rate = None if self.packer.layout == "causal" else 0.0
+        if len(by_order) > 1:
+            flip_rate = order_flip_rate(by_order[1:], [by_order[0]] * (len(by_order) - 1))
         return GroupScores(
             scores=tuple(statistics.fmean(over_orders[slot]) for slot in slots),
             truncated=tuple(truncated[slot] for slot in slots),
             order_spread=statistics.fmean(map(statistics.pstdev, over_orders)),
+            order_flip_rate=flip_rate,
         )
 
 

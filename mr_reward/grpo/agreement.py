@@ -80,5 +80,21 @@ def group_size(log_metric: Callable[..., None] | None, num_generations: int, num
             f"prompt in training and {configured[1]} in evaluation; make it with MultiResponseReward(..., "
             f"num_generations={configured[0]}, num_generations_eval={configured[1]})"
         )
-    model: Any = getattr(trainer, "model", None)
-    return num_generations if model.training else num_generations_eval  # how the trainer itself tells them apart
+    return num_generations_eval if is_evaluating(log_metric) else num_generations
+
+
+def is_evaluating(log_metric: Callable[..., None] | None) -> bool:
+    """Whether the trainer that calls a reward is evaluating; the trainer itself tells it by its model's mode.
+
+    Args:
+        log_metric: as TRL hands it to reward functions; anything else counts as training.
+
+    Returns:
+        True in an evaluation.
+
+    Example:
+        >>> is_evaluating(None)
+        False
+    """
+    model: Any = getattr(getattr(log_metric, "__self__", None), "model", None)
+    return model is not None and not model.training

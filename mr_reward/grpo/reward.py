@@ -12,15 +12,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mr_reward.data.scored import ScoredGroup
 from mr_reward.errors import ConfigurationError
 from mr_reward.fingerprint import weights_digest
 from mr_reward.groups import ResponseGroup
-from mr_reward.grpo.agreement import check_same_weights, group_size
+from mr_reward.grpo.agreement import check_same_weights, group_size, is_evaluating
 from mr_reward.grpo.exchange import Exchange
+from mr_reward.grpo.group_log import GroupLog
 from mr_reward.grpo.groups import PlannedGroup, plan_groups
 from mr_reward.grpo.loading import build_scorer, connect_scorer
 from mr_reward.grpo.rows import Completion, Prompt, read_rollouts
-from mr_reward.grpo.telemetry import GroupOutcome, measure
+from mr_reward.grpo.telemetry import GroupOutcome, describe_rows, measure
 from mr_reward.packing import OVER_LENGTH_POLICIES
 
 if TYPE_CHECKING:
@@ -79,9 +81,9 @@ class MultiResponseReward:
     batch normalisation): there the arbitrary offset of a group's raw scores becomes noise, which is why `"centred"` is
     the default. The scale matters in weighting against other rewards and with `scale_rewards="none"` or `"batch"`.
 
-    Metrics (`mr_reward.grpo.telemetry.METRIC_KEYS`) and two columns of the completions table, `mr_reward_score`
-    (before the transform; None if dropped) and `mr_reward_truncated`, are logged at every call. TRL tells reward
-    functions apart by name only, so use one `MultiResponseReward` per trainer.
+    Metrics (`METRIC_KEYS`) and columns of the completions table (`COLUMN_KEYS`), both in `mr_reward.grpo.telemetry`,
+    are logged at every call. TRL tells reward functions apart by name only, so use one `MultiResponseReward` per
+    trainer.
 
     In evaluation groups may have another size (`num_generations_eval`), and the last batch may be shorter; on several
     processes accelerate fills it up with the first prompts of the set, as whole groups, which then count twice. In the
@@ -112,9 +114,10 @@ class MultiResponseReward:
             `placement` are then the server's. The rewards are the same.
         server_token: the server's token; None for the environment variable MR_REWARD_TOKEN. It is not pickled.
         server_hash: checksum of the model that has to score, as the server logs it; None for any, but one only.
+        group_log: writes the groups that each rank scores, with their images; None writes nothing.
 
     Attributes:
-        last_scored: the groups that this rank scored in the last call, with their N scores; dropped ones are left out.
+        last_scored: the groups that this rank scored, or dropped, in the last call.
 
     Raises:
         ConfigurationError: an option has a value that does not exist.
@@ -145,6 +148,7 @@ class MultiResponseReward:
         server: str | None = None,
         server_token: str | None = None,
         server_hash: str | None = None,
+        group_log: GroupLog | None = None,
     ) -> None:
         if num_generations_eval is None:
             num_generations_eval = num_generations
@@ -173,9 +177,10 @@ class MultiResponseReward:
             "attn_implementation": attn_implementation,
             "placement": placement,
         }
-        self.last_scored: list[tuple[ResponseGroup, list[float]]] = []
-        remote = {"server": server, "server_hash": server_hash}
-        self._arguments = (model, num_generations), {**sizes, "reward": reward, **options, **remote}
+        self.last_scored: list[ScoredGroup] = []
+        others = {"server": server, "server_hash": server_hash, "group_log": group_log}
+        self._arguments = (model, num_generations), {**sizes, "reward": reward, **options, **others}
+        self._group_log = group_log
         self._scorer: Scorer
         if server is None:
             if model is None:
@@ -231,7 +236,10 @@ class MultiResponseReward:
         with self._exchange.fail_together("scoring") as phase:
             own = [group for group in plan if group.owner == rank]
             phase.at = _name_groups(prefix, own)
-            phase.payload = self._score(own, local, prefix)
+            phase.payload = self._score(own, local, prefix, None if state is None else state.global_step)
+            if self._group_log is not None:
+                step, evaluating = 0 if state is None else state.global_step, is_evaluating(kwargs.get("log_metric"))
+                self._group_log.write(self.last_scored, step=step, rank=rank, evaluating=evaluating)
         outcomes: dict[int, GroupOutcome] = {}
         for scored, _ in phase.gathered:
             outcomes.update(scored)
@@ -243,9 +251,9 @@ class MultiResponseReward:
         start = sum(len(rows) for rows in rows_by_rank[:rank])
         mine = slice(start, start + len(local))
         if (log_extra := kwargs.get("log_extra")) is not None:
-            log_extra("mr_reward_score", self._per_row(ordered, list)[mine])
-            log_extra("mr_reward_truncated", [flag for outcome in ordered for flag in outcome.truncated][mine])
-        return self._per_row(ordered, REWARD_TRANSFORMS[self.reward])[mine]
+            for name, column in describe_rows(plan, ordered).items():
+                log_extra(name, column[mine])
+        return [value for outcome in ordered for value in self._rewards(outcome)][mine]
 
     def _weights_digest(self) -> str:
         """Checksum of the model that scores for this rank: its own, or that of its server."""
@@ -253,7 +261,7 @@ class MultiResponseReward:
         return getattr(self._scorer, "model_hash", "") if model is None else weights_digest(model)
 
     def _score(
-        self, own: Sequence[PlannedGroup], local: Sequence[ResponseGroup], prefix: str
+        self, own: Sequence[PlannedGroup], local: Sequence[ResponseGroup], prefix: str, step: int | None
     ) -> tuple[dict[int, GroupOutcome], float]:
         """Score the groups that this rank owns; their outcomes by group index, and the seconds it took."""
         self.last_scored = []
@@ -277,22 +285,26 @@ class MultiResponseReward:
         for group, result in zip(groups, results, strict=True):
             if result.scores is None:
                 logger.warning("%s gets no reward: %s", group.id, result.drop_reason)
+        outcomes = [GroupOutcome(result.scores, result.truncated, result.order_flip_rate) for result in results]
         self.last_scored = [
-            (group, list(result.scores))
-            for group, result in zip(groups, results, strict=True)
-            if result.scores is not None
+            ScoredGroup(
+                group=group,
+                scores=result.scores,
+                truncated=result.truncated,
+                order_spread=result.order_spread,
+                drop_reason=result.drop_reason,
+                rewards=tuple(self._rewards(outcome)),
+                step=step,
+            )
+            for group, result, outcome in zip(groups, results, outcomes, strict=True)
         ]
-        outcomes = [GroupOutcome(result.scores, result.truncated) for result in results]
         return {planned.index: outcome for planned, outcome in zip(own, outcomes, strict=True)}, seconds
 
-    def _per_row(
-        self, outcomes: Sequence[GroupOutcome], transform: Callable[[Sequence[float]], list[float]]
-    ) -> list[float | None]:
-        """Spread the groups' values over all rows of the global batch."""
-        values: list[float | None] = []
-        for outcome in outcomes:
-            values.extend([None] * len(outcome.truncated) if outcome.scores is None else transform(outcome.scores))
-        return values
+    def _rewards(self, outcome: GroupOutcome) -> list[float | None]:
+        """N rewards of a group; None for each if it was dropped."""
+        if outcome.scores is None:
+            return [None] * len(outcome.truncated)
+        return [*REWARD_TRANSFORMS[self.reward](outcome.scores)]
 
 
 def _refuse_local_options(options: Mapping[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""Metrics of one reward call. Every rank computes them from the same gathered data, so all ranks log the same."""
+"""Metrics and table columns of one reward call.
+
+Every rank computes them from the same gathered data, so all ranks log the same.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from mr_reward.groups import dense_ranks
 from mr_reward.grpo.groups import PlannedGroup
 
-__all__ = ["METRIC_KEYS", "GroupOutcome", "measure", "repeated_share"]
+__all__ = ["COLUMN_KEYS", "METRIC_KEYS", "GroupOutcome", "describe_rows", "measure", "repeated_share"]
 
 METRIC_KEYS = (
     "mr_reward/score_mean",
@@ -21,7 +26,16 @@ METRIC_KEYS = (
     "mr_reward/duplicate_responses",
     "mr_reward/repeated_text",
     "mr_reward/score_length_correlation",
+    "mr_reward/order_flip_rate",
     "mr_reward/ms_per_group",
+)
+COLUMN_KEYS = (
+    "mr_reward_group",
+    "mr_reward_score",
+    "mr_reward_rank",
+    "mr_reward_slot",
+    "mr_reward_duplicate_of",
+    "mr_reward_truncated",
 )
 
 
@@ -32,10 +46,12 @@ class GroupOutcome:
     Args:
         scores: N scores in row order; None if the group was dropped.
         truncated: N flags, whether the response was cut before scoring.
+        order_flip_rate: how often another order of the responses has another winner; None if not measured.
     """
 
     scores: tuple[float, ...] | None
     truncated: tuple[bool, ...]
+    order_flip_rate: float | None = None
 
 
 def measure(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome], seconds: float) -> dict[str, float]:
@@ -47,8 +63,9 @@ def measure(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome], seco
     `dropped_groups` and `truncated_responses` are counts. `duplicate_responses` is the share of responses that
     repeat an earlier one of their group. `repeated_text` is the mean share of a response that it has said before, see
     `repeated_share`. `score_length_correlation` is the mean within-group Pearson correlation of score and length in
-    characters, over the groups where both vary. `ms_per_group` is the scoring time in milliseconds of one group on the
-    rank that owns it.
+    characters, over the groups where both vary. `order_flip_rate` is the mean over the groups where it was measured: 0
+    for layouts without an order, and for `causal` only with `num_orders` of 2 or more. `ms_per_group` is the scoring
+    time in milliseconds of one group on the rank that owns it.
 
     Args:
         plan: all groups of the global batch.
@@ -76,9 +93,50 @@ def measure(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome], seco
         _mean(1.0 - len(set(group.responses)) / len(group.responses) for group in plan),
         _mean(repeated_share(response) for group in plan for response in group.responses),
         _mean(_length_correlations(scored)),
+        _mean(outcome.order_flip_rate for outcome in outcomes if outcome.order_flip_rate is not None),
         1000.0 * seconds / len(plan) if plan else math.nan,
     )
     return dict(zip(METRIC_KEYS, values, strict=True))
+
+
+def describe_rows(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome]) -> dict[str, list[Any]]:
+    """Columns of the completions table.
+
+    `mr_reward_group` is the number of the group in the global batch. `mr_reward_score` is the score before the
+    transform, and `mr_reward_rank` its rank in the group (1 = best, ties share a rank); both are None in a dropped
+    group. `mr_reward_slot` is the place of the response in the reward model's row: equal texts of a group are read
+    once and share it. `mr_reward_duplicate_of` is the slot of an earlier response with the same text, -1 for none.
+    `mr_reward_truncated` tells whether the response was cut before scoring.
+
+    Args:
+        plan: all groups of the global batch.
+        outcomes: their outcomes, same order.
+
+    Returns:
+        `COLUMN_KEYS` -> a value for each row of the global batch.
+
+    Example:
+        >>> group = PlannedGroup(index=0, responses=("a", "b", "a"), holders=(0,), owner=0, owner_row=0)
+        >>> outcome = GroupOutcome((1.0, 2.0, 1.0), (False, False, False))
+        >>> describe_rows([group], [outcome])["mr_reward_duplicate_of"]
+        [-1, -1, 0]
+    """
+    columns: dict[str, list[Any]] = {key: [] for key in COLUMN_KEYS}
+    for group, outcome in zip(plan, outcomes, strict=True):
+        size = len(group.responses)
+        slots = {text: slot for slot, text in enumerate(dict.fromkeys(group.responses))}
+        repeats = [text in group.responses[:i] for i, text in enumerate(group.responses)]
+        values = (
+            [group.index] * size,
+            [None] * size if outcome.scores is None else outcome.scores,
+            [None] * size if outcome.scores is None else dense_ranks([-score for score in outcome.scores]),
+            [slots[text] for text in group.responses],
+            [slots[text] if again else -1 for text, again in zip(group.responses, repeats, strict=True)],
+            outcome.truncated,
+        )
+        for key, column in zip(COLUMN_KEYS, values, strict=True):
+            columns[key].extend(column)
+    return columns
 
 
 def repeated_share(text: str, *, width: int = 8) -> float:

@@ -161,7 +161,8 @@ class PolicyValidation(TrainerCallback):
             plot_curves(panels, self.folder / "validation.png", title="held-out prompts")
 
     def _show_samples(self, step: int) -> None:
-        samples = self.reward.last_scored[: self.num_samples]
+        scored = [(found.group, found.scores) for found in self.reward.last_scored if found.scores is not None]
+        samples = scored[: self.num_samples]
         table = Table("prompt", "score", "response", title=f"step {step}: rollouts for held-out prompts, best first")
         lines = [f"# Step {step}: rollouts for held-out prompts, best first", ""]
         for group, scores in samples:

@@ -214,7 +214,8 @@ class RemoteScorer:
                 )
             if result.scores is None and result.drop_reason is None:
                 raise ValueError("a group without scores and without a reason")
-            if result.scores is not None and not all(map(math.isfinite, [*result.scores, result.order_spread])):
+            numbers = [*(result.scores or ()), result.order_spread, result.order_flip_rate or 0.0]
+            if not all(map(math.isfinite, numbers)):
                 raise NonFiniteScoreError(
                     f"{group.name}: scores {result.scores} from {self.url} are not finite; check the server's "
                     "checkpoint, or run it with a wider --dtype (float32)"
@@ -223,6 +224,7 @@ class RemoteScorer:
                 scores=None if result.scores is None else tuple(result.scores),
                 truncated=tuple(result.truncated),
                 order_spread=result.order_spread,
+                order_flip_rate=result.order_flip_rate,
                 drop_reason=result.drop_reason,
             )
         return results

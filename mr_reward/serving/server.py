@@ -295,6 +295,7 @@ def _to_result(group: WireGroup, scored: GroupScores) -> WireResult:
         scores=None if scored.scores is None else list(scored.scores),
         truncated=list(scored.truncated),
         order_spread=scored.order_spread,
+        order_flip_rate=scored.order_flip_rate,
         drop_reason=scored.drop_reason,
     )
 

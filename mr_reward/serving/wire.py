@@ -96,6 +96,7 @@ class WireResult(_Message):
     scores: list[float] | None
     truncated: list[bool]
     order_spread: float = 0.0
+    order_flip_rate: float | None = None
     drop_reason: str | None = None
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,18 +26,10 @@ from mr_reward.errors import MRRewardError
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.reward import MultiResponseReward
 from mr_reward.modeling import MultiResponseRewardModel
+from mr_reward.scoring import GroupScores
 
 ROWS_PER_RANK = (2, 3, 4, 6)
 GROUP_SIZES = (4, 6)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FakeScores:
-    """The fields of `mr_reward.scoring.GroupScores` that the reward reads."""
-
-    scores: tuple[float, ...] | None
-    truncated: tuple[bool, ...]
-    drop_reason: str | None = None
 
 
 class WholeGroupScorer:
@@ -47,18 +38,18 @@ class WholeGroupScorer:
     def __init__(self) -> None:
         self.calls: list[list[ResponseGroup]] = []
 
-    def score_detailed(self, groups: list[ResponseGroup]) -> list[FakeScores]:
+    def score_detailed(self, groups: list[ResponseGroup]) -> list[GroupScores]:
         self.calls.append(list(groups))
         return [self._score(group) for group in groups]
 
-    def _score(self, group: ResponseGroup) -> FakeScores:
+    def _score(self, group: ResponseGroup) -> GroupScores:
         flags = tuple(response.endswith("cut") for response in group.responses)
         if "drop" in group.responses:
-            return FakeScores(scores=None, truncated=flags, drop_reason="too long")
+            return GroupScores(scores=None, truncated=flags, drop_reason="too long")
         images = [(image.mode, image.size, image.tobytes()) for image in group.images]
         context = repr((group.messages, images, group.responses))
         scores = tuple(_unit(context + response) + i for i, response in enumerate(group.responses))
-        return FakeScores(scores=scores, truncated=flags)
+        return GroupScores(scores=scores, truncated=flags)
 
 
 class FailingScorer(WholeGroupScorer):
@@ -68,7 +59,7 @@ class FailingScorer(WholeGroupScorer):
         super().__init__()
         self.rank, self.die = rank, die
 
-    def score_detailed(self, groups: list[ResponseGroup]) -> list[FakeScores]:
+    def score_detailed(self, groups: list[ResponseGroup]) -> list[GroupScores]:
         if int(os.environ["RANK"]) == self.rank:
             if self.die:
                 os._exit(7)

@@ -36,7 +36,7 @@ def make_trainer(
     calls: list[tuple[int, list[int]]] = []
 
     def spy(prompts: list[Any], trainer_state: Any, **kwargs: Any) -> list[float]:
-        calls.append((trainer_state.global_step, [len(scores) for _, scores in reward.last_scored]))
+        calls.append((trainer_state.global_step, [found.group.num_responses for found in reward.last_scored]))
         return [0.0] * len(prompts)
 
     train, evaluation = (

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from reward_worker import FakeScores, WholeGroupScorer, call, make_rows
+from reward_worker import WholeGroupScorer, call, make_rows
 from transformers.integrations import deepspeed as hf_deepspeed
 
 import mr_reward.grpo.reward as reward_module
@@ -20,17 +20,18 @@ from mr_reward.errors import ConfigurationError, GroupAssemblyError, PeerRankErr
 from mr_reward.grpo.exchange import Exchange
 from mr_reward.grpo.loading import build_scorer, default_device, outside_zero3
 from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
-from mr_reward.grpo.telemetry import METRIC_KEYS
+from mr_reward.grpo.telemetry import COLUMN_KEYS, METRIC_KEYS
+from mr_reward.scoring import GroupScores
 
 
 class FixedScorer(WholeGroupScorer):
     """Gives the number that a response ends with."""
 
-    def _score(self, group: Any) -> FakeScores:
+    def _score(self, group: Any) -> GroupScores:
         result = super()._score(group)
         if result.scores is None:
             return result
-        return FakeScores(scores=tuple(float(r.split()[-1]) for r in group.responses), truncated=result.truncated)
+        return GroupScores(scores=tuple(float(r.split()[-1]) for r in group.responses), truncated=result.truncated)
 
 
 @pytest.fixture
@@ -77,13 +78,20 @@ def test_groups_rewards_and_logs(built: list[Any], caplog: pytest.LogCaptureFixt
     assert result["rewards"] == [-1.0, 0.0, 1.0, 0.0, 0.0, 0.0, None, None, None]
     assert caplog.messages == ["step 12 group 2 gets no reward: too long"]
     assert result["extra"] == {
+        "mr_reward_group": [0, 0, 0, 1, 1, 1, 2, 2, 2],
         "mr_reward_score": [1.0, 2.0, 3.0, 4.0, 4.0, 4.0, None, None, None],
+        "mr_reward_rank": [3, 2, 1, 1, 1, 1, None, None, None],
+        "mr_reward_slot": [0, 1, 2, 0, 0, 1, 0, 1, 2],
+        "mr_reward_duplicate_of": [-1, -1, -1, -1, 0, -1, -1, -1, -1],
         "mr_reward_truncated": [False] * 9,
     }
+    assert tuple(result["extra"]) == COLUMN_KEYS
     metrics = result["metrics"]
     assert tuple(metrics) == METRIC_KEYS
     assert metrics.pop("mr_reward/ms_per_group") >= 0
-    assert list(metrics.values()) == pytest.approx([3.0, 0.5, 0.5, 0.0, 1.0, 0.0, 1 / 9, 0.0, 1.0])
+    assert list(metrics.values()) == pytest.approx(
+        [3.0, 0.5, 0.5, 0.0, 1.0, 0.0, 1 / 9, 0.0, 1.0, math.nan], nan_ok=True
+    )
 
 
 def test_metrics_that_are_undefined_are_nan_but_logged(built: list[Any]) -> None:

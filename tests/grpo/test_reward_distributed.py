@@ -17,7 +17,7 @@ import reward_worker
 import mr_reward.grpo.reward as reward_module
 from mr_reward.data.tiny import build_qwen3_vl, build_qwen3_vl_processor
 from mr_reward.grpo.reward import MultiResponseReward
-from mr_reward.grpo.telemetry import METRIC_KEYS
+from mr_reward.grpo.telemetry import COLUMN_KEYS, METRIC_KEYS
 from mr_reward.modeling import MultiResponseRewardModel
 
 pytestmark = pytest.mark.distributed
@@ -94,7 +94,7 @@ def _check_against_a_single_process(records: list[dict[str, Any] | None], world_
             expected = reward_worker.call(MultiResponseReward(model, size, device="cpu"), prompts, completions)
             assert len(set(expected["rewards"])) >= size - 1  # not all equal; two rows of a group are twins
             assert sum((result["rewards"] for result in results), []) == pytest.approx(expected["rewards"], abs=1e-6)
-            for column in ("mr_reward_score", "mr_reward_truncated"):
+            for column in COLUMN_KEYS:
                 gathered = sum((result["extra"][column] for result in results), [])
                 assert gathered == pytest.approx(expected["extra"][column], abs=1e-6)
             _check_metrics([result["metrics"] for result in results], expected["metrics"])

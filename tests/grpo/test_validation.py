@@ -95,7 +95,8 @@ def test_each_evaluation_is_written_with_samples_figure_and_signs(models: Path, 
     # the samples are rollouts for held-out prompts, with their scores, best first
     sampled = validation.reward.last_scored[:2]
     text = (tmp_path / "samples.md").read_text()
-    for group, scores in sampled:
+    for found_group in sampled:
+        group, scores = found_group.group, found_group.scores or ()
         held_out = [task.image().tobytes() for task in make_tasks("validation", 6, num_digits=2)]
         assert group.images[0].tobytes() in held_out
         shown = [
@@ -138,4 +139,4 @@ def test_samples_survive_what_a_policy_can_write(models: Path, tmp_path: Path) -
     assert text.count("\n```") == 2  # the fence is opened and closed once
     assert "[red]not markup[/red]" in terminal.getvalue()
     assert "\x1b[31m" not in terminal.getvalue()
-    assert isinstance(reward.last_scored[0][0], ResponseGroup)
+    assert isinstance(reward.last_scored[0].group, ResponseGroup)

@@ -99,7 +99,8 @@ def test_rewards_are_those_of_the_process(server: str, folder: Path, transform: 
     for key in expected["metrics"].keys() - {"mr_reward/ms_per_group"}:
         assert found["metrics"][key] == pytest.approx(expected["metrics"][key], rel=1e-4, abs=1e-5), key
     assert found["extra"]["mr_reward_truncated"] == expected["extra"]["mr_reward_truncated"]
-    assert [group.responses for group, _ in there.last_scored] == [group.responses for group, _ in here.last_scored]
+    groups = [[scored.group.responses for scored in reward.last_scored] for reward in (there, here)]
+    assert groups[0] == groups[1]
 
 
 def test_a_copy_asks_the_same_server(server: str) -> None:

@@ -1,0 +1,253 @@
+"""`mr-reward score` through its entry point: pipes, files, interruptions, bad lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from http_server import running
+from tiny_models import ROUNDING, random_image, random_text, reward_model
+from typer.testing import CliRunner
+
+from mr_reward import GroupScorer, ResponseGroup
+from mr_reward.cli.app import app
+from mr_reward.data.scored import read_scored
+from mr_reward.errors import ConfigurationError, GroupError
+from mr_reward.serving import build_app
+
+COMMAND = [sys.executable, "-c", "from mr_reward.cli import main; main()", "score"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model, another one, and groups with images below the folder `data`."""
+    folder = tmp_path_factory.mktemp("score")
+    reward_model("qwen3_vl", "set").save_pretrained(folder / "rm")
+    reward_model("qwen3_vl", "isolated").save_pretrained(folder / "other")
+    rng = random.Random(5)
+    (folder / "data" / "images").mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    for i in range(12):
+        row: dict[str, Any] = {"id": f"g{i}", "prompt": random_text(rng), "mine": {"nested": [i, None]}}
+        row["responses"] = [random_text(rng) for _ in range(rng.randint(1, 4))]
+        for j in range(i % 3):
+            random_image(rng).save(folder / "data" / "images" / f"{i}_{j}.png")
+            row.setdefault("images", []).append(f"images/{i}_{j}.png")
+        rows.append(row)
+    rows[3]["prompt"] = [
+        {"role": "user", "content": [{"type": "image", "image": "images/4_0.png"}, {"type": "text", "text": "?"}]}
+    ]
+    rows[6]["videos"] = [["images/1_0.png", "images/2_0.png"]]
+    (folder / "data" / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[list[float]]:
+    """Scores by the scorer, on groups that are put together here."""
+    groups = []
+    for row in read_rows(folder / "data" / "groups.jsonl"):
+        prompt, images = row["prompt"], row.get("images", [])
+        if isinstance(prompt, list):
+            prompt, images = "?", ["images/4_0.png"]
+        groups.append(
+            ResponseGroup(
+                prompt=prompt,
+                responses=row["responses"],
+                images=[folder / "data" / image for image in images],
+                videos=[[folder / "data" / frame for frame in video] for video in row.get("videos", [])],
+            )
+        )
+    scores = [GroupScorer.from_pretrained(folder / "rm").score([group])[0] for group in groups]
+    return [found for found in scores if found is not None]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(*arguments: object, stdin: bytes | None = None) -> bytes:
+    result = CliRunner().invoke(app, ["score", *map(str, arguments)], input=stdin, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout_bytes
+
+
+def close(found: list[list[float]], expected: list[list[float]]) -> bool:
+    return [len(scores) for scores in found] == [len(scores) for scores in expected] and all(
+        torch.allclose(torch.tensor(a), torch.tensor(b), atol=ROUNDING, rtol=0)
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def test_a_pipe_gives_back_its_lines_with_scores(folder: Path, expected: list[list[float]]) -> None:
+    """In a process of its own: nothing but the lines goes to standard output."""
+    source = (folder / "data" / "groups.jsonl").read_bytes()
+    done = subprocess.run(
+        [*COMMAND, folder / "rm", "--chunk", "5"], input=source, cwd=folder / "data", capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert close([row["scores"] for row in rows], expected)
+    results = ("scores", "truncated", "order_spread", "drop_reason", "scored_with")
+    assert [{key: row[key] for key in row if key not in results} for row in rows] == [
+        json.loads(line) for line in source.splitlines()
+    ]
+    assert all(len(row["truncated"]) == len(row["responses"]) for row in rows)
+
+
+def test_the_output_is_read_back_from_its_own_folder(
+    folder: Path, expected: list[list[float]], tmp_path: Path
+) -> None:
+    out = tmp_path / "deep" / "scores.jsonl"
+    run(folder / "rm", folder / "data" / "groups.jsonl", "--out", out)
+    found = read_scored(out)
+    assert [scored.group.id for scored in found] == [f"g{i}" for i in range(12)]
+    assert close([list(scored.scores or ()) for scored in found], expected)
+    # The paths were written anew: the groups score the same from there.
+    again = [scores for scores in GroupScorer.from_pretrained(folder / "rm").score([s.group for s in found]) if scores]
+    assert close(again, expected)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_and_resumed(
+    how: signal.Signals, folder: Path, expected: list[list[float]], tmp_path: Path
+) -> None:
+    """The pipe gives one line at a time and stays open, so the signal meets a run that is under way."""
+    source, out = (folder / "data" / "groups.jsonl").read_bytes(), tmp_path / "scores.jsonl"
+    command = [*COMMAND, str(folder / "rm"), "--media", str(folder / "data"), "--out", str(out), "--chunk", "1"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(b"".join(line + b"\n" for line in source.splitlines()[:4]))
+    process.stdin.flush()
+    deadline = time.monotonic() + 120
+    while not out.exists() or out.read_bytes().count(b"\n") < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if how == signal.SIGINT:
+        assert b"the same command goes on with it" in stderr
+    before = out.read_bytes()
+    assert 2 <= before.count(b"\n") <= 4
+    run(*command[4:], stdin=source)
+    assert out.read_bytes().startswith(before[: before.rfind(b"\n") + 1]), "what was scored is not scored again"
+    rows = read_rows(out)
+    assert [row["id"] for row in rows] == [f"g{i}" for i in range(12)]
+    assert close([row["scores"] for row in rows], expected)
+
+
+def test_a_torn_file_is_gone_on_with(folder: Path, expected: list[list[float]], tmp_path: Path) -> None:
+    """Cut anywhere, as a full disk or a kill in the middle of a write leaves it."""
+    out = tmp_path / "scores.jsonl"
+    command = (folder / "rm", folder / "data" / "groups.jsonl", "--out", out, "--chunk", "4")
+    run(*command)
+    whole = out.read_bytes()
+    for size in random.Random(1).sample(range(len(whole)), 3) + [0, len(whole)]:
+        out.write_bytes(whole[:size])
+        run(*command)
+        rows = read_rows(out)
+        assert [row["id"] for row in rows] == [f"g{i}" for i in range(12)]
+        assert close([row["scores"] for row in rows], expected)
+
+
+def test_going_on_with_something_else_is_refused(folder: Path, tmp_path: Path) -> None:
+    out, source = tmp_path / "scores.jsonl", folder / "data" / "groups.jsonl"
+    run(folder / "rm", source, "--out", out)
+    before = out.read_bytes()
+    shorter, edited = folder / "data" / "shorter.jsonl", folder / "data" / "edited.jsonl"
+    shorter.write_text("".join(source.read_text().splitlines(keepends=True)[:5]))
+    edited.write_text(source.read_text().replace('"id": "g3"', '"id": "G3"'))
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text('{"a": 1}\n')
+    for arguments, message in (
+        ((folder / "other", source, "--out", out), r"line 1: was scored with another model or other options"),
+        (
+            (folder / "rm", source, "--out", out, "--max-tokens", 999),
+            r"line 1: was scored with another model or other",
+        ),
+        ((folder / "rm", shorter, "--out", out), r"holds 12 lines, the input only 5"),
+        ((folder / "rm", edited, "--out", out), r"line 4: is not .*edited.jsonl, line 4 with its scores"),
+        ((folder / "rm", source, "--out", foreign), r"line 1: is no line that this command wrote"),
+    ):
+        with pytest.raises(GroupError, match=message):
+            run(*arguments)
+    assert out.read_bytes() == before and foreign.read_text() == '{"a": 1}\n'
+    with pytest.raises(ConfigurationError, match="is the file that is read"):
+        run(folder / "rm", source, "--out", source)
+    with pytest.raises(GroupError, match=r"none.jsonl: is not a file"):
+        run(folder / "rm", "none.jsonl")
+
+
+BAD = [
+    (b"{no json", "the line is no JSON"),
+    (b'"text"', "the row is no object"),
+    (b'{"prompt": "?"}', r"keys \['responses'\] are missing"),
+    (b'{"prompt": "?", "responses": []}', "got 0 responses"),
+    (b'{"prompt": "?", "responses": ["a"], "images": ["gone.png"]}', "'gone.png' is not a file"),
+    (b'{"prompt": "?", "responses": ["a"], "image": "http://x/a.png"}', "is a URL and nothing is fetched"),
+    (b"[" * 100_000, "the line is no JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_bad_lines(line: bytes, message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = b'{"prompt": "?", "responses": ["a", "b"]}'
+    source, out = b"\n".join((good, b"", line, good)) + b"\n", tmp_path / "scores.jsonl"
+    with pytest.raises(GroupError, match=rf"standard input, line 3: .*{message}.*Mend it, or give --skip-bad"):
+        run(folder / "rm", "--out", out, stdin=source)
+    assert len(read_rows(out)) == 1, "what came before is kept"
+    run(folder / "rm", "--out", out, "--skip-bad", stdin=source)
+    first, bad, last = read_rows(out)
+    assert first["scores"] == pytest.approx(last["scores"], abs=ROUNDING)
+    assert bad["scores"] is None and "error" in bad
+    run(folder / "rm", "--out", out, "--skip-bad", stdin=source)
+    assert len(read_rows(out)) == 3, "a bad line is known again"
+
+
+def test_dropped_groups_stay_in_their_place(folder: Path) -> None:
+    long = json.dumps({"prompt": "?", "responses": ["a" * 500, "b"]}).encode()
+    short = json.dumps({"prompt": "?", "responses": ["a", "b"]}).encode()
+    output = run(folder / "rm", "--max-tokens", 200, stdin=b"\n".join((short, long, short)))
+    rows = [json.loads(line) for line in output.splitlines()]
+    assert [row["scores"] is None for row in rows] == [False, True, False]
+    assert rows[1]["drop_reason"] == "over the token budget"
+
+
+def test_a_server_scores_as_well(folder: Path, expected: list[list[float]], tmp_path: Path) -> None:
+    out = tmp_path / "scores.jsonl"
+    with running(build_app(GroupScorer.from_pretrained(folder / "rm"))) as url:
+        run(url, folder / "data" / "groups.jsonl", "--out", out)
+    assert close([row["scores"] for row in read_rows(out)], expected)
+    with pytest.raises(GroupError, match="another model or other options"):
+        run(folder / "other", folder / "data" / "groups.jsonl", "--out", out)
+
+
+def test_hostile_text_comes_back_as_it_went_in(folder: Path) -> None:
+    responses = ["<|im_end|>", "\ud800", "\x00\x1b[2J", "\u202e", "a\nb\u2028c"]
+    row = {"prompt": "<|image_pad|>", "responses": responses}
+    output = run(folder / "rm", stdin=json.dumps(row).encode())
+    assert output.count(b"\n") == 1 and output.isascii()
+    assert json.loads(output)["responses"] == responses
+
+
+def test_a_full_disk_leaves_whole_lines(folder: Path, tmp_path: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    source = (folder / "data" / "groups.jsonl").read_bytes()
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*COMMAND, folder / "rm", "--media", folder / "data"], input=source, stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 1 and b"No space left on device" in done.stderr
+    assert b"Traceback" not in done.stderr
