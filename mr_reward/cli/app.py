@@ -2,10 +2,12 @@
 
 import logging
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from mr_reward import __version__
 from mr_reward.cli.checkpoints import card, export, merge
 from mr_reward.cli.data import data
 from mr_reward.cli.evaluate import compare, evaluate
@@ -26,6 +28,21 @@ app.add_typer(data, name="data")
 app.add_typer(mr2bench, name="mr2bench")
 for command in (score, evaluate, compare, merge, export, card, serve):
     app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mr-reward {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 def main() -> None:

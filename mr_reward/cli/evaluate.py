@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from mr_reward.cli.options import Device, Dtype, MaxTokens, OverLength, torch_dtype
 from mr_reward.errors import ConfigurationError
 
 __all__ = ["compare", "evaluate"]
@@ -30,10 +31,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the orders")] = 0,
     limit: Annotated[int | None, typer.Option(help="Only the first items")] = None,
     alone: Annotated[bool, typer.Option("--alone", help="Score each response alone")] = False,
-    device: Annotated[str | None, typer.Option(help="As torch spells it; else cuda if there is one")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the checkpoint's")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass, and of the longest group")] = 16384,
-    over_length: Annotated[str, typer.Option(help="drop_group, truncate_responses or error")] = "drop_group",
+    device: Device = None,
+    dtype: Dtype = None,
+    max_tokens: MaxTokens = 16384,
+    over_length: OverLength = "drop_group",
     resamples: Annotated[int, typer.Option(help="Resamples of the intervals")] = 1000,
 ) -> None:
     """Evaluate a reward model on a benchmark, by its official metric; an interrupted run goes on.
@@ -45,16 +46,14 @@ def evaluate(
     from mr_reward.evaluation.report import show_report
     from mr_reward.evaluation.run import evaluate_benchmark
     from mr_reward.evaluation.scorers import load_scorer
-    from mr_reward.grpo.loading import DTYPES, default_device
+    from mr_reward.grpo.loading import default_device
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigurationError(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     num_orders = ALL_ORDERS if orders == "all" else _number(orders)
     get_benchmark(benchmark)  # a wrong name is told before the model is loaded
     loaded = load_scorer(
         scorer,
         device=device or default_device(),
-        dtype=None if dtype is None else DTYPES[dtype],
+        dtype=torch_dtype(dtype),
         max_tokens_per_batch=max_tokens,
         over_length=over_length,
         alone=alone,

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from mr_reward.cli.options import Device, Dtype, MaxTokens, NumOrders, OverLength, torch_dtype
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 
 if TYPE_CHECKING:
@@ -44,11 +45,11 @@ def score(
         bool, typer.Option("--skip-bad", help="Write the error of a bad line in its place instead of stopping")
     ] = False,
     chunk: Annotated[int, typer.Option(min=1, help="Groups that are read, scored and written at a time")] = 64,
-    device: Annotated[str | None, typer.Option(help="As torch spells it; else cuda if there is one")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the checkpoint's")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass")] = 16384,
-    over_length: Annotated[str, typer.Option(help="drop_group, truncate_responses or error")] = "drop_group",
-    num_orders: Annotated[int, typer.Option(help="Orders of the responses to average over (layout causal)")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_tokens: MaxTokens = 16384,
+    over_length: OverLength = "drop_group",
+    num_orders: NumOrders = 1,
 ) -> None:
     """Score groups: each line comes back with `scores`, in the order of its responses.
 
@@ -159,20 +160,16 @@ class _Done:
 def _open_scorer(name: str, *, dtype: str | None, device: str | None, **options: Any) -> tuple[Scorer, str]:
     """The scorer, and a checksum of everything that decides its scores."""
     from mr_reward.fingerprint import weights_digest
-    from mr_reward.grpo.loading import DTYPES, default_device
+    from mr_reward.grpo.loading import default_device
     from mr_reward.scoring import GroupScorer
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigurationError(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if name.startswith(("http://", "https://")):
         from mr_reward.serving import RemoteScorer
 
         remote = RemoteScorer(name)
         health = remote.connect()
         return remote, _checksum(health.model_hash, health.options)
-    scorer = GroupScorer.from_pretrained(
-        name, dtype=None if dtype is None else DTYPES[dtype], device=device or default_device(), **options
-    )
+    scorer = GroupScorer.from_pretrained(name, dtype=torch_dtype(dtype), device=device or default_device(), **options)
     return scorer, _checksum(weights_digest(scorer.model), options)
 
 

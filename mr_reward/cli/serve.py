@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mr_reward.errors import ConfigurationError
+from mr_reward.cli.options import Device, Dtype, MaxTokens, NumOrders, OverLength, torch_dtype
 
 __all__ = ["serve"]
 
@@ -24,11 +24,11 @@ def serve(
     token_file: Annotated[
         Path | None, typer.Option(help=f"File with the token of the clients; else the variable {_TOKEN_VARIABLE}")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="As torch spells it; else cuda if there is one")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the checkpoint's")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass, and of the longest group")] = 16384,
-    over_length: Annotated[str, typer.Option(help="drop_group, truncate_responses or error")] = "drop_group",
-    num_orders: Annotated[int, typer.Option(help="Orders of the responses to average over (layout causal)")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_tokens: MaxTokens = 16384,
+    over_length: OverLength = "drop_group",
+    num_orders: NumOrders = 1,
     max_groups: Annotated[int, typer.Option(help="Groups of a request")] = 256,
     max_request_mb: Annotated[float, typer.Option(help="Size of a request")] = 64.0,
     max_megapixels: Annotated[float, typer.Option(help="Size of an image or frame")] = 50.0,
@@ -40,13 +40,11 @@ def serve(
 
     Example: mr-reward serve rm --device cuda:1 --dtype bfloat16
     """
-    from mr_reward.grpo.loading import DTYPES, default_device
+    from mr_reward.grpo.loading import default_device
     from mr_reward.scoring import GroupScorer
     from mr_reward.serving import ServerLimits, check_access
     from mr_reward.serving import serve as run_server
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigurationError(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     token = token_file.read_text().strip() if token_file is not None else os.environ.get(_TOKEN_VARIABLE) or None
     check_access(host, token)
     limits = ServerLimits(
@@ -58,7 +56,7 @@ def serve(
     )
     scorer = GroupScorer.from_pretrained(
         model,
-        dtype=None if dtype is None else DTYPES[dtype],
+        dtype=torch_dtype(dtype),
         device=device or default_device(),
         max_tokens_per_batch=max_tokens,
         over_length=over_length,

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -127,8 +128,12 @@ def test_import_is_light() -> None:
 
 
 def test_version_is_the_same_everywhere() -> None:
+    """It is written down in `mr_reward/__init__.py`; the changelog names it, everything else takes it from there."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert mr_reward.__version__ == project["version"]
+    assert "version" not in project and project["dynamic"] == ["version"]
+    assert importlib.metadata.version("mr-reward") == mr_reward.__version__
+    assert f"\n## {mr_reward.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert not re.search(r"^version:", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)

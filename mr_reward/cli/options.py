@@ -1,0 +1,39 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mr_reward.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Device", "Dtype", "MaxTokens", "NumOrders", "OverLength", "torch_dtype"]
+
+Device = Annotated[str | None, typer.Option(help="As torch spells it; else cuda if there is one")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the checkpoint's")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens of a forward pass, and of the longest group")]
+OverLength = Annotated[str, typer.Option(help="drop_group, truncate_responses or error")]
+NumOrders = Annotated[int, typer.Option(min=1, help="Orders of the responses to average over (layout causal)")]
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of `--dtype`.
+
+    Args:
+        name: as given; None if it was not.
+
+    Returns:
+        The dtype, or None.
+
+    Raises:
+        ConfigurationError: no such dtype.
+    """
+    from mr_reward.grpo.loading import DTYPES
+
+    if name is not None and name not in DTYPES:
+        raise ConfigurationError(f"--dtype is {name!r}, expected one of {', '.join(DTYPES)}")
+    return None if name is None else DTYPES[name]
