@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -67,7 +67,6 @@ def score(
         raise GroupError(f"{source}: is not a file; give a .jsonl file with one group per line, or - to read a pipe")
     if target is not None and source != _STREAM and target.resolve() == Path(source).resolve():
         raise ConfigurationError(f"--out {out} is the file that is read; name another one")
-    done = _Done.read(target)
     scorer, scored_with = _open_scorer(
         model,
         device=device,
@@ -82,9 +81,10 @@ def score(
             total = sum(1 for line in stream if line.strip())
             stream.seek(0)
         lines = _parse(stream, "standard input" if source == _STREAM else source, root, target)
-        done.check(islice(lines, len(done.rows)), scored_with)
-        counts = _run(lines, scorer, scored_with, target, done, total=total, chunk=chunk, skip_bad=skip_bad)
-    _show(counts, len(done.rows), out)
+        done, size = _check_done(target, lines, scored_with)
+        with _writing(target, size) as output, tqdm(total=total, initial=done, unit=" groups", desc="scoring") as bar:
+            counts = _run(lines, scorer, scored_with, output, bar, chunk=chunk, skip_bad=skip_bad)
+    _show(counts, done, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,59 +102,50 @@ class _Line:
     group: ResponseGroup | MRRewardError
 
 
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """What an earlier run has written: whole lines; a torn last one is scored again.
+def _check_done(target: Path | None, lines: Iterator[_Line], scored_with: str) -> tuple[int, int]:
+    """What an earlier run has written: how many whole lines of this input, and their bytes.
 
-    Args:
-        rows: the lines.
-        size: their bytes in the file.
-        name: of the file.
+    Takes as many lines of the input. A torn last line does not count: it is scored again.
     """
-
-    rows: list[dict[str, Any]]
-    size: int
-    name: str
-
-    @classmethod
-    def read(cls, target: Path | None) -> _Done:
-        if target is None or not target.exists():
-            return cls([], 0, str(target))
-        content = target.read_bytes()
-        size = content.rfind(b"\n") + 1
-        rows = []
-        for number, line in enumerate(content[:size].splitlines(), start=1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict) or "scored_with" not in row:
+    count = size = 0
+    if target is None or not target.exists():
+        return count, size
+    with target.open("rb") as written:
+        for content in written:
+            if not content.endswith(b"\n"):
+                break
+            count, size = count + 1, size + len(content)
+            where = f"{target}, line {count}"
+            row = _read_done(content)
+            if row is None:
                 raise GroupError(
-                    f"{target}, line {number}: is no line that this command wrote, so it cannot be gone on with; "
-                    "name another --out"
+                    f"{where}: is no line that this command wrote, so it cannot be gone on with; name another --out"
                 )
-            rows.append(row)
-        return cls(rows, size, str(target))
-
-    def check(self, lines: Iterator[_Line], scored_with: str) -> None:
-        """Refuse to go on with the scores of another input, model or option."""
-        count = 0
-        for count, (row, line) in enumerate(zip(self.rows, lines, strict=False), start=1):
             if row["scored_with"] != scored_with:
                 raise GroupError(
-                    f"{self.name}, line {count}: was scored with another model or other options "
-                    f"({row['scored_with']}, now {scored_with}); name another --out, or give the command that wrote it"
+                    f"{where}: was scored with another model or other options ({row['scored_with']}, now "
+                    f"{scored_with}); name another --out, or give the command that wrote it"
+                )
+            line = next(lines, None)
+            if line is None:
+                raise GroupError(
+                    f"{where}: the input has {count - 1} lines only, so the file belongs to another input; name "
+                    "another --out"
                 )
             if _without_results(row) != line.row:
                 raise GroupError(
-                    f"{self.name}, line {count}: is not {line.where} with its scores, so the file belongs to another "
-                    "input; name another --out"
+                    f"{where}: is not {line.where} with its scores, so the file belongs to another input; name "
+                    "another --out"
                 )
-        if count < len(self.rows):
-            raise GroupError(
-                f"{self.name}: holds {len(self.rows)} lines, the input only {count}; the file belongs to another "
-                "input, name another --out"
-            )
+    return count, size
+
+
+def _read_done(content: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(content)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "scored_with" in row else None
 
 
 def _open_scorer(name: str, *, dtype: str | None, device: str | None, **options: Any) -> tuple[Scorer, str]:
@@ -232,43 +223,45 @@ def _rebase_turn(turn: Any, rebased: Any) -> Any:
     return {**turn, "content": blocks}
 
 
+@contextmanager
+def _writing(target: Path | None, size: int) -> Iterator[BinaryIO]:
+    """Standard output, or the file behind its first `size` bytes."""
+    if target is None:
+        yield sys.stdout.buffer
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("r+b" if target.exists() else "wb") as output:
+        output.truncate(size)
+        output.seek(size)
+        try:
+            yield output
+        except KeyboardInterrupt:
+            logger.warning("stopped; %s is whole, the same command goes on with it", target)
+            raise
+
+
 def _run(
     lines: Iterator[_Line],
     scorer: Scorer,
     scored_with: str,
-    target: Path | None,
-    done: _Done,
+    output: BinaryIO,
+    bar: tqdm,
     *,
-    total: int | None,
     chunk: int,
     skip_bad: bool,
 ) -> dict[str, int]:
-    """Score and write chunk by chunk; what has been scored is in the file, whatever comes after it."""
+    """Score and write chunk by chunk; what has been scored is written, whatever comes after it."""
     counts = dict.fromkeys(("scored", "dropped", "truncated", "bad"), 0)
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    output = sys.stdout.buffer if target is None else target.open("r+b" if target.exists() else "wb")
-    if target is not None:
-        output.truncate(done.size)
-        output.seek(done.size)
-    try:
-        with tqdm(total=total, initial=len(done.rows), unit=" groups", desc="scoring", disable=None) as bar:
-            while batch := list(islice(lines, chunk)):
-                bad = next((i for i, line in enumerate(batch) if isinstance(line.group, MRRewardError)), None)
-                stop = bad is not None and not skip_bad
-                for line, row in _score(batch[:bad] if stop else batch, scorer, counts):
-                    output.write(json.dumps({**line.row, **row, "scored_with": scored_with}).encode() + b"\n")
-                output.flush()
-                bar.update(len(batch))
-                if stop and bad is not None:
-                    raise GroupError(f"{batch[bad].where}: {batch[bad].group}. Mend it, or give --skip-bad")
-    except KeyboardInterrupt:
-        if target is not None:
-            logger.warning("stopped; %s is whole, the same command goes on with it", target)
-        raise
-    finally:
-        if target is not None:
-            output.close()
+    while batch := list(islice(lines, chunk)):
+        stop = next(
+            (i for i, line in enumerate(batch) if isinstance(line.group, MRRewardError) and not skip_bad), None
+        )
+        for line, row in _score(batch[:stop], scorer, counts):
+            output.write(json.dumps({**line.row, **row, "scored_with": scored_with}).encode() + b"\n")
+        output.flush()
+        bar.update(len(batch[:stop]))
+        if stop is not None:
+            raise GroupError(f"{batch[stop].where}: {batch[stop].group}. Mend it, or give --skip-bad")
     return counts
 
 

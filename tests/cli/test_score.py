@@ -175,7 +175,7 @@ def test_going_on_with_something_else_is_refused(folder: Path, tmp_path: Path) -
             (folder / "rm", source, "--out", out, "--max-tokens", 999),
             r"line 1: was scored with another model or other",
         ),
-        ((folder / "rm", shorter, "--out", out), r"holds 12 lines, the input only 5"),
+        ((folder / "rm", shorter, "--out", out), r"line 6: the input has 5 lines only"),
         ((folder / "rm", edited, "--out", out), r"line 4: is not .*edited.jsonl, line 4 with its scores"),
         ((folder / "rm", source, "--out", foreign), r"line 1: is no line that this command wrote"),
     ):
