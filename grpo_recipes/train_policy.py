@@ -31,12 +31,14 @@ from mr_reward.errors import ConfigurationError, MRRewardError
 from mr_reward.evaluation.handwriting import handwriting_accuracy
 from mr_reward.grpo.arguments import PolicyTrainingArguments
 from mr_reward.grpo.dry_run import Finding, RunPlan, check_run, planned_arguments, show_findings
+from mr_reward.grpo.group_log import GroupLog
 from mr_reward.grpo.launch import Launch, read_launch
 from mr_reward.grpo.loading import DTYPES
 from mr_reward.grpo.placement import PLACEMENTS
 from mr_reward.grpo.resume import ContinuedEpochs, checkpoint_to_resume
 from mr_reward.grpo.reward import REWARD_TRANSFORMS
 from mr_reward.grpo.rows import read_rollouts
+from mr_reward.grpo.run_figure import RunFigure
 from mr_reward.grpo.validation import PolicyValidation
 from mr_reward.grpo.vllm_cpu import prepare_vllm_on_cpu
 from mr_reward.grpo.vllm_images import send_single_placeholders
@@ -61,6 +63,8 @@ class PolicyArguments:
         reward_server: URL of a server that `mr-reward serve` runs, in place of `reward_model`; its options are the
             server's. The token stands in the environment variable MR_REWARD_TOKEN.
         reward_server_hash: checksum of the model that the server has to score with; None for any.
+        log_groups_steps: write the groups with images and scores to `groups` in the output folder every so many steps,
+            for `mr-reward inspect`; 0 for never.
         extra_reward_funcs: further reward functions by import path, as `trl.rewards.accuracy_reward`, or, where a call
             makes them, `trl.rewards.get_repetition_penalty_reward()`; in this order after the reward model (and the
             handwriting world's truth) in `reward_weights`.
@@ -85,6 +89,7 @@ class PolicyArguments:
     reward_placement: str = field(default="resident", metadata={"help": "resident or offload"})
     reward_server: str | None = field(default=None, metadata={"help": "URL of a scoring server, for reward_model"})
     reward_server_hash: str | None = field(default=None, metadata={"help": "Checksum of the server's model"})
+    log_groups_steps: int = field(default=0, metadata={"help": "Write the scored groups every so many steps"})
     extra_reward_funcs: list[str] = field(default_factory=list, metadata={"help": "Import paths"})
     dataset: str = field(default="handwriting", metadata={"help": "Data set with prompts, or handwriting"})
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set"})
@@ -109,6 +114,8 @@ class PolicyArguments:
         for name in ("reward_max_tokens", "reward_num_orders", "num_prompts", "num_eval_prompts"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.log_groups_steps < 0:
+            raise ConfigurationError(f"log_groups_steps is {self.log_groups_steps}, expected 0 for never, or more")
 
 
 def load_prompts(arguments: PolicyArguments, name: str, split: str, num_prompts: int, seed: int) -> Dataset:
@@ -127,6 +134,7 @@ def make_reward(arguments: PolicyArguments, args: GRPOConfig) -> MultiResponseRe
     """The reward function; a broken folder shows here, before the policy is loaded."""
     if arguments.reward_model is None and arguments.reward_server is None:
         raise ConfigurationError("reward_model is missing; give the folder that pretrain_rm.py wrote")
+    every = arguments.log_groups_steps
     return MultiResponseReward(
         arguments.reward_model,
         num_generations=args.num_generations,
@@ -140,6 +148,7 @@ def make_reward(arguments: PolicyArguments, args: GRPOConfig) -> MultiResponseRe
         num_orders=arguments.reward_num_orders,
         attn_implementation=arguments.reward_attn_implementation,
         placement=arguments.reward_placement,
+        group_log=GroupLog(Path(str(args.output_dir)) / "groups", every=every) if every else None,
     )
 
 
@@ -253,7 +262,7 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         arguments, arguments.dataset, arguments.dataset_split, arguments.num_prompts, args.seed
     )
     eval_dataset = None
-    callbacks: list[TrainerCallback] = [ContinuedEpochs()]
+    callbacks: list[TrainerCallback] = [ContinuedEpochs(), RunFigure(str(args.output_dir))]
     if arguments.eval_dataset is not None:
         eval_dataset = load_prompts(  # the same prompts for every seed
             arguments, arguments.eval_dataset, arguments.eval_dataset_split, arguments.num_eval_prompts, seed=0

@@ -1,6 +1,7 @@
 """PNG figures: training curves, and images beside their ranked responses. Needs the extra `eval` (matplotlib)."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,24 @@ Curve = tuple[Sequence[float], Sequence[float]]
 _COLOURS = ("#2563eb", "#16a34a", "#d97706", "#9333ea")
 
 
-def plot_curves(panels: Mapping[str, Mapping[str, Curve]], path: str | Path, *, title: str = "") -> None:
+def plot_curves(
+    panels: Mapping[str, Mapping[str, Curve]], path: str | Path, *, title: str = "", columns: int = 4
+) -> None:
     """Draw line charts side by side.
 
     Args:
         panels: panel title -> legend -> (steps, values).
         path: of the PNG file.
         title: over all panels.
+        columns: panels in a row.
     """
-    figure, axes = _new_figure(1, len(panels), (4.6 * len(panels), 3.4))
-    for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
-        for colour, (label, (steps, values)) in zip(_COLOURS, curves.items(), strict=False):
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = _new_figure(rows, columns, (4.6 * columns, 3.4 * rows))
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (name, curves) in zip(axes.flat, panels.items(), strict=False):
+        for colour, (label, (steps, values)) in zip(cycle(_COLOURS), curves.items(), strict=False):
             axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
             axis.plot(steps, _smooth(values), color=colour, linewidth=2, label=label)
         _finish_axis(axis, name)
@@ -49,7 +57,7 @@ def plot_bands(
     """
     figure, axes = _new_figure(1, len(panels), (5.6 * len(panels), 3.6))
     for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
-        for colour, (label, (steps, runs)) in zip(_COLOURS, curves.items(), strict=False):
+        for colour, (label, (steps, runs)) in zip(cycle(_COLOURS), curves.items(), strict=False):
             points = list(zip(*runs, strict=True))
             axis.fill_between(steps, [min(p) for p in points], [max(p) for p in points], color=colour, alpha=0.15)
             axis.plot(steps, [sum(p) / len(p) for p in points], color=colour, linewidth=2, label=label)

@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.figures import plot_curves
 
 __all__ = ["RunFigure", "plot_run"]
@@ -30,13 +29,11 @@ _PANELS = {
 class RunFigure(TrainerCallback):
     """Writes `training.png` to a folder when training ends: rewards, spread, flips, correlation of score and length.
 
-    Only the main process writes. A resumed run shows the steps before the interruption too, from the checkpoint.
+    Only the main process writes. A resumed run shows the steps before the interruption too, from the checkpoint. The
+    figure needs matplotlib (the extra `eval`); without it a warning says so when training begins.
 
     Args:
         folder: where to write.
-
-    Raises:
-        ConfigurationError: matplotlib is missing.
 
     Example:
         ```python
@@ -45,15 +42,21 @@ class RunFigure(TrainerCallback):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        if find_spec("matplotlib") is None:
-            raise ConfigurationError("the figure of a run needs matplotlib; install mr-reward[eval]")
         self.folder = Path(folder)
+        self.can_draw = find_spec("matplotlib") is not None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell what will be missing while there is time."""
+        if state.is_world_process_zero and not self.can_draw:
+            logger.warning("no matplotlib, so there will be no figure of the run; install mr-reward[eval]")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw what was logged."""
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and self.can_draw:
             plot_run(state.log_history, self.folder / "training.png")
 
 
@@ -89,7 +92,7 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> bool
         return False
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot_curves(panels, path, title="training")
+    plot_curves(panels, path, title="training", columns=3)
     return True
 
 
