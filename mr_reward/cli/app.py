@@ -10,6 +10,7 @@ from rich.console import Console
 from mr_reward import __version__
 from mr_reward.cli.checkpoints import card, export, merge
 from mr_reward.cli.data import data
+from mr_reward.cli.doctor import doctor
 from mr_reward.cli.evaluate import compare, evaluate
 from mr_reward.cli.mr2bench import mr2bench
 from mr_reward.cli.score import score
@@ -28,6 +29,8 @@ app.add_typer(data, name="data")
 app.add_typer(mr2bench, name="mr2bench")
 for command in (score, evaluate, compare, merge, export, card, serve):
     app.command()(command)
+# Any field of a recipe may follow.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(doctor)
 
 
 def _show_version(wanted: bool) -> None:

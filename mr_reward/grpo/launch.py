@@ -1,7 +1,8 @@
-"""What an accelerate file says about a launch: how many processes, which ZeRO stage."""
+"""What an accelerate file, or the environment, says about a launch: how many processes, which ZeRO stage."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import yaml
 
 from mr_reward.errors import ConfigurationError
 
-__all__ = ["Launch", "read_launch"]
+__all__ = ["Launch", "read_environment", "read_launch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,4 +64,25 @@ def read_launch(path: str | Path) -> Launch:
         num_machines=content.get("num_machines", 1),
         zero_stage=stage,
         offload="cpu" in devices,
+    )
+
+
+def read_environment() -> Launch:
+    """What `accelerate launch` or `torchrun` has told this process.
+
+    Returns:
+        The launch of which this process is a part; a single process if there is none.
+
+    Example:
+        >>> read_environment().num_processes  # doctest: +SKIP
+        2
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(processes)))
+    stage = 0
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    devices = {os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE") for part in ("OPTIMIZER", "PARAM")}
+    return Launch(
+        num_processes=processes, num_machines=max(1, processes // local), zero_stage=stage, offload="cpu" in devices
     )

@@ -1,4 +1,4 @@
-"""Check a GRPO run before it starts: on any machine, in seconds, without loading a weight."""
+"""Checks of a GRPO run before it starts: on any machine, in seconds, without loading a weight."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 from trl import GRPOConfig
 
@@ -21,34 +18,23 @@ from mr_reward.configuration import MultiResponseRewardConfig, check_layers, con
 from mr_reward.errors import ConfigurationError, MRRewardError, OverLengthError, ScoringServerError
 from mr_reward.group_attention import GROUP_ATTENTION
 from mr_reward.groups import ResponseGroup
+from mr_reward.grpo.findings import Finding, Level, may_start
+from mr_reward.grpo.group_map import group_map
 from mr_reward.grpo.launch import Launch
+from mr_reward.grpo.machine_checks import check_devices, check_needed, check_output_folder, check_versions
 from mr_reward.grpo.memory import estimate_policy_memory, estimate_reward_memory
+from mr_reward.grpo.reward_checks import check_weights, score_tiny
 from mr_reward.grpo.vllm_server import check_vllm_server
 from mr_reward.integrity import check_config_keys, check_template_hash, has_file
 from mr_reward.packing import Packer
 from mr_reward.rendering import Renderer, template_hash
 
-__all__ = ["Finding", "RunPlan", "check_run", "planned_arguments", "show_findings"]
+__all__ = ["RunPlan", "check_reward_folder", "check_run", "planned_arguments"]
 
-Level = Literal["green", "yellow", "red"]
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 _GB = 1e9
+_REPORT_MODULES = ("wandb", "trackio", "tensorboard", "mlflow", "swanlab")
 _SERVER_SECONDS = 2.0  # a scoring server that runs answers at once
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report.
-
-    Args:
-        level: green is fine, yellow could not be checked, red would fail.
-        what: the part that was looked at.
-        text: what was found, and for red what to do.
-    """
-
-    level: Level
-    what: str
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +57,7 @@ class RunPlan:
         policy_dtype: of the policy's weights.
         lora_rank: r; None for full training.
         lora_targets: see `estimate_policy_memory`.
+        use_cpu: whether the recipe asks for the CPU.
         prompts: a few prompts as groups with any one response; to measure their length and to see that they exist.
     """
 
@@ -89,6 +76,7 @@ class RunPlan:
     policy_dtype: torch.dtype = torch.float32
     lora_rank: int | None = None
     lora_targets: str | Sequence[str] | None = None
+    use_cpu: bool = False
     prompts: Sequence[ResponseGroup] = ()
 
 
@@ -114,31 +102,39 @@ def check_run(plan: RunPlan) -> list[Finding]:
     Returns:
         Findings in the order in which the run would meet them.
     """
-    findings = [*_describe_geometry(plan), *_check_objective(plan), *_check_rewards(plan)]
+    args = plan.args
+    # Elsewhere than on the machine of the run, what is missing says little.
+    here = plan.use_cpu or torch.cuda.is_available()
+    findings = [*check_versions(), *check_needed(_needed_packages(plan), here=here)]
+    findings.append(check_devices(use_cpu=plan.use_cpu, bf16=bool(args.bf16)))
+    resume = str(args.resume_from_checkpoint).lower() not in ("none", "false")
+    processes = plan.launch.num_processes
+    findings += check_output_folder(str(args.output_dir), resume=resume, num_processes=processes)
+    findings += [*_describe_geometry(plan), *_check_objective(plan), *_check_rewards(plan)]
     config, more = _read_reward_model(plan)
     findings += more
     if config is not None:
         findings += _check_reward_model(plan, config)
     findings += _check_vllm(plan)
     findings += _check_memory(plan, config)
+    if config is not None and may_start(findings):
+        findings.append(_try(plan, config))
     return findings
 
 
-def show_findings(findings: Sequence[Finding], console: Console) -> bool:
-    """Print the findings as a table.
+def check_reward_folder(folder: str) -> list[Finding]:
+    """Look at a reward model alone.
 
     Args:
-        findings: of `check_run`.
-        console: where to.
+        folder: of a reward model, or a hub id.
 
     Returns:
-        Whether the run may start: nothing is red.
+        Findings: its files, and a score of its architecture made tiny.
     """
-    table = Table("", "what", "found", title="dry run: nothing was loaded", show_lines=False)
-    for finding in findings:
-        table.add_row(f"[{finding.level}]●[/]", finding.what, escape(finding.text))
-    console.print(table)
-    return all(finding.level != "red" for finding in findings)
+    config, findings = _read_folder(folder)
+    if config is not None and may_start(findings):
+        findings.append(score_tiny(folder, config, None, ()))
+    return findings
 
 
 def _describe_geometry(plan: RunPlan) -> Iterator[Finding]:
@@ -152,6 +148,7 @@ def _describe_geometry(plan: RunPlan) -> Iterator[Finding]:
     )
     spread = "some on two ranks or more" if rows % size else "each on one rank"
     yield Finding("green", "groups", f"{shown}: {rows * processes // size} groups of {size}, {spread}")
+    yield Finding("green", "who holds what", "\n".join(group_map(processes, rows, size)))
     if args.eval_strategy != "no":
         rows = args.per_device_eval_batch_size * processes
         yield Finding("green", "evaluation", f"batches of {rows} rows, groups of {args.num_generations_eval or size}")
@@ -195,6 +192,10 @@ def _read_reward_model(plan: RunPlan) -> tuple[MultiResponseRewardConfig | None,
         return None, [_ask_reward_server(plan, plan.reward_server)]
     if name is None:
         return None, [Finding("red", "reward model", "reward_model is missing; give the folder of pretrain_rm.py")]
+    return _read_folder(name)
+
+
+def _read_folder(name: str) -> tuple[MultiResponseRewardConfig | None, list[Finding]]:
     if not Path(name).is_dir() and not has_file(name, "config.json"):
         text = f"{name} is no folder, and no hub within reach has it; give the folder that pretrain_rm.py wrote"
         return None, [Finding("red", "reward model", text)]
@@ -211,7 +212,10 @@ def _read_reward_model(plan: RunPlan) -> tuple[MultiResponseRewardConfig | None,
         check_template_hash(name, config.template_hash, template_hash(processor, config.template))
     except (MRRewardError, OSError, ValueError) as error:
         return None, [Finding("red", "reward model", str(error))]
-    return config, [Finding("green", "reward model", f"{name}: layout {config.layout}, whole, template unchanged")]
+    findings = [Finding("green", "reward model", f"{name}: layout {config.layout}, template unchanged")]
+    if Path(name).is_dir():
+        findings.append(check_weights(Path(name), config))
+    return config, findings
 
 
 def _ask_reward_server(plan: RunPlan, url: str) -> Finding:
@@ -335,6 +339,29 @@ def _check_memory(plan: RunPlan, reward_config: MultiResponseRewardConfig | None
         parts = {"weights": reward.weights, "a forward pass": reward.activations}
         when = "while it scores" if plan.reward_placement == "offload" else "of it the weights always"
         yield Finding("green", "memory, reward model", f"{_sum(parts)} on each process, {when}")
+
+
+def _try(plan: RunPlan, config: MultiResponseRewardConfig) -> Finding:
+    try:
+        return score_tiny(str(plan.reward_model), config, plan.reward_attention, plan.prompts)
+    except (MRRewardError, OSError, ValueError) as error:
+        return Finding("red", "tiny score", str(error))
+
+
+def _needed_packages(plan: RunPlan) -> dict[str, str]:
+    """Modules that the recipe cannot do without -> the field that asks for them."""
+    args = plan.args
+    reports = args.report_to if isinstance(args.report_to, list) else [args.report_to or "none"]
+    needed = {name: f"report_to: {name}" for name in reports if name in _REPORT_MODULES}
+    if args.use_vllm and args.vllm_mode == "colocate":
+        needed["vllm"] = "use_vllm: true"
+    if plan.launch.zero_stage:
+        needed["deepspeed"] = f"ZeRO stage {plan.launch.zero_stage}"
+    if plan.reward_server is not None:
+        needed["httpx2"] = "reward_server"
+    if args.eval_strategy != "no":
+        needed["matplotlib"] = "eval_strategy"
+    return needed
 
 
 def _sum(parts: dict[str, int]) -> str:

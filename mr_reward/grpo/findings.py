@@ -1,0 +1,56 @@
+"""What a check found, and how it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+__all__ = ["Finding", "Level", "may_start", "show_findings"]
+
+Level = Literal["green", "yellow", "red"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Args:
+        level: green is fine, yellow could not be checked or costs something, red would fail.
+        what: the part that was looked at.
+        text: what was found, and for yellow and red what to do.
+    """
+
+    level: Level
+    what: str
+    text: str
+
+
+def may_start(findings: Sequence[Finding]) -> bool:
+    """Whether nothing is red.
+
+    Args:
+        findings: of any checks.
+
+    Returns:
+        True if the run may start.
+    """
+    return all(finding.level != "red" for finding in findings)
+
+
+def show_findings(findings: Sequence[Finding], console: Console, *, title: str) -> None:
+    """Print the findings as a table.
+
+    Args:
+        findings: of any checks.
+        console: where to.
+        title: over the table.
+    """
+    table = Table("", "what", "found", title=escape(title))
+    for finding in findings:
+        table.add_row(f"[{finding.level}]●[/] {finding.level}", finding.what, escape(finding.text))
+    console.print(table)

@@ -1,0 +1,35 @@
+"""A reward model of any size whose weights take no room."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from mr_reward import MultiResponseRewardConfig, MultiResponseRewardModel
+
+
+def large_reward_model(target: Path, source: Path, backbone: PreTrainedConfig) -> int:
+    """A whole reward model of any size that takes no room on the disk: behind the header its file is a hole.
+
+    Returns the number of its weights.
+    """
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((target / "config.json").read_text())
+    config["backbone_config"] = backbone.to_dict()
+    (target / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        weights = MultiResponseRewardModel(MultiResponseRewardConfig.from_pretrained(target)).state_dict()
+    header, end = {}, 0
+    for name, tensor in weights.items():
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with (target / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    return end // 2
