@@ -129,4 +129,6 @@ def test_missing_reward_model_is_told_before_the_policy_is_loaded(tmp_path: Path
     command = recipe("train_policy.py", "policy_tiny_handwriting_cpu.yaml", "--reward_model", "nowhere")
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert result.returncode != 0
-    assert "not started" in result.stderr and "nowhere is no folder" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        "not started" in result.stderr and "nowhere is no folder" in result.stderr and "Traceback" not in result.stderr
+    )
