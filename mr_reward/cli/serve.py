@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mr_reward.cli.options import Device, Dtype, MaxTokens, NumOrders, OverLength, torch_dtype
+from mr_reward.errors import ConfigurationError
 
 __all__ = ["serve"]
 
@@ -34,19 +35,35 @@ def serve(
     max_megapixels: Annotated[float, typer.Option(help="Size of an image or frame")] = 50.0,
     max_pending: Annotated[int, typer.Option(help="Groups that may wait; beyond, clients have to come again")] = 4096,
     max_wait_ms: Annotated[float, typer.Option(help="How long a forward pass waits for more requests")] = 5.0,
+    collect: Annotated[
+        int | None,
+        typer.Option(min=1, help="For OpenRLHF and verl's reward loop: collect groups of so many single rollouts"),
+    ] = None,
+    reward: Annotated[str, typer.Option(help="With --collect: centred, raw, rank or win_rate")] = "centred",
+    deadline: Annotated[float, typer.Option(help="With --collect: seconds to wait for a group")] = 170.0,
+    media: Annotated[
+        Path | None, typer.Option(help="With --collect: folder whose images labels may name; else none")
+    ] = None,
     reuse_port: Annotated[bool, typer.Option("--reuse-port", help="Several servers may share the port")] = False,
 ) -> None:
     """Score groups for others: MultiResponseReward(server="http://127.0.0.1:8765", num_generations=8).
 
     Example: mr-reward serve rm --device cuda:1 --dtype bfloat16
+
+    Example: mr-reward serve rm --collect 8 --port 5000
     """
     from mr_reward.grpo.loading import default_device
     from mr_reward.scoring import GroupScorer
     from mr_reward.serving import ServerLimits, check_access
     from mr_reward.serving import serve as run_server
+    from mr_reward.serving.server import run_app
 
     token = token_file.read_text().strip() if token_file is not None else os.environ.get(_TOKEN_VARIABLE) or None
     check_access(host, token)
+    if collect is not None:
+        check_access(host, None)  # these trainers send no token
+        if reuse_port:
+            raise ConfigurationError("--collect and --reuse-port: a group has to come to one server; run one only")
     limits = ServerLimits(
         max_groups=max_groups,
         max_request_bytes=int(max_request_mb * 1024**2),
@@ -62,4 +79,12 @@ def serve(
         over_length=over_length,
         num_orders=num_orders,
     )
+    if collect is not None:
+        from mr_reward.integrations.openrlhf import build_collecting_app
+
+        app = build_collecting_app(
+            scorer, num_generations=collect, reward=reward, deadline=deadline, media_root=media, limits=limits
+        )
+        run_app(app, host=host, port=port)
+        return
     run_server(scorer, host=host, port=port, token=token, limits=limits, reuse_port=reuse_port)

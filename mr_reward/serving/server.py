@@ -35,7 +35,7 @@ from mr_reward.serving.wire import (
     from_wire,
 )
 
-__all__ = ["ServerLimits", "build_app", "check_access", "serve"]
+__all__ = ["ServerLimits", "build_app", "check_access", "run_app", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,21 @@ def serve(
         >>> serve(GroupScorer.from_pretrained("rm"), port=8765)  # doctest: +SKIP
     """
     check_access(host, token)
-    app = build_app(scorer, token=token, limits=limits)
+    run_app(build_app(scorer, token=token, limits=limits), host=host, port=port, reuse_port=reuse_port)
+
+
+def run_app(app: FastAPI, *, host: str, port: int, reuse_port: bool = False) -> None:
+    """Serve an application until the process is told to stop.
+
+    Args:
+        app: the application; who may reach it has been checked.
+        host: address to listen at.
+        port: its port; 0 for a free one, which is logged.
+        reuse_port: as in `serve`.
+
+    Raises:
+        OSError: the port is taken.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=2048, reuse_port=reuse_port) as listener:
         bound = listener.getsockname()[1]

@@ -1,0 +1,95 @@
+"""A reward function for ms-swift's GRPO.
+
+ms-swift 4.6.0 calls it as TRL does, on each rank with that rank's rollouts (`swift/rl_core/grpo_algorithm.py`):
+`reward_func(completions, **columns)` with `messages` (the completion is the last one) and `images` among the columns.
+So `MultiResponseReward` itself does the work, groups over several ranks included.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mr_reward.errors import GroupError
+from mr_reward.grpo.reward import MultiResponseReward
+
+__all__ = ["register", "to_prompt"]
+
+_IMAGE_TAG = "<image>"
+
+
+def register(
+    model: str | os.PathLike[str] | None = None, *, name: str = "multi_response_reward", **options: Any
+) -> type[Any]:
+    """Make the reward known to ms-swift. Call it in a file that is given to `--external_plugins`.
+
+    Args:
+        model: folder or hub id of a reward model; None with `server`.
+        name: for `--reward_funcs`.
+        **options: of `MultiResponseReward`; the number of generations is ms-swift's.
+
+    Returns:
+        The class that was registered.
+
+    Example:
+        ```python
+        # plugin.py, for: swift rlhf --rlhf_type grpo --external_plugins plugin.py --reward_funcs multi_response_reward
+        from mr_reward.integrations.ms_swift import register
+
+        register("outputs/rm")
+        ```
+    """
+    from swift.rewards.orm import ORM, orms
+
+    class MultiResponseORM(ORM):
+        """Rewards of whole groups."""
+
+        def __init__(self, args: Any = None, **kwargs: Any) -> None:
+            super().__init__(args, **kwargs)
+            sizes = [getattr(args, key, None) for key in ("num_generations", "num_generations_eval")]
+            self.reward = MultiResponseReward(model, sizes[0] or 0, num_generations_eval=sizes[1], **options)
+
+        def __call__(self, completions: Sequence[str], **kwargs: Any) -> list[float | None]:
+            messages = kwargs.get("messages")
+            if messages is None:
+                raise GroupError(f"ms-swift passed no messages, found {sorted(kwargs)}; another version than 4.6?")
+            images = [[_image(image) for image in row or ()] for row in kwargs.get("images") or [()] * len(messages)]
+            prompts = [to_prompt(turns[:-1]) for turns in messages]
+            return self.reward(prompts, completions, images=images, trainer_state=kwargs.get("trainer_state"))
+
+    orms[name] = MultiResponseORM
+    return MultiResponseORM
+
+
+def to_prompt(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """ms-swift's messages, where `<image>` in the text stands for an image, as messages of content blocks.
+
+    Args:
+        messages: the turns before the completion.
+
+    Returns:
+        Chat messages.
+
+    Example:
+        >>> to_prompt([{"role": "user", "content": "<image>What?"}])
+        [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]}]
+    """
+    turns = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            pieces = [piece for piece in re.split(f"({_IMAGE_TAG})", content) if piece]
+            content = [_block(piece) for piece in pieces]
+        turns.append({"role": message["role"], "content": content})
+    return turns
+
+
+def _block(piece: str) -> dict[str, str]:
+    return {"type": "image"} if piece == _IMAGE_TAG else {"type": "text", "text": piece}
+
+
+def _image(image: Any) -> Any:
+    """A row of ms-swift holds paths, PIL images or `{"bytes": ..., "path": ...}`."""
+    return (image.get("bytes") or image.get("path")) if isinstance(image, Mapping) else image

@@ -1,0 +1,221 @@
+"""The reward endpoint of OpenRLHF: `--reward.remote_url http://host:port/get_reward`.
+
+OpenRLHF 0.11.2 (`openrlhf/utils/agent.py`, `SingleTurnAgentExecutor`) posts each rollout by itself as soon as it is
+written: `{"query": [prompt + response], "prompts": [prompt], "labels": [label]}`, and reads `rewards`, `scores` and
+`extra_logs` of the answer. It waits 180 seconds and asks up to five times. The endpoint holds each post until the
+group is whole.
+
+Also what `mr_reward.integrations.verl.compute_score_single` talks to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mr_reward.errors import MRRewardError
+from mr_reward.integrations.collector import GroupCollector, Rollout
+from mr_reward.scoring import GroupScorer
+from mr_reward.serving.batcher import Batcher
+from mr_reward.serving.server import ServerLimits
+
+__all__ = ["build_collecting_app", "response_of"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Label(BaseModel):
+    """What a label may hold to say more than the trainer does."""
+
+    model_config = ConfigDict(extra="ignore")
+    id: str | int | None = None
+    prompt: str | list[dict[str, Any]] | None = None
+    images: list[str] = Field(default_factory=list)
+
+
+class _Post(BaseModel):
+    query: list[str] = Field(min_length=1)
+    prompts: list[str]
+    labels: list[Any]
+
+
+def build_collecting_app(
+    scorer: GroupScorer,
+    *,
+    num_generations: int,
+    reward: str = "centred",
+    deadline: float = 170.0,
+    media_root: Path | None = None,
+    limits: ServerLimits | None = None,
+) -> FastAPI:
+    """The endpoint as an ASGI application.
+
+    A label that is a JSON object may name the group (`id`), give the prompt as chat messages (`prompt`) and the paths
+    of its images (`images`); without one the group is named by the prompt's text, which is then what is judged, chat
+    template and all. With `id` two groups of one prompt are kept apart.
+
+    Args:
+        scorer: scores the groups; nothing else may use it at the same time.
+        num_generations: rollouts of a prompt, `--rollout.n_samples_per_prompt`.
+        reward: see `MultiResponseReward`.
+        deadline: seconds that a rollout waits for its group; below the trainer's own 180.
+        media_root: folder that the images of labels count from and may not lie outside of; None refuses images.
+        limits: what is refused; None for the defaults.
+
+    Returns:
+        The application, with `POST /get_reward` and `GET /health`.
+
+    Raises:
+        ConfigurationError: an argument has a value that does not exist.
+
+    Example:
+        >>> app = build_collecting_app(GroupScorer.from_pretrained("rm"), num_generations=8)  # doctest: +SKIP
+    """
+    limits = limits or ServerLimits()
+    batcher = Batcher(scorer.score_detailed, max_wait=limits.max_wait, max_pending=limits.max_pending)
+    collector = GroupCollector(batcher, num_generations=num_generations, reward=reward, deadline=deadline)
+    tokenizer = getattr(scorer.model.processor, "tokenizer", scorer.model.processor)
+    endings = [token for token in (tokenizer.eos_token, tokenizer.pad_token, *_CHAT_ENDINGS) if token]
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        running = asyncio.create_task(batcher.run())
+        yield
+        running.cancel()
+        await asyncio.wait([running])
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+
+    @app.get("/health")
+    def health() -> Response:
+        return _answer({"status": "ok", "waiting_rollouts": collector.num_waiting, "num_generations": num_generations})
+
+    @app.post("/get_reward")
+    async def get_reward(request: Request) -> Response:
+        if int(request.headers.get("content-length") or limits.max_request_bytes + 1) > limits.max_request_bytes:
+            return _answer({"error": f"a request may have {limits.max_request_bytes} bytes"}, 413)
+        try:
+            post = _Post.model_validate(json.loads(await request.body()))
+            rollouts = _read(post, endings, media_root)
+        except (ValidationError, ValueError) as error:
+            return _answer({"error": f"{type(error).__name__}: {str(error)[:500]}"}, 422)
+        try:
+            rewards = await _together(collector, rollouts, request)
+        except MRRewardError as error:
+            logger.warning("%s", error)
+            return _answer({"error": f"{type(error).__name__}: {error}"}, 422)
+        return _answer({"rewards": rewards, "scores": rewards, "extra_logs": {}})
+
+    return app
+
+
+# With which a policy of another family than the reward model may end its turn.
+_CHAT_ENDINGS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>", "<end_of_turn>")
+
+
+def response_of(query: str, prompt: str, endings: Sequence[str]) -> str:
+    """The response in what OpenRLHF sends: prompt and response as one text, control tokens included.
+
+    Args:
+        query: the decoded tokens.
+        prompt: the prompt as text, chat template applied.
+        endings: control tokens that may end the response.
+
+    Returns:
+        The text behind the prompt, without endings.
+
+    Raises:
+        ValueError: the query does not hold the prompt.
+
+    Example:
+        >>> response_of("<s>2 + 2? 4</s>", "2 + 2?", ["</s>"])
+        ' 4'
+    """
+    place = query.find(prompt)
+    if place < 0:
+        raise ValueError(
+            f"the query {query[:80]!r} does not hold its prompt {prompt[:80]!r}; the policy's tokenizer does not "
+            "give the prompt back as it was, or cut it"
+        )
+    response = query[place + len(prompt) :]
+    while ending := next((token for token in endings if response.endswith(token)), None):
+        response = response.removesuffix(ending)
+    return response
+
+
+def _read(post: _Post, endings: Sequence[str], media_root: Path | None) -> list[Rollout]:
+    if not len(post.query) == len(post.prompts) == len(post.labels):
+        raise ValueError(
+            f"got {len(post.query)} queries, {len(post.prompts)} prompts and {len(post.labels)} labels, expected "
+            "as many of each"
+        )
+    rollouts = []
+    for query, prompt, label in zip(post.query, post.prompts, post.labels, strict=True):
+        told = _read_label(label)
+        rollouts.append(
+            Rollout(
+                key=str(told.id) if told.id is not None else prompt,
+                prompt=told.prompt if told.prompt is not None else prompt,
+                response=response_of(query, prompt, endings),
+                images=[_image(name, media_root) for name in told.images],
+            )
+        )
+    return rollouts
+
+
+def _image(name: str, root: Path | None) -> Path:
+    if root is None:
+        raise ValueError(
+            f"the label names the image {name[:80]!r}, but the server was started without a folder of images"
+        )
+    path = (root / name).resolve()
+    if not path.is_relative_to(root.resolve()) or not path.is_file():
+        raise ValueError(f"the image {name[:80]!r} is no file in the server's folder of images")
+    return path
+
+
+def _read_label(label: Any) -> _Label:
+    """A label is the trainer's own affair unless it is an object that means something here."""
+    if isinstance(label, str) and label.lstrip().startswith("{"):
+        try:
+            label = json.loads(label)
+        except ValueError:
+            return _Label()
+    return _Label.model_validate(label) if isinstance(label, dict) else _Label()
+
+
+async def _together(collector: GroupCollector, rollouts: Sequence[Rollout], request: Request) -> list[float]:
+    """Rewards of a post; if the trainer hangs up, its rollouts are taken back."""
+    rewards = asyncio.gather(*(collector.reward(rollout) for rollout in rollouts))
+    gone = asyncio.ensure_future(_until_disconnected(request))
+    both: list[asyncio.Future[Any]] = [rewards, gone]
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not rewards.done():
+            rewards.cancel()
+            await asyncio.wait([rewards])
+            raise _HungUp("the trainer hung up before its groups were whole")
+        return rewards.result()
+    finally:
+        gone.cancel()
+
+
+class _HungUp(MRRewardError):
+    """Nobody reads the answer."""
+
+
+async def _until_disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _answer(content: dict[str, Any], status: int = 200) -> Response:
+    return Response(json.dumps(content), status, media_type="application/json")
