@@ -12,6 +12,7 @@ from mr_reward.cli.checkpoints import card, export, merge
 from mr_reward.cli.data import data
 from mr_reward.cli.doctor import doctor
 from mr_reward.cli.evaluate import compare, evaluate
+from mr_reward.cli.inspect import inspect
 from mr_reward.cli.mr2bench import mr2bench
 from mr_reward.cli.score import score
 from mr_reward.cli.serve import serve
@@ -27,7 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(data, name="data")
 app.add_typer(mr2bench, name="mr2bench")
-for command in (score, evaluate, compare, merge, export, card, serve):
+for command in (score, inspect, evaluate, compare, merge, export, card, serve):
     app.command()(command)
 # Any field of a recipe may follow.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(doctor)

@@ -112,7 +112,7 @@ def _json_list(path: Path) -> list[Any]:
 
 def _parquet(path: Path) -> Iterator[Any]:
     # Through `datasets` every file would be copied into its cache first.
-    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+    from pyarrow import ArrowException, parquet
 
     try:
         with parquet.ParquetFile(path) as file:
