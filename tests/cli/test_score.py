@@ -124,7 +124,14 @@ def test_interrupted_and_resumed(
     """The pipe gives one line at a time and stays open, so the signal meets a run that is under way."""
     source, out = (folder / "data" / "groups.jsonl").read_bytes(), tmp_path / "scores.jsonl"
     command = [*COMMAND, str(folder / "rm"), "--media", str(folder / "data"), "--out", str(out), "--chunk", "1"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        # Where the tests run in the background of a shell, an interrupt is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdin is not None
     process.stdin.write(b"".join(line + b"\n" for line in source.splitlines()[:4]))
     process.stdin.flush()
