@@ -21,7 +21,7 @@ from mr_reward.errors import MRRewardError
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Multi-response reward models: data, evaluation, checkpoints, a scoring server.",
+    help="Multi-response reward models: score, look at groups, check a run, evaluate, train on data, serve.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
