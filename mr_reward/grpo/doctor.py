@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,8 @@ from mr_reward.grpo.loading import default_device
 from mr_reward.grpo.machine_checks import check_devices, check_versions
 from mr_reward.grpo.recipe import PolicyArguments, first_prompts, plan_run
 from mr_reward.grpo.reward_checks import score_whole
-from mr_reward.grpo.run_checks import RunPlan, check_reward_folder, check_run, planned_arguments
+from mr_reward.grpo.run_checks import check_reward_folder, check_run
+from mr_reward.grpo.run_plan import RunPlan, planned_arguments
 from mr_reward.scoring import GroupScorer
 
 __all__ = ["check_before_start", "examine_machine", "examine_recipe"]
@@ -95,7 +97,8 @@ def check_before_start(recipe: PolicyArguments, args: GRPOConfig, model_config: 
         model_config: of the policy.
 
     Returns:
-        Whether the run may start. What is red has been shown, what is yellow logged.
+        Whether the run may start. The first rank shows everything, another what is red on it; what is yellow is
+        logged.
     """
     if recipe.skip_doctor:
         return True
@@ -111,9 +114,10 @@ def check_before_start(recipe: PolicyArguments, args: GRPOConfig, model_config: 
         for finding in findings:
             if finding.level == "yellow":
                 logger.warning("doctor: %s: %s", finding.what, finding.text)
-        if not good:
-            red = [finding for finding in findings if finding.level == "red"]
-            show_findings(red, Console(stderr=True), title="not started (skip_doctor: true starts all the same)")
+    shown = findings if args.process_index == 0 else [finding for finding in findings if finding.level == "red"]
+    if shown:
+        title = "may start" if good else "not started (skip_doctor: true starts all the same)"
+        show_findings(shown, Console(stderr=True), title=f"rank {args.process_index}: {title}")
     return good
 
 
@@ -123,15 +127,15 @@ def _refuse(message: str) -> NoReturn:
 
 def _asks_for_cpu(arguments: Sequence[str]) -> bool:
     """What the recipe says, before it is told to use the CPU here."""
-    given = list(arguments)
-    value: Any = None
-    if "--config" in given[:-1]:
-        with open(given[given.index("--config") + 1], encoding="utf-8") as file:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--use_cpu", nargs="?", const=True)
+    given, _ = parser.parse_known_args(arguments)
+    value = given.use_cpu
+    if value is None and given.config is not None:
+        with open(given.config, encoding="utf-8") as file:
             content = yaml.safe_load(file)
         value = content.get("use_cpu") if isinstance(content, dict) else None
-    if "--use_cpu" in given:
-        following = given[given.index("--use_cpu") + 1 :][:1]
-        value = following[0] if following and not following[0].startswith("--") else True
     return str(value).lower() in ("true", "1", "yes")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,19 @@ class Launch:
         num_machines: machines.
         zero_stage: DeepSpeed ZeRO stage; 0 without DeepSpeed.
         offload: whether DeepSpeed moves the optimizer or the weights to the CPU.
+        fsdp: whether FSDP shards the model.
     """
 
     num_processes: int = 1
     num_machines: int = 1
     zero_stage: int = 0
     offload: bool = False
+    fsdp: bool = False
+
+    @property
+    def num_local_processes(self) -> int:
+        """Processes on one machine."""
+        return max(1, self.num_processes // self.num_machines)
 
 
 def read_launch(path: str | Path) -> Launch:
@@ -55,15 +63,19 @@ def read_launch(path: str | Path) -> Launch:
     if not isinstance(content, dict) or not isinstance(content.get("num_processes"), int):
         raise ConfigurationError(f"{path} has no num_processes, expected an accelerate file; see configs/deepspeed/")
     deepspeed = content.get("deepspeed_config") or {}
-    stage = deepspeed.get("zero_stage", 0)
+    if "deepspeed_config_file" in deepspeed:
+        stage, offload = _read_deepspeed(deepspeed["deepspeed_config_file"])
+    else:
+        stage = deepspeed.get("zero_stage", 0)
+        offload = "cpu" in {deepspeed.get("offload_optimizer_device"), deepspeed.get("offload_param_device")}
     if stage not in (0, 1, 2, 3):
         raise ConfigurationError(f"{path} has zero_stage {stage!r}, expected 0, 1, 2 or 3")
-    devices = {deepspeed.get("offload_optimizer_device"), deepspeed.get("offload_param_device")}
     return Launch(
         num_processes=content["num_processes"],
         num_machines=content.get("num_machines", 1),
         zero_stage=stage,
-        offload="cpu" in devices,
+        offload=offload,
+        fsdp=content.get("distributed_type") == "FSDP",
     )
 
 
@@ -79,10 +91,23 @@ def read_environment() -> Launch:
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(processes)))
-    stage = 0
+    machines = max(1, processes // local)
+    stage, offload = 0, False
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-    devices = {os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE") for part in ("OPTIMIZER", "PARAM")}
-    return Launch(
-        num_processes=processes, num_machines=max(1, processes // local), zero_stage=stage, offload="cpu" in devices
-    )
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        devices = {os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE") for part in ("OPTIMIZER", "PARAM")}
+        stage, offload = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), "cpu" in devices
+        if file.lower() != "none":
+            stage, offload = _read_deepspeed(file)
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return Launch(num_processes=processes, num_machines=machines, zero_stage=stage, offload=offload, fsdp=fsdp)
+
+
+def _read_deepspeed(file: str) -> tuple[int, bool]:
+    """ZeRO stage and offload of DeepSpeed's own JSON file."""
+    try:
+        zero: Any = json.loads(Path(file).read_text()).get("zero_optimization", {})
+        parts = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")]
+        return zero.get("stage", 0), any(part.get("device") == "cpu" for part in parts)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigurationError(f"{file} cannot be read as DeepSpeed's configuration ({error})") from error

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from mr_reward.grpo.findings import Finding, Level
 from mr_reward.training.resume import incomplete_reason
 
-__all__ = ["check_devices", "check_needed", "check_output_folder", "check_versions"]
+__all__ = ["check_devices", "check_needed", "check_output_folder", "check_versions", "device_memory"]
 
 _PACKAGE = "mr-reward"
 _MAIN_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -80,19 +80,19 @@ def check_needed(packages: Mapping[str, str], *, here: bool) -> Iterator[Finding
             yield Finding(level, "packages", f"{reason} needs {name}, which is not installed; pip install '{source}'")
 
 
-def check_devices(*, use_cpu: bool | None, bf16: bool) -> Finding:
+def check_devices(*, use_cpu: bool | None, bf16: bool, num_local_processes: int = 1) -> Finding:
     """GPUs, cores and memory.
 
     Args:
         use_cpu: whether the run asks for the CPU; None without a run.
         bf16: whether the run computes in bfloat16.
+        num_local_processes: of the run on one machine.
 
     Returns:
-        One line. Without a GPU that the recipe wants it is yellow: it may be meant for another machine.
+        One line. With fewer GPUs than the recipe wants it is yellow: it may be meant for another machine.
     """
     cores = os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GB if hasattr(os, "sysconf") else 0.0
-    host = f"{cores} cores, {memory:.0f} GB of memory"
+    host = f"{cores} cores, {_host_memory() / _GB:.0f} GB of memory"
     if not torch.cuda.is_available():
         if use_cpu is None:
             return Finding("green", "devices", f"no GPU; {host}")
@@ -105,15 +105,37 @@ def check_devices(*, use_cpu: bool | None, bf16: bool) -> Finding:
     shown = ", ".join(f"{device.name} {device.total_memory / _GB:.0f} GB" for device in devices)
     if bf16 and not torch.cuda.is_bf16_supported():
         return Finding("red", "devices", f"{shown}: no bfloat16 there; say bf16: false and fp16: true")
+    if use_cpu is False and len(devices) < num_local_processes:
+        text = f"{shown}: too few for {num_local_processes} processes; lower num_processes if it is to run here"
+        return Finding("yellow", "devices", text)
     return Finding("green", "devices", f"{shown}; {host}")
 
 
-def check_output_folder(folder: str | Path, *, resume: bool, num_processes: int = 1) -> Iterator[Finding]:
+def device_memory(*, use_cpu: bool, num_local_processes: int) -> int | None:
+    """Memory that a process of the run has, if the run can be meant for this machine.
+
+    Args:
+        use_cpu: whether the run asks for the CPU, whose memory its processes share.
+        num_local_processes: of the run on one machine.
+
+    Returns:
+        Bytes: of the smallest GPU, or of all for a single process, over which transformers may spread a model; None if
+        this is not the machine, or not known.
+    """
+    if use_cpu:
+        return _host_memory() // num_local_processes or None
+    if not torch.cuda.is_available() or torch.cuda.device_count() < num_local_processes:
+        return None
+    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    return sum(sizes) if num_local_processes == 1 else min(sizes)
+
+
+def check_output_folder(folder: str | Path, *, resume: bool | str, num_processes: int = 1) -> Iterator[Finding]:
     """Whether the folder can be written, what is in it, and how much room there is.
 
     Args:
         folder: the run's `output_dir`.
-        resume: whether the run goes on from a checkpoint that is there.
+        resume: whether the run goes on from a checkpoint that is there, or the folder of the one it goes on from.
         num_processes: of the run; a checkpoint holds something for each.
 
     Yields:
@@ -129,7 +151,14 @@ def check_output_folder(folder: str | Path, *, resume: bool, num_processes: int 
     found = {path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()}
     newest_first = sorted(found, key=lambda path: -int(path.name.split("-")[-1]))
     whole = next((path.name for path in newest_first if incomplete_reason(path, num_processes) is None), None)
-    if resume and whole is None and newest_first:
+    if isinstance(resume, str):
+        reason = incomplete_reason(Path(resume), num_processes)
+        text = (
+            f"goes on from {resume}" if reason is None else f"resume_from_checkpoint: {resume} is not whole ({reason})"
+        )
+        cure = "" if reason is None else "; name another, or say true for the newest whole one"
+        yield Finding("green" if reason is None else "red", "output folder", text + cure)
+    elif resume and whole is None and newest_first:
         yield Finding(
             "yellow",
             "output folder",
@@ -150,6 +179,10 @@ def check_output_folder(folder: str | Path, *, resume: bool, num_processes: int 
     free = shutil.disk_usage(parent).free
     if free < _LITTLE_DISK:
         yield Finding("yellow", "disk", f"{free / _GB:.1f} GB free at {parent}; a checkpoint may not fit")
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def _problem(requirement: Requirement) -> str | None:

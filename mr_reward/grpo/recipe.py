@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from trl import GRPOConfig, ModelConfig
 
 from mr_reward.data.handwriting import make_policy_rows, make_tasks
@@ -25,7 +26,7 @@ from mr_reward.grpo.loading import DTYPES
 from mr_reward.grpo.placement import PLACEMENTS
 from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
 from mr_reward.grpo.rows import read_rollouts
-from mr_reward.grpo.run_checks import RunPlan
+from mr_reward.grpo.run_plan import RunPlan
 from mr_reward.packing import OVER_LENGTH_POLICIES
 
 __all__ = ["PolicyArguments", "first_prompts", "load_prompts", "make_reward", "other_rewards", "plan_run"]
@@ -111,9 +112,13 @@ def load_prompts(arguments: PolicyArguments, name: str, split: str, num_prompts:
             split, num_prompts, num_digits=arguments.num_digits, questions=arguments.questions, seed=seed
         )
         return Dataset.from_list(make_policy_rows(tasks))
-    if name.endswith((".json", ".jsonl")):
-        return load_dataset("json", data_files=name, split="train")
-    return load_dataset(name, split=split)
+    try:
+        if name.endswith((".json", ".jsonl")):
+            return load_dataset("json", data_files=name, split="train")
+        return load_dataset(name, split=split)
+    except (DatasetsError, StopIteration, ValueError) as error:  # an empty file is a StopIteration
+        reason = error.__cause__ or str(error) or "nothing in it"
+        raise ConfigurationError(f"dataset {name}, split {split}, cannot be read ({reason}); mend it") from error
 
 
 def make_reward(arguments: PolicyArguments, args: GRPOConfig) -> MultiResponseReward:
@@ -181,10 +186,15 @@ def plan_run(
 
     Returns:
         The plan.
+
+    Raises:
+        ConfigurationError: no policy is named, or another reward cannot be imported.
     """
+    if not model_config.model_name_or_path:
+        raise ConfigurationError("model_name_or_path is missing; give the policy's folder or hub id")
     return RunPlan(
         args=args,
-        policy=str(model_config.model_name_or_path),
+        policy=model_config.model_name_or_path,
         reward_model=arguments.reward_model,
         reward_server=arguments.reward_server,
         reward_server_hash=arguments.reward_server_hash,
@@ -196,26 +206,44 @@ def plan_run(
         num_reward_funcs=1 + len(other_rewards(arguments, args)),
         launch=launch,
         policy_dtype=DTYPES.get(model_config.dtype or "float32", torch.bfloat16),  # auto: most checkpoints are
+        policy_bits=4 if model_config.load_in_4bit else 8 if model_config.load_in_8bit else None,
         lora_rank=model_config.lora_r if model_config.use_peft else None,
         lora_targets=model_config.lora_target_modules,
         use_cpu=use_cpu,
+        eval_dataset=arguments.eval_dataset,
+        unread=[name for name, _ in _sources(arguments) if not _is_here(name)],
         prompts=prompts,
     )
 
 
 def first_prompts(arguments: PolicyArguments, count: int = 64) -> list[ResponseGroup]:
-    """The first prompts as groups, if they are on this machine."""
-    if arguments.dataset == "handwriting":
-        arguments = replace(arguments, num_prompts=count)
-    elif not Path(arguments.dataset).exists():
-        if arguments.dataset.endswith((".json", ".jsonl")):
-            raise ConfigurationError(f"dataset {arguments.dataset} is no file; give the file with the prompts")
-        return []
-    rows = load_prompts(arguments, arguments.dataset, arguments.dataset_split, arguments.num_prompts, seed=0)
+    """The first prompts of both data sets as groups, if they are on this machine."""
+    groups = []
+    for name, split in _sources(arguments):
+        if _is_here(name):
+            rows = load_prompts(arguments, name, split, count, seed=0)
+            groups += _read_groups(name, rows.select(range(min(count, len(rows)))))
+        elif name.endswith((".json", ".jsonl")):
+            raise ConfigurationError(f"dataset {name} is no file; give the file with the prompts")
+    return groups
+
+
+def _sources(arguments: PolicyArguments) -> list[tuple[str, str]]:
+    both = (arguments.dataset, arguments.dataset_split), (arguments.eval_dataset, arguments.eval_dataset_split)
+    return [(name, split) for name, split in both if name is not None]
+
+
+def _is_here(name: str) -> bool:
+    return name == "handwriting" or Path(name).exists()
+
+
+def _read_groups(name: str, rows: Dataset) -> list[ResponseGroup]:
     if "prompt" not in rows.column_names:
-        raise ConfigurationError(
-            f"dataset {arguments.dataset} has the columns {rows.column_names}, expected prompt among them"
-        )
-    rows = rows.select(range(min(count, len(rows))))
-    columns = {name: rows[name] for name in ("image", "images") if name in rows.column_names}
+        raise ConfigurationError(f"dataset {name} has the columns {rows.column_names}, expected prompt among them")
+    for number, prompt in enumerate(rows["prompt"]):
+        if not isinstance(prompt, str | list) or not prompt:
+            raise ConfigurationError(
+                f"dataset {name}, row {number}: prompt is {prompt!r}, expected text or a list of messages"
+            )
+    columns = {column: rows[column] for column in ("image", "images") if column in rows.column_names}
     return read_rollouts(rows["prompt"], [""] * len(rows), columns)[0]

@@ -22,7 +22,7 @@ from mr_reward.modeling import MultiResponseRewardModel
 from mr_reward.scoring import GroupScorer
 from mr_reward.zero3 import outside_zero3
 
-__all__ = ["check_weights", "score_tiny", "score_whole", "shrink"]
+__all__ = ["check_weights", "read_headers", "score_tiny", "score_whole", "shrink"]
 
 _WHAT = "weights"
 _HEADS, _LAYERS, _VISION_WIDTH = 2, 2, 64
@@ -40,7 +40,7 @@ def check_weights(folder: Path, config: MultiResponseRewardConfig) -> Finding:
         A green line with the number of weights, or a red one.
     """
     try:
-        found = _read_headers(folder)
+        found = read_headers(folder)
         with torch.device("meta"), outside_zero3():
             model = MultiResponseRewardModel(config)
     except MRRewardError as error:
@@ -167,8 +167,22 @@ def _seeded() -> Any:
         yield
 
 
-def _read_headers(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all tensors. Opening a file compares its header with its size."""
+def read_headers(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read what the safetensors files of a folder hold; opening one compares its header with its size.
+
+    Args:
+        folder: of any model, in one file or in shards.
+
+    Returns:
+        Name -> shape of all tensors.
+
+    Raises:
+        CheckpointError: a file is missing, cut off or none of this format.
+
+    Example:
+        >>> read_headers(Path("outputs/rm"))["head.out.bias"]  # doctest: +SKIP
+        (1,)
+    """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
@@ -180,7 +194,7 @@ def _read_headers(folder: Path) -> dict[str, tuple[int, ...]]:
     for name in names:
         path = folder / name
         if path.parent != folder or not path.is_file():
-            raise CheckpointError(f"{path} is missing; copy the whole folder of the reward model")
+            raise CheckpointError(f"{path} is missing; copy the whole folder")
         try:
             with safe_open(path, "pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}

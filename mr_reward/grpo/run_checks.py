@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
-from trl import GRPOConfig
+from transformers import AutoProcessor
 
 from mr_reward.attention import check_backend
 from mr_reward.backbones import get_adapter
@@ -20,77 +17,19 @@ from mr_reward.group_attention import GROUP_ATTENTION
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.findings import Finding, Level, may_start
 from mr_reward.grpo.group_map import group_map
-from mr_reward.grpo.launch import Launch
 from mr_reward.grpo.machine_checks import check_devices, check_needed, check_output_folder, check_versions
-from mr_reward.grpo.memory import estimate_policy_memory, estimate_reward_memory
+from mr_reward.grpo.policy_checks import check_memory, check_objective, check_vllm
 from mr_reward.grpo.reward_checks import check_weights, score_tiny
-from mr_reward.grpo.vllm_server import check_vllm_server
+from mr_reward.grpo.run_plan import RunPlan
 from mr_reward.integrity import check_config_keys, check_template_hash, has_file
 from mr_reward.packing import Packer
 from mr_reward.rendering import Renderer, template_hash
 
-__all__ = ["RunPlan", "check_reward_folder", "check_run", "planned_arguments"]
+__all__ = ["check_reward_folder", "check_run"]
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-_GB = 1e9
 _REPORT_MODULES = ("wandb", "trackio", "tensorboard", "mlflow", "swanlab")
 _SERVER_SECONDS = 2.0  # a scoring server that runs answers at once
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """A run as its recipe describes it.
-
-    Args:
-        args: the trainer's configuration, made with `planned_arguments`.
-        policy: folder or hub id.
-        reward_model: folder or hub id; None with a scoring server.
-        reward_server: URL of a scoring server, or None.
-        reward_server_hash: checksum of the model that it has to score with, or None.
-        reward_placement: resident or offload.
-        reward_dtype: of the reward model's backbone; None for float32.
-        reward_max_tokens: token budget of one forward pass.
-        reward_over_length: drop_group, truncate_responses or error.
-        reward_attention: attention backend of the reward model; None for its default.
-        num_reward_funcs: reward functions, this one included.
-        launch: how the run is started.
-        policy_dtype: of the policy's weights.
-        lora_rank: r; None for full training.
-        lora_targets: see `estimate_policy_memory`.
-        use_cpu: whether the recipe asks for the CPU.
-        prompts: a few prompts as groups with any one response; to measure their length and to see that they exist.
-    """
-
-    args: GRPOConfig
-    policy: str
-    reward_model: str | None
-    reward_server: str | None = None
-    reward_server_hash: str | None = None
-    reward_placement: str = "resident"
-    reward_dtype: torch.dtype | None = None
-    reward_max_tokens: int = 16384
-    reward_over_length: str = "drop_group"
-    reward_attention: str | None = None
-    num_reward_funcs: int = 1
-    launch: Launch = field(default_factory=Launch)
-    policy_dtype: torch.dtype = torch.float32
-    lora_rank: int | None = None
-    lora_targets: str | Sequence[str] | None = None
-    use_cpu: bool = False
-    prompts: Sequence[ResponseGroup] = ()
-
-
-def planned_arguments(base: type[GRPOConfig], num_processes: int) -> type[GRPOConfig]:
-    """A configuration class that checks itself as if it ran on so many processes.
-
-    Args:
-        base: `GRPOConfig` or a subclass.
-        num_processes: of the planned run.
-
-    Returns:
-        A subclass; give it `use_cpu=True` on a machine without a GPU, or bf16 is refused.
-    """
-    return type(base.__name__, (base,), {"world_size": property(lambda self: num_processes), "__doc__": base.__doc__})
 
 
 def check_run(plan: RunPlan) -> list[Finding]:
@@ -106,17 +45,19 @@ def check_run(plan: RunPlan) -> list[Finding]:
     # Elsewhere than on the machine of the run, what is missing says little.
     here = plan.use_cpu or torch.cuda.is_available()
     findings = [*check_versions(), *check_needed(_needed_packages(plan), here=here)]
-    findings.append(check_devices(use_cpu=plan.use_cpu, bf16=bool(args.bf16)))
-    resume = str(args.resume_from_checkpoint).lower() not in ("none", "false")
+    local = plan.launch.num_local_processes
+    findings.append(check_devices(use_cpu=plan.use_cpu, bf16=bool(args.bf16), num_local_processes=local))
+    given = str(args.resume_from_checkpoint or "false")  # on the command line everything is text
+    resume = given.lower() == "true" if given.lower() in ("true", "false") else given
     processes = plan.launch.num_processes
     findings += check_output_folder(str(args.output_dir), resume=resume, num_processes=processes)
-    findings += [*_describe_geometry(plan), *_check_objective(plan), *_check_rewards(plan)]
+    findings += [*_describe_geometry(plan), *check_objective(plan), *_check_rewards(plan)]
     config, more = _read_reward_model(plan)
     findings += more
     if config is not None:
         findings += _check_reward_model(plan, config)
-    findings += _check_vllm(plan)
-    findings += _check_memory(plan, config)
+    findings += check_vllm(plan)
+    findings += check_memory(plan, config)
     if config is not None and may_start(findings):
         findings.append(_try(plan, config))
     return findings
@@ -149,24 +90,12 @@ def _describe_geometry(plan: RunPlan) -> Iterator[Finding]:
     spread = "some on two ranks or more" if rows % size else "each on one rank"
     yield Finding("green", "groups", f"{shown}: {rows * processes // size} groups of {size}, {spread}")
     yield Finding("green", "who holds what", "\n".join(group_map(processes, rows, size)))
-    if args.eval_strategy != "no":
+    if args.eval_strategy != "no" and plan.eval_dataset is None:
+        text = f"eval_dataset is missing beside eval_strategy: {args.eval_strategy.value}; name the held-out prompts"
+        yield Finding("red", "evaluation", text)
+    elif args.eval_strategy != "no":
         rows = args.per_device_eval_batch_size * processes
         yield Finding("green", "evaluation", f"batches of {rows} rows, groups of {args.num_generations_eval or size}")
-
-
-def _check_objective(plan: RunPlan) -> Iterator[Finding]:
-    """Values that the trainer would only refuse in its first step, after everything has been loaded."""
-    from trl import GRPOTrainer  # takes seconds
-
-    source = inspect.getsource(GRPOTrainer)
-    values = {name: getattr(plan.args, name) for name in ("loss_type", "scale_rewards")}
-    unknown = [name for name, value in values.items() if f'"{value}"' not in source]
-    for name in unknown:
-        text = f"{name} is {values[name]!r}, which this version of trl does not know; see the fields of GRPOConfig"
-        yield Finding("red", "objective", text)
-    if not unknown:
-        shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        yield Finding("green", "objective", f"{shown}, KL weight {plan.args.beta:g}")
 
 
 def _check_rewards(plan: RunPlan) -> Iterator[Finding]:
@@ -180,10 +109,11 @@ def _check_rewards(plan: RunPlan) -> Iterator[Finding]:
     else:
         shown = "all 1" if weights is None else ", ".join(map(str, weights))
         yield Finding("green", "rewards", f"{plan.num_reward_funcs} in all, weights {shown}")
-    if plan.prompts:
-        yield Finding("green", "prompts", f"read {len(plan.prompts)} of them")
+    read = f"read {len(plan.prompts)} of them"
+    if plan.unread:
+        yield Finding("yellow", "prompts", f"{read}; not looked at, as on the hub: {', '.join(plan.unread)}")
     else:
-        yield Finding("yellow", "prompts", "not looked at: the data set is on the hub")
+        yield Finding("green", "prompts", read)
 
 
 def _read_reward_model(plan: RunPlan) -> tuple[MultiResponseRewardConfig | None, list[Finding]]:
@@ -288,59 +218,6 @@ def _check_row(plan: RunPlan, config: MultiResponseRewardConfig) -> Finding:
     return Finding("green", "row of a group", f"{shown}, budget {packer.max_tokens}, context {packer.context_tokens}")
 
 
-def _check_vllm(plan: RunPlan) -> Iterator[Finding]:
-    args = plan.args
-    if not args.use_vllm:
-        return
-    if args.vllm_mode == "server":
-        try:
-            check_vllm_server(args, plan.policy)
-        except ConfigurationError as error:
-            yield Finding("yellow", "vLLM server", f"{error} (it need not run yet for a dry run)")
-        else:
-            yield Finding("green", "vLLM server", "answers, and can be trained with")
-        return
-    limit, completion = args.vllm_max_model_length, args.max_completion_length or 0
-    if limit is not None and limit <= completion:
-        yield Finding(
-            "red",
-            "vLLM",
-            f"vllm_max_model_length={limit} leaves no room for a prompt beside max_completion_length={completion}; "
-            "raise it",
-        )
-    else:
-        sleep = "with" if args.vllm_enable_sleep_mode else "without"
-        yield Finding("green", "vLLM", f"colocated, {args.vllm_gpu_memory_utilization:.0%} of each GPU, {sleep} sleep")
-
-
-def _check_memory(plan: RunPlan, reward_config: MultiResponseRewardConfig | None) -> Iterator[Finding]:
-    config = _policy_config(plan.policy)
-    if config is None:
-        yield Finding("yellow", "memory, policy", f"{plan.policy} is no folder, and no hub within reach has it")
-    else:
-        need = estimate_policy_memory(
-            config,
-            dtype=plan.policy_dtype,
-            num_processes=plan.launch.num_processes,
-            zero_stage=plan.launch.zero_stage,
-            offload=plan.launch.offload,
-            lora_rank=plan.lora_rank,
-            lora_targets=plan.lora_targets,
-        )
-        parts = {"weights": need.weights, "gradients": need.gradients, "optimizer": need.optimizer}
-        yield Finding("green", "memory, policy", f"{_sum(parts)} on each process, activations not counted")
-    if reward_config is not None:
-        reward = estimate_reward_memory(
-            reward_config,
-            dtype=plan.reward_dtype or torch.float32,
-            max_tokens=plan.reward_max_tokens,
-            dense_mask=reward_config.layout != "causal",
-        )
-        parts = {"weights": reward.weights, "a forward pass": reward.activations}
-        when = "while it scores" if plan.reward_placement == "offload" else "of it the weights always"
-        yield Finding("green", "memory, reward model", f"{_sum(parts)} on each process, {when}")
-
-
 def _try(plan: RunPlan, config: MultiResponseRewardConfig) -> Finding:
     try:
         return score_tiny(str(plan.reward_model), config, plan.reward_attention, plan.prompts)
@@ -362,14 +239,3 @@ def _needed_packages(plan: RunPlan) -> dict[str, str]:
     if args.eval_strategy != "no":
         needed["matplotlib"] = "eval_strategy"
     return needed
-
-
-def _sum(parts: dict[str, int]) -> str:
-    shown = " + ".join(f"{name} {size / _GB:.2f}" for name, size in parts.items())
-    return f"{shown} = {sum(parts.values()) / _GB:.2f} GB"
-
-
-def _policy_config(name: str) -> PreTrainedConfig | None:
-    """The configuration, if it is on this machine."""
-    found: Any = AutoConfig.from_pretrained(name, local_files_only=True) if has_file(name, "config.json") else None
-    return found

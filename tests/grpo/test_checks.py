@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,13 @@ from transformers.utils import is_flash_attn_2_available
 from mr_reward import MultiResponseRewardConfig, MultiResponseRewardModel, ResponseGroup
 from mr_reward.grpo.findings import Finding
 from mr_reward.grpo.group_map import group_map
-from mr_reward.grpo.machine_checks import check_devices, check_needed, check_output_folder, check_versions
+from mr_reward.grpo.machine_checks import (
+    check_devices,
+    check_needed,
+    check_output_folder,
+    check_versions,
+    device_memory,
+)
 from mr_reward.grpo.reward_checks import check_weights, score_tiny, score_whole, shrink
 from mr_reward.scoring import GroupScorer
 
@@ -87,6 +94,31 @@ def test_devices() -> None:
     ]
 
 
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of 80 and 40 GB, which no machine of the tests has: what torch says of them is made up."""
+    sizes = [80_000_000_000, 40_000_000_000]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=f"GPU {i}", total_memory=sizes[i])
+    )
+    levels = [check_devices(use_cpu=False, bf16=False, num_local_processes=number).level for number in (1, 2, 3)]
+    assert levels == ["green", "green", "yellow"]
+    assert check_devices(use_cpu=False, bf16=True).level == "red"
+    assert [device_memory(use_cpu=False, num_local_processes=number) for number in (1, 2, 3)] == [
+        sum(sizes),
+        sizes[1],
+        None,
+    ]
+
+
+def test_memory_of_the_host_is_shared_by_its_processes() -> None:
+    whole = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024  # type: ignore[index]
+    shares = [device_memory(use_cpu=True, num_local_processes=number) or 0 for number in (1, 4)]
+    assert shares[0] == pytest.approx(whole, rel=0.02) and shares[1] == shares[0] // 4
+
+
 def test_output_folder(tmp_path: Path) -> None:
     assert found(check_output_folder(tmp_path / "new" / "run", resume=True))[0] == ("green", "output folder")
     (tmp_path / "file").write_text("")
@@ -103,6 +135,9 @@ def test_output_folder(tmp_path: Path) -> None:
     torch.save({}, run / "checkpoint-5" / "rng_state.pth")
     whole = next(iter(check_output_folder(run, resume=True)))
     assert (whole.level, whole.text) == ("green", f"{run}: goes on from checkpoint-5")
+    for step, level in ((5, "green"), (10, "red"), (15, "red")):
+        (named,) = check_output_folder(tmp_path / "other", resume=str(run / f"checkpoint-{step}"))
+        assert named.level == level and f"checkpoint-{step}" in named.text
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,18 @@ import pytest
 import yaml
 from http_server import running
 from large_model import large_reward_model
+from safetensors.torch import save_file
 from tiny_models import reward_model
 from transformers import Qwen3VLConfig
+from trl import ModelConfig
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
 from mr_reward.data import tiny
 from mr_reward.errors import ConfigurationError
 from mr_reward.fingerprint import weights_digest
-from mr_reward.grpo.launch import Launch, read_launch
+from mr_reward.grpo.arguments import PolicyTrainingArguments
+from mr_reward.grpo.doctor import check_before_start
+from mr_reward.grpo.launch import Launch, read_environment, read_launch
 from mr_reward.grpo.recipe import PolicyArguments, first_prompts
 from mr_reward.serving import build_app
 
@@ -129,6 +136,10 @@ LORA = "policy_qwen3vl_4b_lora_1gpu.yaml"
         ({"dataset": "prompts.jsonl"}, "dataset prompts.jsonl is no file"),
         ({"per_device_eval_batch_size": 3}, "The global eval batch size (3 * 1) must be divisible"),
         ({"vllm_max_model_length": 1000}, "vllm_max_model_length=1000 leaves no room for a prompt"),
+        ({"model_name_or_path": "./none"}, "./none is no folder with a config.json"),
+        ({"scale_rewards": "prompt"}, "does not know; it knows group, none, batch"),
+        ({"resume_from_checkpoint": "none"}, "resume_from_checkpoint: none is not whole"),
+        ({"eval_dataset": "held_out.jsonl"}, "dataset held_out.jsonl is no file"),
         ({"loss_type": "best"}, "loss_type is 'best', which this version of trl does not know"),
         ({"accelerate_config": "none.yaml"}, "none.yaml cannot be read as an accelerate file"),
         ({"reward_placement": "elsewhere"}, "reward_placement is 'elsewhere', expected one of resident, offload"),
@@ -167,6 +178,7 @@ def test_no_weight_is_loaded(check: Check, folder: Path, tmp_path: Path) -> None
     numbers = large_reward_model(rm, folder / "outputs" / "rm", Qwen3VLConfig(**QWEN3_VL_4B))
     assert numbers > 4e9
     Qwen3VLConfig(**QWEN3_VL_4B).save_pretrained(tmp_path / "policy")
+    save_file({}, tmp_path / "policy" / "model.safetensors")  # a whole file, in which nothing is
     started = time.monotonic()
     passed, shown = check(LORA, reward_model=rm, model_name_or_path=tmp_path / "policy")
     assert passed, shown
@@ -189,6 +201,80 @@ def test_prompts_are_measured(check: Check, folder: Path) -> None:
     (folder / "prompts.jsonl").write_text('{"question": "?"}\n')
     passed, shown = check(LORA, dataset="prompts.jsonl")
     assert not passed and "columns ['question'], expected prompt among them" in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "cannot be read (nothing in it)"),
+        ('{"prompt": "?"}\n{"prom', "cannot be read (JSON parse error"),
+        ('{"prompt": 3}', "row 0: prompt is 3, expected text or a list of messages"),
+        ('{"prompt": "?"}\n{"prompt": null}', "row 1: prompt is None"),
+        ('{"prompt": [{"content": "?"}]}', "role"),
+    ],
+)
+def test_prompts_that_cannot_be_read(content: str, message: str, check: Check, folder: Path) -> None:
+    (folder / "prompts.jsonl").write_text(content)
+    for field in ("dataset", "eval_dataset"):
+        passed, shown = check(LORA, **{field: "prompts.jsonl"})
+        assert not passed and message in shown, shown
+
+
+def test_policies_that_cannot_be_loaded(check: Check, folder: Path, tmp_path: Path) -> None:
+    for name, spoil, message in (
+        ("missing", lambda f: (f / "model.safetensors").unlink(), "no weights (model.safetensors"),
+        ("cut", lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors is cut off"),
+        ("config", lambda f: (f / "config.json").write_text("{"), "not a valid JSON file"),
+        ("kind", lambda f: (f / "config.json").write_text('{"model_type": "other"}'), "model type `other`"),
+    ):
+        copy = tmp_path / name
+        shutil.copytree(folder / "policy", copy)
+        spoil(copy)
+        passed, shown = check(LORA, model_name_or_path=copy)
+        assert not passed and message in shown, shown
+
+
+def test_memory_is_held_against_that_of_the_machine(check: Check, folder: Path, tmp_path: Path) -> None:
+    """On the CPU, whose size is known here; 4.4 billion weights in float32 with gradients and moments are 71 GB."""
+    from test_memory import QWEN3_VL_4B
+
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if not 5 < whole < 70:
+        pytest.skip("written for a machine with 5 to 70 GB")
+    Qwen3VLConfig(**QWEN3_VL_4B).save_pretrained(tmp_path)
+    save_file({}, tmp_path / "model.safetensors")
+    recipe = "policy_tiny_handwriting_cpu.yaml"
+    common = {"reward_model": folder / "outputs" / "rm", "output_dir": tmp_path / "run"}
+    passed, shown = check(recipe, **common, model_name_or_path=tmp_path)
+    assert not passed and re.search(r"71\.\d\d GB always, .* it does not fit", shown), shown
+    small = {"model_name_or_path": folder / "policy"}
+    passed, shown = check(recipe, **common, **small)
+    assert passed and f"of {whole:.1f} GB for a process" in shown, shown
+    passed, shown = check(recipe, **common, **small, reward_max_tokens=int((whole * 1e9 / 3) ** 0.5))  # its mask alone
+    assert passed and "too tight; lower reward_max_tokens" in shown, shown
+
+
+def test_each_rank_shows_what_is_red_and_the_first_shows_all(
+    folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe = PolicyArguments(reward_model=str(folder / "outputs" / "rm"), num_digits=1)
+    common = {"num_generations": 8, "bf16": False, "use_cpu": True, "report_to": "none"}
+    for rank, output, good, titles in (
+        (0, tmp_path, True, ["rank 0: may start", "who holds what"]),
+        (1, tmp_path, True, []),
+        (
+            0,
+            folder / "policy" / "config.json" / "run",
+            False,
+            ["rank 0: not started", "who holds what", "cannot be written"],
+        ),
+        (1, folder / "policy" / "config.json" / "run", False, ["rank 1: not started", "cannot be written"]),
+    ):
+        kind = type("Arguments", (PolicyTrainingArguments,), {"process_index": rank})
+        args = kind(output_dir=str(output), **common)
+        assert check_before_start(recipe, args, ModelConfig(str(folder / "policy"))) is good
+        shown = re.sub(r"\s+", " ", capfd.readouterr().err)
+        assert all(title in shown for title in titles) and ("green" in shown) is (rank == 0), shown
 
 
 def test_prompts_with_images_as_the_recipes_data_set_has_them(folder: Path) -> None:
@@ -246,3 +332,23 @@ def test_launch_files(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ConfigurationError, match=re.escape(message)):
             read_launch(path)
+
+
+def test_deepspeed_in_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found from the accelerate file and from the environment that `accelerate launch` makes of it."""
+    inner, outer = tmp_path / "zero.json", tmp_path / "accelerate.yaml"
+    inner.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}))
+    outer.write_text(yaml.safe_dump({"num_processes": 4, "deepspeed_config": {"deepspeed_config_file": str(inner)}}))
+    expected = Launch(num_processes=4, zero_stage=3, offload=True)
+    assert read_launch(outer) == expected
+    for name, value in (
+        ("WORLD_SIZE", 4),
+        ("LOCAL_WORLD_SIZE", 2),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", inner),
+    ):
+        monkeypatch.setenv(name, str(value))
+    assert read_environment() == replace(expected, num_machines=2) and read_environment().num_local_processes == 2
+    inner.write_text("[")
+    with pytest.raises(ConfigurationError, match="cannot be read as DeepSpeed's configuration"):
+        read_launch(outer)
