@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from large_model import large_reward_model
+from safetensors.torch import load_file, save_file
 from test_memory import QWEN3_VL_4B
 from transformers import Qwen3VLConfig
 
@@ -23,6 +24,7 @@ from mr_reward.data import tiny
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "grpo_recipes" / "policy_tiny_handwriting_cpu.yaml"
+ZERO3 = ROOT / "configs" / "deepspeed" / "zero3.yaml"
 COMMAND = [sys.executable, "-c", "from mr_reward.cli import main; main()", "doctor"]
 SECONDS = 20.0
 MEMORY = 3e9  # bytes; the weights of the large reward model would be 8.9e9
@@ -38,13 +40,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.build_qwen3_vl_processor().save_pretrained(quickstart / "sft" / "checkpoint-50")
     MultiResponseRewardModel.from_backbone(quickstart / "sft" / "checkpoint-50").save_pretrained(quickstart / "rm")
     large_reward_model(folder / "large", quickstart / "rm", Qwen3VLConfig(**QWEN3_VL_4B))
-    for name in ("cut", "template"):
+    for name in ("cut", "template", "headless"):
         shutil.copytree(quickstart / "rm", folder / name)
     os.truncate(folder / "cut" / "model.safetensors", 5000)
+    weights = folder / "headless" / "model.safetensors"
+    save_file({name: part for name, part in load_file(weights).items() if not name.startswith("head.")}, weights)
     (folder / "template" / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "questions.jsonl").write_text('{"question": "?"}\n')
     block = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     (folder / "pictures.jsonl").write_text(json.dumps({"prompt": block, "images": ["gone.png"]}) + "\n")
+    (folder / "damaged.png").write_bytes(b"no picture")
+    (folder / "damaged.jsonl").write_text(json.dumps({"prompt": block, "images": ["damaged.png"]}) + "\n")
+    (folder / "half.jsonl").write_text('{"prompt": "?"}\n{"prom')
     (folder / "file").write_text("")
     return folder
 
@@ -90,6 +97,16 @@ BROKEN: list[tuple[list[Any], str, str]] = [
     (["--dataset", "none.jsonl"], "configuration", "dataset none.jsonl is no file"),
     (["--dataset", "questions.jsonl"], "configuration", "columns ['question'], expected prompt among them"),
     (["--dataset", "pictures.jsonl"], "configuration", "image 'gone.png' does not exist"),
+    (["--reward_model", "headless"], "weights", "3 missing (head.dense.bias"),
+    (["--dataset", "damaged.jsonl"], "configuration", "image 'damaged.png' cannot be opened"),
+    (["--dataset", "half.jsonl"], "configuration", "dataset half.jsonl, split train, cannot be read"),
+    (["--model_name_or_path", "./nowhere"], "policy", "./nowhere is no folder"),
+    (
+        ["--accelerate_config", ZERO3, "--num_processes", 3, "--per_device_train_batch_size", 4],
+        "configuration",
+        "generation_batch_size (12) must be divisible by num_generations (8)",
+    ),
+    (["--eval_strategy", "epoch"], "evaluation", "eval_dataset is missing"),
     (["--output_dir", "file/run"], "output folder", "cannot be written"),
     (["--report_to", "swanlab"], "packages", "report_to: swanlab needs swanlab, which is not installed"),
     (["--reward_weights", 1, 1, 1], "reward_weights", "3 weights for 2 reward functions"),
