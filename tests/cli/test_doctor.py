@@ -76,6 +76,7 @@ def test_a_good_recipe_is_green(folder: Path) -> None:
     assert [finding["what"] for finding in findings if finding["what"] in ("who holds what", "tiny score")]
 
 
+@pytest.mark.slow
 def test_this_machine_and_a_reward_model(folder: Path) -> None:
     code, shown, _ = doctor(folder, "--model", "outputs/quickstart/rm", "--score")
     assert code == 0 and "the model itself" in shown and "red" not in shown, shown

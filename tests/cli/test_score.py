@@ -117,7 +117,9 @@ def test_the_output_is_read_back_from_its_own_folder(
     assert close(again, expected)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGTERM, signal.SIGKILL))]
+)
 def test_interrupted_and_resumed(
     how: signal.Signals, folder: Path, expected: list[list[float]], tmp_path: Path
 ) -> None:
