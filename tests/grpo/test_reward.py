@@ -54,6 +54,7 @@ def _transform(name: str, *scores: float) -> list[float]:
 def test_transforms() -> None:
     assert _transform("raw", 1.0, 3.0) == [1.0, 3.0]
     assert _transform("centred", 1.0, 3.0, 5.0) == [-2.0, 0.0, 2.0]
+    assert _transform("centred", 0.0, 0.0, 3.0) == [-1.0, -1.0, 2.0]  # the mean, not the median
     assert _transform("rank", 5.0, 1.0, 3.0) == [1.0, 0.0, 0.5]
     assert _transform("rank", 2.0, 1.0, 2.0, 0.0) == pytest.approx([5 / 6, 1 / 3, 5 / 6, 0.0])
     sigmoid = [1 / (1 + math.exp(-x)) for x in (1.0, 3.0)]
