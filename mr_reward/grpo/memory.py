@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from mr_reward.zero3 import outside_zero3
+
 __all__ = ["PolicyMemory", "RewardMemory", "estimate_policy_memory", "estimate_reward_memory", "measure_reward_memory"]
 
 _IMAGE_TEXT = AutoModelForImageTextToText._model_mapping
@@ -168,7 +170,8 @@ def _activations(text: PreTrainedConfig, dtype: torch.dtype, max_tokens: int, de
 
 
 def _on_meta(auto: Any, config: PreTrainedConfig) -> nn.Module:
-    with torch.device("meta"):
+    # In a run under ZeRO-3 transformers would partition and initialise it.
+    with torch.device("meta"), outside_zero3():
         return auto.from_config(config)
 
 
