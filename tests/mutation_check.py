@@ -317,7 +317,10 @@ def caught(mutation: Mutation) -> tuple[bool, float, str]:
             text=True,
         )
     failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return done.returncode == 1, time.perf_counter() - started, failed[0] if failed else done.stdout[-200:]
+    if done.returncode in (2, 4, 5):  # interrupted, wrong usage, no tests
+        raise SystemExit(f"{mutation.name}: pytest could not run ({done.returncode})\n{done.stdout[-1000:]}")
+    # A crash counts too.
+    return done.returncode != 0, time.perf_counter() - started, failed[0] if failed else done.stdout[-200:]
 
 
 def main() -> int:

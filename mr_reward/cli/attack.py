@@ -33,8 +33,8 @@ def attack(
 ) -> None:
     """Try known tricks on a reward model: how far does each move a bad answer relative to a good one?
 
-    The shift is the mean change of the margin (bad minus good), in standard deviations of the margins without an attack;
-    above 0 the attack works. `mr-reward card --attacks` puts the file into the model card.
+    The shift is the mean change of the margin (bad minus good), in standard deviations of the margins without an
+    attack; above 0 the attack works. `mr-reward card --attacks` puts the file into the model card.
 
     Example: mr-reward attack rm test.jsonl --out attacks.json
     """
