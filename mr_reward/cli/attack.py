@@ -1,0 +1,93 @@
+"""`mr-reward attack`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from mr_reward.cli.options import Device, Dtype, MaxTokens, torch_dtype
+
+if TYPE_CHECKING:
+    from mr_reward.evaluation.attacks import AttackResult
+
+__all__ = ["attack"]
+
+
+def attack(
+    model: Annotated[str, typer.Argument(help="Reward model: a folder or hub id")],
+    groups: Annotated[Path, typer.Argument(help=".jsonl file of ranked groups")],
+    out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Name of an attack; may be given several times")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Groups that are attacked")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the choices")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_tokens: MaxTokens = 16384,
+) -> None:
+    """Try known tricks on a reward model: how far does each move a bad answer relative to a good one?
+
+    The shift is the mean change of the margin (bad minus good), in standard deviations of the margins without an
+    attack; above 0 the attack works. `mr-reward card --attacks` puts the file into the model card.
+
+    Example: mr-reward attack rm test.jsonl --out attacks.json
+    """
+    from mr_reward.data.preferences import load_preferences
+    from mr_reward.evaluation.attacks import ATTACKS, attack_items, run_attacks
+    from mr_reward.grpo.loading import default_device
+    from mr_reward.scoring import GroupScorer
+
+    items = attack_items(load_preferences(groups), seed=seed)[:limit]
+    scorer = GroupScorer.from_pretrained(
+        model,
+        dtype=torch_dtype(dtype),
+        device=device or default_device(),
+        max_tokens_per_batch=max_tokens,
+        over_length="drop_group",
+    )
+    names = only or list(ATTACKS)
+    tokenizer = getattr(scorer.model.processor, "tokenizer", scorer.model.processor)
+    with tqdm(total=len(names), unit=" attacks") as bar:
+
+        def next_attack(name: str) -> None:
+            bar.set_description(name)
+            bar.update()
+
+        results = run_attacks(
+            scorer,
+            items,
+            names=names,
+            control_tokens=sorted({str(token) for token in tokenizer.added_tokens_decoder.values()}),
+            seed=seed,
+            on_attack=next_attack,
+        )
+    _show(results, Console())
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        facts: dict[str, Any] = {
+            "model": model,
+            "groups": str(groups),
+            "seed": seed,
+            "layout": scorer.model.config.layout,
+        }
+        out.write_text(json.dumps({**facts, "attacks": [asdict(result) for result in results]}, indent=1) + "\n")
+
+
+def _show(results: list[AttackResult], console: Console) -> None:
+    table = Table("attack", "shift of the margin", "bad wins before", "after", "groups", "dropped")
+    for result in results:
+        table.add_row(
+            result.name,
+            f"{result.shift:+.2f} [{result.shift_low:+.2f}, {result.shift_high:+.2f}]",
+            f"{result.wins_before:.1%}",
+            f"{result.wins_after:.1%}",
+            str(result.num_items),
+            str(result.num_dropped),
+        )
+    console.print(table)

@@ -1,0 +1,342 @@
+"""Deliberate bugs, each of which some test has to catch.
+
+    python tests/mutation_check.py            # all of them, some 15 minutes on two cores
+    python tests/mutation_check.py span head  # those whose names contain one of the words
+
+Each one changes a line of a copy of the package and runs the tests that should notice. A bug that no test notices is a
+survivor: exit code 1, and a test is missing. A line that is not found any more is an error: the list
+goes with the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutation(NamedTuple):
+    """A bug.
+
+    Args:
+        name: what is wrong.
+        file: below `mr_reward`.
+        line: text that occurs once in it.
+        bug: what it becomes.
+        tests: that have to notice.
+    """
+
+    name: str
+    file: str
+    line: str
+    bug: str
+    tests: str
+
+
+MUTATIONS = [
+    Mutation(
+        "mask: a token sees the one after it",
+        "layouts.py",
+        "device=segments.device).tril()",
+        "device=segments.device).tril(1)",
+        "tests/test_layouts.py",
+    ),
+    Mutation(
+        "mask: a response sees the one before",
+        "layouts.py",
+        "mask = mask & ((key == PROMPT_SEGMENT) | (key == query))",
+        "mask = mask & ((key == PROMPT_SEGMENT) | (key == query) | (key == query - 1))",
+        "tests/test_layouts.py",
+    ),
+    Mutation(
+        "mask: comparisons see no summaries",
+        "layouts.py",
+        "(kinds == TokenKind.COMPARISON)[:, :, None] & (kinds == TokenKind.SUMMARY)[:, None, :]",
+        "(kinds == TokenKind.COMPARISON)[:, :, None] & (kinds == 9)[:, None, :]",
+        "tests/test_layouts.py",
+    ),
+    Mutation(
+        "mask: padding is seen",
+        "layouts.py",
+        "& (query != PADDING_SEGMENT) & (key != PADDING_SEGMENT)",
+        "& (query != PADDING_SEGMENT)",
+        "tests/test_layouts.py",
+    ),
+    Mutation(
+        "positions are not reset",
+        "layouts.py",
+        'first = running if layout == "causal" else 0',
+        "first = running",
+        "tests/test_layouts.py tests/test_invariances.py",
+    ),
+    Mutation(
+        "span shifted by one",
+        "layouts.py",
+        "spans.append((len(segments) + before, len(segments) + before + length))",
+        "spans.append((len(segments) + before + 1, len(segments) + before + length + 1))",
+        "tests/test_layouts.py",
+    ),
+    Mutation(
+        "score read one token early",
+        "layouts.py",
+        "score_sites.append(len(segments) - 1)",
+        "score_sites.append(len(segments) - 2)",
+        "tests/test_layouts.py",
+    ),
+    Mutation(
+        "readout tokens exchanged",
+        "head.py",
+        "kinds == TokenKind.SUMMARY, summary, inputs_embeds",
+        "kinds == TokenKind.SUMMARY, comparison, inputs_embeds",
+        "tests/test_invariances.py tests/test_from_backbone.py",
+    ),
+    Mutation(
+        "head in bfloat16",
+        "head.py",
+        "F.linear(hidden.float(), self.dense.weight.float(), self.dense.bias.float())",
+        "F.linear(hidden.bfloat16().float(), self.dense.weight.float(), self.dense.bias.float())",
+        "tests/test_from_backbone.py tests/test_invariances.py",
+    ),
+    Mutation(
+        "exchange: a comparison misses one summary",
+        "group_plan.py",
+        "seen = real[:, None] & real[:, :, None] & ~torch.eye(real.shape[1], dtype=torch.bool)",
+        "seen = real[:, None] & real[:, :, None] & torch.ones_like(real[0]).diag().logical_not().tril()",
+        "tests/test_group_attention.py",
+    ),
+    Mutation(
+        "exchange: the groups of a batch see each other's place",
+        "group_plan.py",
+        "summaries = summaries + cached.prompt",
+        "summaries = summaries.roll(1, 0) + cached.prompt",
+        "tests/test_group_attention.py",
+    ),
+    Mutation(
+        "prompt cut by one token for its responses",
+        "group_plan.py",
+        "prompts.append(RaggedSequence(start + length, sum(size for _, size in responses), start, length))",
+        "prompts.append(RaggedSequence(start + length, sum(size for _, size in responses), start, length - 1))",
+        "tests/test_group_attention.py",
+    ),
+    Mutation(
+        "two groups of a batch swap scores",
+        "packing.py",
+        "score_sites[i, : len(row.score_sites)] = torch.tensor(row.score_sites) + start",
+        "score_sites[i, : len(row.score_sites)] = torch.tensor(row.score_sites)",
+        "tests/test_packing.py tests/test_invariances.py",
+    ),
+    Mutation(
+        "budget is not kept",
+        "packing.py",
+        "(len(batches[-1]) + 1) * sizes[-1] <= max_tokens",
+        "(len(batches[-1]) + 1) * sizes[-1] <= 2 * max_tokens",
+        "tests/test_packing.py",
+    ),
+    Mutation(
+        "tie ignored: the first of the best takes all",
+        "losses.py",
+        "best = mask & (rankings == best_rank)",
+        "best = mask & (rankings == best_rank); best = best & (best.cumsum(-1) == 1)",
+        "tests/test_losses.py",
+    ),
+    Mutation(
+        "padding takes part in the softmax",
+        "losses.py",
+        "log_probs = scores.masked_fill(~mask, -torch.inf).log_softmax(dim=-1)",
+        "log_probs = scores.log_softmax(dim=-1)",
+        "tests/test_losses.py",
+    ),
+    Mutation(
+        "Plackett-Luce: those ranked better stay in the draw",
+        "losses.py",
+        "candidates = rankings.unsqueeze(-2) >= rankings.unsqueeze(-1)",
+        "candidates = rankings.unsqueeze(-2) > rankings.unsqueeze(-1)",
+        "tests/test_losses.py",
+    ),
+    Mutation(
+        "pairs: tied pairs count",
+        "losses.py",
+        "(rankings.unsqueeze(-1) < rankings.unsqueeze(-2))",
+        "(rankings.unsqueeze(-1) <= rankings.unsqueeze(-2))",
+        "tests/test_losses.py",
+    ),
+    Mutation(
+        "duplicates are scored apart",
+        "scoring.py",
+        "unique = list(dict.fromkeys(group.responses))\n            if len",
+        "unique = list(group.responses)\n            if len",
+        "tests/test_scoring.py tests/grpo/test_reward.py",
+    ),
+    Mutation(
+        "orders are not undone",
+        "scoring.py",
+        "over_orders[slot].append(score)",
+        "over_orders[len(over_orders) - 1 - slot].append(score)",
+        "tests/test_scoring.py",
+    ),
+    Mutation(
+        "a group merged with its neighbour",
+        "grpo/groups.py",
+        "chunk = rows[start : start + num_generations]",
+        "chunk = rows[start : start + num_generations - 1] + rows[start + num_generations :][:1]",
+        "tests/grpo/test_groups.py",
+    ),
+    Mutation(
+        "owner wrong",
+        "grpo/groups.py",
+        "owner = min(group.holders, key=lambda rank: (load[rank], rank))",
+        "owner = max(range(num_ranks), key=lambda rank: (load[rank], rank))",
+        "tests/grpo/test_groups.py",
+    ),
+    Mutation(
+        "rows of another rank come back",
+        "grpo/reward.py",
+        "start = sum(len(rows) for rows in rows_by_rank[:rank])",
+        "start = sum(len(rows) for rows in rows_by_rank[: max(0, rank - 1)])",
+        "tests/grpo/test_reward_distributed.py",
+    ),
+    Mutation(
+        "centred around the median",
+        "grpo/reward.py",
+        "mean = statistics.fmean(scores)",
+        "mean = statistics.median(scores)",
+        "tests/grpo/test_reward.py",
+    ),
+    Mutation(
+        "one failing rank leaves the others alone",
+        "grpo/exchange.py",
+        "failures = [other for other, _ in records if other is not None]",
+        "failures = []",
+        "tests/grpo/test_reward_distributed.py",
+    ),
+    Mutation(
+        "control tokens are encoded",
+        "encoding.py",
+        '"split_special_tokens": True',
+        '"split_special_tokens": False',
+        "tests/test_rendering.py",
+    ),
+    Mutation(
+        "added tokens that are not special are encoded",
+        "encoding.py",
+        "self._without_control_tokens(piece) if self._controls(ids) else ids",
+        "ids",
+        "tests/test_rendering.py",
+    ),
+    Mutation(
+        "template changed",
+        "rendering.py",
+        "group.messages, add_generation_prompt=True)\n        return",
+        "group.messages, add_generation_prompt=False)\n        return",
+        "tests/test_rendering.py tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "a changed template is accepted",
+        "integrity.py",
+        "if found != trained_with:",
+        "if found is None:",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "missing weights are accepted",
+        "integrity.py",
+        '("missing_keys", "missing weights"),',
+        "",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "non-finite scores go on",
+        "scoring.py",
+        "if not all(map(math.isfinite, scores)):",
+        "if any(map(math.isnan, scores)) and False:",
+        "tests/test_scoring.py",
+    ),
+    Mutation(
+        "competition ranks are refused",
+        "groups.py",
+        "if ranks not in (dense, competition):",
+        "if ranks != dense:",
+        "tests/test_groups.py tests/data/test_preferences.py",
+    ),
+    Mutation(
+        "flip rate: a tie counts as a flip",
+        "metrics.py",
+        "float(not np.any((a >= a.max() - atol) & (b >= b.max() - atol)))",
+        "float(int(a.argmax()) != int(b.argmax()))",
+        "tests/test_metrics.py",
+    ),
+    Mutation(
+        "resume: a torn line is kept",
+        "cli/score.py",
+        'if not content.endswith(b"\\n"):',
+        "if not content:",
+        "tests/cli/test_score.py",
+    ),
+]
+
+
+def caught(mutation: Mutation) -> tuple[bool, float, str]:
+    """Whether a test noticed, how long that took, and which.
+
+    Args:
+        mutation: the bug.
+
+    Returns:
+        Caught or not, seconds, and the first failing test.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("mr_reward", "tests", "grpo_recipes", "configs", "benchmarks", "docs"):
+            shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / name, folder)
+        path = Path(folder, "mr_reward", mutation.file)
+        source = path.read_text()
+        if source.count(mutation.line) != 1:
+            raise SystemExit(f"{mutation.name}: {source.count(mutation.line)} places in {mutation.file}, expected one")
+        path.write_text(source.replace(mutation.line, mutation.bug))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+        done = subprocess.run(
+            [*command, *mutation.tests.split()],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": folder},
+            capture_output=True,
+            text=True,
+        )
+    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode in (2, 4, 5):  # interrupted, wrong usage, no tests
+        raise SystemExit(f"{mutation.name}: pytest could not run ({done.returncode})\n{done.stdout[-1000:]}")
+    # A crash counts too.
+    return done.returncode != 0, time.perf_counter() - started, failed[0] if failed else done.stdout[-200:]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only bugs whose names contain one of them")
+    words = parser.parse_args().words
+    chosen = [one for one in MUTATIONS if not words or any(word in one.name for word in words)]
+    rows = [(one, *caught(one)) for one in tqdm(chosen, unit=" bugs")]
+    console, table = Console(), Table("bug", "file", "caught by", "seconds")
+    for one, found, seconds, test in rows:
+        table.add_row(one.name, one.file, test if found else f"[red]SURVIVED[/] {test}", f"{seconds:.0f}")
+    console.print(table)
+    survivors = [one.name for one, found, *_ in rows if not found]
+    sys.stdout.write(json.dumps({"bugs": len(rows), "survivors": survivors}) + "\n")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
