@@ -3,6 +3,7 @@
 A load refuses what it cannot vouch for.
 """
 
+import logging
 from typing import Any
 
 from safetensors import SafetensorError
@@ -20,7 +21,11 @@ __all__ = [
     "has_file",
     "load_backbone",
     "load_processor",
+    "non_finite_cause",
+    "remote_code_options",
 ]
+
+logger = logging.getLogger(__name__)
 
 # Written by transformers and its Trainer beside the configuration's own fields. None of them changes a score: the
 # model passes use_cache=False itself.
@@ -108,6 +113,27 @@ def check_template_hash(name: str, trained_with: str | None, found: str) -> None
         )
 
 
+def non_finite_cause(model: nn.Module) -> str:
+    """Why scores are not finite: looked up when it has happened.
+
+    Args:
+        model: the reward model.
+
+    Returns:
+        Half a sentence that names the weights at fault, or says that there are none, and what to do.
+
+    Example:
+        >>> non_finite_cause(nn.Linear(2, 2))
+        'all weights are finite, so activations overflow in float32; try a wider dtype (float32)'
+    """
+    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        return f"the weights {', '.join(bad[:3])}{more} are not finite; use an earlier checkpoint"
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return f"all weights are finite, so activations overflow in {dtype}; try a wider dtype (float32)"
+
+
 def align_weights(model: nn.Module) -> None:
     """Move weights on the CPU to aligned memory.
 
@@ -140,6 +166,27 @@ def has_file(name: str, file: str, revision: str | None = None) -> bool:
         return False
 
 
+def remote_code_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a load, with code from the checkpoint off unless it was asked for, and loud then.
+
+    Left open, transformers asks at the terminal, and waits for an answer.
+
+    Args:
+        name: folder or hub id, for the message.
+        options: of transformers' `from_pretrained`.
+
+    Returns:
+        The options with `trust_remote_code`.
+
+    Example:
+        >>> remote_code_options("rm", {})
+        {'trust_remote_code': False}
+    """
+    if options.get("trust_remote_code"):
+        logger.warning("trust_remote_code: Python code that comes with %s is run with your rights", name)
+    return {**options, "trust_remote_code": bool(options.get("trust_remote_code"))}
+
+
 def load_backbone(name: str, **options: Any) -> PreTrainedModel:
     """Load a backbone whose weights are all there; its language-model head is left aside.
 
@@ -157,7 +204,8 @@ def load_backbone(name: str, **options: Any) -> PreTrainedModel:
         raise CheckpointError(
             f"{name}: holds an adapter, expected a whole backbone; merge the adapter with the code that trained it"
         )
-    options = {"use_safetensors": True, **options, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options = {"use_safetensors": True, **remote_code_options(name, options), "ignore_mismatched_sizes": True}
+    options["output_loading_info"] = True
     try:
         model, info = AutoModel.from_pretrained(name, **options)
     except (OSError, SafetensorError, ValueError) as error:
@@ -184,6 +232,6 @@ def load_processor(name: str, revision: str | None = None) -> Any:
     has_processor = any(has_file(name, file, revision) for file in (PROCESSOR_NAME, "preprocessor_config.json"))
     loader = AutoProcessor if has_processor else AutoTokenizer
     try:
-        return loader.from_pretrained(name, revision=revision or "main")
+        return loader.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: no processor or tokenizer could be loaded ({error})") from error

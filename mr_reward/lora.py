@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from mr_reward.errors import CheckpointError
-from mr_reward.integrity import has_file
+from mr_reward.integrity import has_file, load_backbone
 
-__all__ = ["is_lora", "merge_lora"]
+__all__ = ["is_lora", "lora_backbone", "merge_lora"]
 
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
@@ -29,6 +29,35 @@ def is_lora(name: str, revision: str | None = None) -> bool:
         True if the adapter's configuration is there.
     """
     return has_file(name, _CONFIG_FILE, revision)
+
+
+def lora_backbone(name: str, config: Any, **options: Any) -> tuple[PreTrainedModel, str, str | None]:
+    """Load the backbone that an adapter was trained on.
+
+    Args:
+        name: folder or hub id of the adapter.
+        config: the reward model's configuration in it.
+        **options: as transformers' `from_pretrained`.
+
+    Returns:
+        The backbone, where it came from, and the revision there.
+
+    Raises:
+        CheckpointError: the configuration names none, or it is of another kind, or cannot be loaded.
+    """
+    source, revision = config.backbone_name_or_path, config.backbone_revision
+    if source is None:
+        raise CheckpointError(
+            f"{name}: holds a LoRA adapter, but its configuration does not say which backbone it belongs to; put "
+            "the folder or hub id into backbone_name_or_path of its config.json"
+        )
+    backbone = load_backbone(source, revision=revision, **options)
+    if backbone.config.model_type != config.backbone_config.model_type:
+        raise CheckpointError(
+            f"{source}: holds a {backbone.config.model_type!r} backbone, but {name} was trained on a "
+            f"{config.backbone_config.model_type!r} one; correct backbone_name_or_path in its config.json"
+        )
+    return backbone, source, revision
 
 
 def merge_lora(model: PreTrainedModel, name: str, revision: str | None = None) -> Any:

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from mr_reward.attention import check_backend
 from mr_reward.backbones import get_adapter
+from mr_reward.checksums import check_checksums, written_whole
 from mr_reward.configuration import MultiResponseRewardConfig, check_layers, context_tokens
 from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.fast_path import FastPath, choose_attention, load_attention
@@ -31,9 +32,10 @@ from mr_reward.integrity import (
     check_template_hash,
     load_backbone,
     load_processor,
+    remote_code_options,
 )
 from mr_reward.layouts import check_layout
-from mr_reward.lora import is_lora, merge_lora
+from mr_reward.lora import is_lora, lora_backbone, merge_lora
 from mr_reward.model_card import CARD_FILE, name_in_card, read_card, write_model_card
 from mr_reward.paper_format import is_paper_format, paper_score_scale, read_head, trained_separator, with_separator
 from mr_reward.reading import Reader, Rows, check_arguments
@@ -158,7 +160,7 @@ class MultiResponseRewardModel(PreTrainedModel):
         else:
             name = str(backbone)
             load_options |= load_attention(attn_implementation)
-            base = AutoModel.from_pretrained(name, **load_options)
+            base = AutoModel.from_pretrained(name, **remote_code_options(name, load_options))
             processor = processor if processor is not None else load_processor(name, load_options.get("revision"))
         joined = template in JOINED_TEMPLATES
         if joined:
@@ -227,7 +229,11 @@ class MultiResponseRewardModel(PreTrainedModel):
             else:
                 try:
                     # Mismatched shapes are let through here and refused below, with the keys.
-                    options = {"use_safetensors": True, **kwargs, "ignore_mismatched_sizes": True}
+                    options = {
+                        "use_safetensors": True,
+                        **remote_code_options(name, kwargs),
+                        "ignore_mismatched_sizes": True,
+                    }
                     model, info = super().from_pretrained(name, *args, **options, output_loading_info=True)
                 except (OSError, SafetensorError) as error:
                     raise CheckpointError(f"{name}: no safetensors weights could be read ({error})") from error
@@ -237,6 +243,7 @@ class MultiResponseRewardModel(PreTrainedModel):
                 model.model_card = read_card(name, revision)
             found = template_hash(model.processor, model.config.template)
             check_template_hash(name, model.config.template_hash, found)
+            check_checksums(name, revision)
         choose_attention(model.backbone, attention)
         return (model, info) if wants_info else model
 
@@ -263,18 +270,7 @@ class MultiResponseRewardModel(PreTrainedModel):
     def _from_lora(cls, name: str, options: dict[str, Any]) -> MultiResponseRewardModel:
         adapter_revision = options.pop("revision", None)
         config = cls.config_class.from_pretrained(name, revision=adapter_revision)
-        source, revision = config.backbone_name_or_path, config.backbone_revision
-        if source is None:
-            raise CheckpointError(
-                f"{name}: holds a LoRA adapter, but its configuration does not say which backbone it belongs to; put "
-                "the folder or hub id into backbone_name_or_path of its config.json"
-            )
-        backbone = load_backbone(source, revision=revision, **options)
-        if backbone.config.model_type != config.backbone_config.model_type:
-            raise CheckpointError(
-                f"{source}: holds a {backbone.config.model_type!r} backbone, but {name} was trained on a "
-                f"{config.backbone_config.model_type!r} one; correct backbone_name_or_path in its config.json"
-            )
+        backbone, source, revision = lora_backbone(name, config, **options)
         if config.template in JOINED_TEMPLATES:
             with_separator(backbone, load_processor(source, revision))
         # As in from_backbone: the backend is chosen at loading.
@@ -287,22 +283,26 @@ class MultiResponseRewardModel(PreTrainedModel):
         return model.eval()
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Write a self-contained folder: configuration, safetensors weights, processor, model card.
+        """Write a self-contained folder: configuration, safetensors weights, processor, checksums, model card.
+
+        The files appear when all are written: a full disk leaves an earlier model in the folder as it was.
 
         Args:
             save_directory: the folder.
             *args: as transformers' `save_pretrained`.
             **kwargs: as transformers' `save_pretrained`, without `push_to_hub` (there is a method for it).
         """
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if self.processor is not None:
-            self.processor.save_pretrained(save_directory)
+        if not kwargs.get("is_main_process", True):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        with written_whole(save_directory) as unfinished:
+            super().save_pretrained(unfinished, *args, **kwargs)
+            if self.processor is not None:
+                self.processor.save_pretrained(unfinished)
         card = Path(save_directory, CARD_FILE)
-        if kwargs.get("is_main_process", True):
-            if self.model_card is not None:
-                card.write_text(self.model_card)
-            elif not card.exists():
-                write_model_card(save_directory)
+        if self.model_card is not None:
+            card.write_text(self.model_card)
+        elif not card.exists():
+            write_model_card(save_directory)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes; the card's snippet then names the repository.

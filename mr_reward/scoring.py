@@ -22,6 +22,7 @@ from mr_reward.errors import ConfigurationError, NonFiniteScoreError
 from mr_reward.group_attention import GROUP_ATTENTION
 from mr_reward.group_plan import GroupPlan
 from mr_reward.groups import ResponseGroup
+from mr_reward.integrity import non_finite_cause
 from mr_reward.metrics import order_flip_rate
 from mr_reward.modeling import MultiResponseRewardModel
 from mr_reward.packing import PackedRow, Packer, collate, plan_batches
@@ -291,7 +292,7 @@ class GroupScorer:
             with torch.inference_mode():
                 scored = score_over_prompt(self.model, self.packer, [item.rendered for item in fellows])
             for item, scores in zip(fellows, scored, strict=True):
-                _check_finite(item.group, scores)
+                self._check_finite(item.group, scores)
                 found[id(item)] = [(list(range(len(scores))), scores, item.truncated)]
         return [self._combine(item.group, found[id(item)]) for item in window]
 
@@ -316,7 +317,7 @@ class GroupScorer:
             for i, values in zip(batch, output.tolist(), strict=True):
                 group, row = rows[i]
                 scores[i] = values[: len(row.score_sites)]
-                _check_finite(group, scores[i])
+                self._check_finite(group, scores[i])
         return scores
 
     def _inputs(self, rows: list[PackedRow]) -> dict[str, Any]:
@@ -357,10 +358,6 @@ class GroupScorer:
             order_flip_rate=flip_rate,
         )
 
-
-def _check_finite(group: ResponseGroup, scores: Sequence[float]) -> None:
-    if not all(map(math.isfinite, scores)):
-        raise NonFiniteScoreError(
-            f"{group.name}: scores {scores} are not finite; the weights or the activations overflow, "
-            "try a wider dtype (float32) and check the checkpoint"
-        )
+    def _check_finite(self, group: ResponseGroup, scores: Sequence[float]) -> None:
+        if not all(map(math.isfinite, scores)):
+            raise NonFiniteScoreError(f"{group.name}: scores {scores} are not finite: {non_finite_cause(self.model)}")

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mr_reward.data.degenerate import MASTER_KEYS
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import ResponseGroup
 from mr_reward.scoring import Scorer
-from mr_reward.training.data import MASTER_KEYS
 
 __all__ = ["ATTACKS", "AttackResult", "attack_items", "run_attacks"]
 

@@ -73,12 +73,14 @@ class Exchange:
         try:
             if self._group is None:
                 self._group = dist.new_group(backend="gloo", timeout=self._timeout, group_desc="mr_reward")
+            # Unlike a plain collective, it says who did not come.
+            dist.monitored_barrier(self._group, self._timeout, wait_all_ranks=True)
             dist.all_gather_object(gathered, obj, group=self._group)
         except RuntimeError as error:
             raise PeerRankError(
                 f"rank {self.rank} waited for the other {self.world_size - 1} ranks in the reward and lost one: it "
-                f"died, or did not come within {self._timeout}; read the other ranks' logs for the first error "
-                f"(out of memory, for instance). The exchange said: {error}"
+                f"died, or did not come within {self._timeout} (ddp_timeout); read that rank's log for the first "
+                f"error (out of memory, for instance). The exchange said: {error}"
             ) from error
         return gathered
 

@@ -140,6 +140,7 @@ def make_reward(arguments: PolicyArguments, args: GRPOConfig) -> MultiResponseRe
         attn_implementation=arguments.reward_attn_implementation,
         placement=arguments.reward_placement,
         group_log=GroupLog(Path(str(args.output_dir)) / "groups", every=every) if every else None,
+        timeout=args.ddp_timeout,
     )
 
 

@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from mr_reward.data.scored import ScoredGroup
@@ -115,6 +116,8 @@ class MultiResponseReward:
         server_token: the server's token; None for the environment variable MR_REWARD_TOKEN. It is not pickled.
         server_hash: checksum of the model that has to score, as the server logs it; None for any, but one only.
         group_log: writes the groups that each rank scores, with their images; None writes nothing.
+        timeout: seconds that a rank waits for the others, the slowest one's scoring included; who has not come by then
+            is named, and all stop. As the trainer's `ddp_timeout`.
 
     Attributes:
         last_scored: the groups that this rank scored, or dropped, in the last call.
@@ -149,6 +152,7 @@ class MultiResponseReward:
         server_token: str | None = None,
         server_hash: str | None = None,
         group_log: GroupLog | None = None,
+        timeout: float = 1800.0,
     ) -> None:
         if num_generations_eval is None:
             num_generations_eval = num_generations
@@ -163,6 +167,8 @@ class MultiResponseReward:
             raise ConfigurationError(
                 f"over_length is {over_length!r}, expected one of {', '.join(OVER_LENGTH_POLICIES)}"
             )
+        if timeout <= 0:
+            raise ConfigurationError(f"timeout is {timeout} s, expected more than 0; pass the trainer's ddp_timeout")
         self.__name__ = "multi_response_reward"  # TRL names metrics after it
         self.num_generations = num_generations
         self.num_generations_eval = num_generations_eval
@@ -178,7 +184,7 @@ class MultiResponseReward:
             "placement": placement,
         }
         self.last_scored: list[ScoredGroup] = []
-        others = {"server": server, "server_hash": server_hash, "group_log": group_log}
+        others = {"server": server, "server_hash": server_hash, "group_log": group_log, "timeout": timeout}
         self._arguments = (model, num_generations), {**sizes, "reward": reward, **options, **others}
         self._group_log = group_log
         self._scorer: Scorer
@@ -189,7 +195,7 @@ class MultiResponseReward:
         else:
             _refuse_local_options({"model": model, **options})
             self._scorer = connect_scorer(server, token=server_token, expected_hash=server_hash)
-        self._exchange = Exchange()
+        self._exchange = Exchange(timeout=timedelta(seconds=timeout))
         self._ranks_agree = False
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:

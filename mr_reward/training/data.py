@@ -17,18 +17,15 @@ from typing import Any
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from mr_reward.data.degenerate import MASTER_KEYS, with_degenerate_negative
 from mr_reward.errors import ConfigurationError, GroupError, OverLengthError
 from mr_reward.groups import ResponseGroup
 from mr_reward.packing import Packer
 from mr_reward.rendering import Renderer
 
-__all__ = ["CheckedGroups", "EvaluationGroups", "TrainingGroups", "check_groups", "with_degenerate_negative"]
+__all__ = ["CheckedGroups", "EvaluationGroups", "TrainingGroups", "check_groups"]
 
 logger = logging.getLogger(__name__)
-
-# Openers that made LLM judges say yes without any answer behind them ("One Token to Fool LLM-as-a-Judge",
-# arXiv 2507.08794).
-MASTER_KEYS = (":", ",", ".", "Solution", "Thought process:", "Let's solve this problem step by step.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,37 +223,6 @@ class EvaluationGroups(Dataset):
 
     def __getitem__(self, index: int) -> ResponseGroup:
         return self.groups[index % len(self.groups)].select(self.orders[index])
-
-
-def with_degenerate_negative(group: ResponseGroup, rng: random.Random) -> ResponseGroup:
-    """Add one response that is worth nothing, ranked behind all others.
-
-    It is the empty text, the first quarter of one of the responses, or a "master key": an opener such as a lone colon
-    that has fooled model judges (arXiv 2507.08794). A policy finds such texts when the reward model never saw them.
-
-    Args:
-        group: a ranked group.
-        rng: draws the kind.
-
-    Returns:
-        A new group with one response more at its end; the same group if it already holds that text.
-
-    Example:
-        >>> group = ResponseGroup(prompt="2 + 2?", responses=["It is 4.", "5"], rankings=[1, 2])
-        >>> with_degenerate_negative(group, random.Random(0)).rankings
-        (1, 2, 3)
-    """
-    cut = rng.choice(group.responses)
-    text = rng.choice(("", cut[: len(cut) // 4], rng.choice(MASTER_KEYS)))
-    if text in group.responses:
-        return group
-    rankings: Any = group.rankings
-    return replace(
-        group,
-        prompt=group.messages,
-        responses=[*group.responses, text],
-        rankings=[*rankings, max(rankings) + 1],
-    )
 
 
 def _longest(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from mr_reward.checksums import changed_file
+
 __all__ = ["incomplete_reason", "last_complete_checkpoint"]
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ def incomplete_reason(folder: Path, num_ranks: int = 1) -> str | None:
     """Why a checkpoint folder cannot be resumed from.
 
     `trainer_state.json` is written last, so a run killed while saving leaves none, or half of one. Every weight and
-    state file is opened besides, without reading its tensors: a full disk truncates files as well.
+    state file is opened besides: a full disk truncates files as well. Weights are compared with their checksums.
 
     Args:
         folder: `checkpoint-<step>` as the Trainer writes it.
@@ -73,4 +75,5 @@ def incomplete_reason(folder: Path, num_ranks: int = 1) -> str | None:
                     pass
             except SafetensorError as error:
                 return f"{path.name} is cut off: {error}"
-    return None
+    changed = changed_file(folder)
+    return f"{changed} is not the file that was saved" if changed else None

@@ -17,8 +17,10 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
+from mr_reward.checksums import write_checksums
 from mr_reward.errors import NonFiniteScoreError
 from mr_reward.groups import ResponseGroup
+from mr_reward.integrity import non_finite_cause
 from mr_reward.losses import get_loss
 from mr_reward.modeling import MultiResponseRewardModel
 from mr_reward.packing import Packer
@@ -179,8 +181,9 @@ class RewardTrainer(Trainer):
         scores = model(**{key: value for key, value in inputs.items() if key != "rankings"}).scores
         if not scores.isfinite().all():
             raise NonFiniteScoreError(
-                f"step {self.state.global_step}: scores {scores[mask].tolist()} are not finite; lower the learning "
-                "rate, use bf16 instead of fp16, and resume from the last checkpoint"
+                f"step {self.state.global_step}: scores {scores[mask].tolist()} are not finite: "
+                f"{non_finite_cause(self.accelerator.unwrap_model(model))}. Lower the learning rate, use bf16 instead "
+                "of fp16, and resume from the last checkpoint"
             )
         loss = self.group_loss(scores, rankings, mask)
         if num_items_in_batch is not None:
@@ -244,7 +247,9 @@ class RewardTrainer(Trainer):
         super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model)
         if self.args.should_save and isinstance(model, PeftModel):
-            model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
+            folder = output_dir or self.args.output_dir
+            model.get_base_model().config.save_pretrained(folder)
+            write_checksums(folder)
 
     def save_reward_model(self, folder: str | Path) -> None:
         """Write a folder that `MultiResponseRewardModel.from_pretrained` loads; LoRA is merged into the backbone.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -52,18 +53,29 @@ class WholeGroupScorer:
         return GroupScores(scores=scores, truncated=flags)
 
 
-class FailingScorer(WholeGroupScorer):
-    """Raises on one rank, or ends its process without a word."""
+STALL_SECONDS = 12.0
+DEADLINE_SECONDS = 3.0
 
-    def __init__(self, rank: int, *, die: bool = False) -> None:
+
+class FailingScorer(WholeGroupScorer):
+    """On one rank: raises, runs out of memory, ends its process without a word, or does not come back in time."""
+
+    def __init__(self, rank: int, fault: str) -> None:
         super().__init__()
-        self.rank, self.die = rank, die
+        self.rank, self.fault = rank, fault
 
     def score_detailed(self, groups: list[ResponseGroup]) -> list[GroupScores]:
         if int(os.environ["RANK"]) == self.rank:
-            if self.die:
+            if self.fault == "die":
                 os._exit(7)
-            raise ZeroDivisionError("the scorer broke")
+            if self.fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.fault == "stall":
+                time.sleep(STALL_SECONDS)
+            if self.fault == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            if self.fault == "raise":
+                raise ZeroDivisionError("the scorer broke")
         return super().score_detailed(groups)
 
 
@@ -101,7 +113,7 @@ def call(reward: MultiResponseReward, prompts: list[Any], completions: list[Any]
             log_extra=extra.__setitem__,
             **columns,
         )
-    except (MRRewardError, ZeroDivisionError) as error:
+    except (MRRewardError, ZeroDivisionError, torch.OutOfMemoryError) as error:
         record["error"] = type(error).__name__
         record["message"] = "\n".join([str(error), *getattr(error, "__notes__", [])])
     record["seconds"] = time.monotonic() - started
@@ -116,16 +128,17 @@ def use_scorer(scorer: WholeGroupScorer) -> None:
 def run(scenario: str, model: str | None) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     records = {}
-    if scenario == "die":
-        use_scorer(FailingScorer(1, die=True))
+    if scenario in ("die", "kill", "stall", "stall the first"):
+        fault, _, first = scenario.partition(" the ")
+        use_scorer(FailingScorer(0 if first else 1, fault))
         cases = [(4, 4)]
     elif scenario == "weights":
         torch.manual_seed(rank)  # a value head of its own on each rank
         own = MultiResponseRewardModel.from_backbone(build_llama(), processor=build_tokenizer())
         prompts, completions = ["p"] * 2, ["a", "b"]
         return {"first": call(MultiResponseReward(own, 2, device="cpu"), prompts, completions)}
-    elif scenario == "fail":
-        use_scorer(FailingScorer(1))
+    elif scenario in ("fail", "memory"):
+        use_scorer(FailingScorer(1, "raise" if scenario == "fail" else scenario))
         cases = [(4, 4)]
     else:
         if model is None:
@@ -134,9 +147,10 @@ def run(scenario: str, model: str | None) -> dict[str, Any]:
     for rows, size in cases:
         prompts, completions = make_rows(rows * world_size, size)
         mine = slice(rank * rows, (rank + 1) * rows)
-        reward = MultiResponseReward(model or "fake", size, device="cpu")
+        timeout = DEADLINE_SECONDS if scenario.startswith("stall") else 120.0
+        reward = MultiResponseReward(model or "fake", size, device="cpu", timeout=timeout)
         records[f"{rows}x{size}"] = call(reward, prompts[mine], completions[mine])
-        if scenario == "fail":
+        if scenario in ("fail", "memory"):
             # a rollout that cannot be read, on the last rank only; and after two failures a call that works
             broken = [[{"role": "assistant", "content": [{"type": "image"}]}]] * rows
             last = rank == world_size - 1
@@ -155,7 +169,7 @@ def main() -> None:
     )
     records = run(scenario, model[0] if model else None)
     Path(folder, f"rank{rank}.json").write_text(json.dumps(records))
-    if scenario != "die":
+    if scenario in ("equal", "fail", "memory", "weights"):
         dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def launch(tmp_path: Path) -> Launch:
                 process.kill()
         records = []
         for rank, process in enumerate(processes):
-            if scenario != "die":
+            if scenario not in ("die", "kill"):
                 assert process.returncode == 0, outputs[rank]
             path = tmp_path / f"rank{rank}.json"
             records.append(json.loads(path.read_text()) if path.exists() else None)
@@ -135,9 +136,34 @@ def test_different_weights_stop_all_ranks_in_the_first_call(launch: Launch) -> N
         assert "rank 0: " in record["first"]["message"] and "rank 1: " in record["first"]["message"]
 
 
-def test_a_dying_process_is_noticed(launch: Launch) -> None:
-    records = launch("die", 2)
+@pytest.mark.parametrize("how", ["die", "kill"])
+def test_a_dying_process_is_noticed(launch: Launch, how: str) -> None:
+    """One that leaves without a word, and one that gets SIGKILL, as the system does when memory runs out."""
+    records = launch(how, 2)
     assert records[1] is None
     assert records[0]["4x4"]["error"] == "PeerRankError"
     assert "lost one" in records[0]["4x4"]["message"]
     assert records[0]["4x4"]["seconds"] < 30
+
+
+def test_a_rank_out_of_memory_stops_all_and_names_it(launch: Launch) -> None:
+    records = launch("memory", 3)
+    for rank, record in enumerate(records):
+        assert record["4x4"]["error"] == ("OutOfMemoryError" if rank == 1 else "PeerRankError")
+        assert "rank 1 at step 12 group 1: OutOfMemoryError: CUDA out of memory" in record["4x4"]["message"]
+        assert len(record["recovered"]["rewards"]) == 4, "the next call works"
+
+
+@pytest.mark.parametrize(("scenario", "culprit"), [("stall", 1), ("stall the first", 0)])
+def test_a_stalled_rank_is_named_and_all_stop(launch: Launch, scenario: str, culprit: int) -> None:
+    """Within the deadline, long before it would have come back; the stalled one stops when it does."""
+    records = launch(scenario, 3)
+    messages = [record["4x4"]["message"] for record in records]
+    assert [record["4x4"]["error"] for record in records] == ["PeerRankError"] * 3
+    for rank, record in enumerate(records):
+        if rank != culprit:
+            assert record["4x4"]["seconds"] < reward_worker.STALL_SECONDS - 3
+            assert f"did not come within 0:00:0{reward_worker.DEADLINE_SECONDS:.0f}" in messages[rank]
+    # Rank 0 hears all the others; the others hear rank 0.
+    witness = messages[2 if culprit == 0 else 0]
+    assert re.search(rf"[Rr]anks? \[?{culprit}\b", witness.split("The exchange said:")[1]), witness

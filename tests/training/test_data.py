@@ -10,16 +10,15 @@ import pytest
 
 from mr_reward import ResponseGroup
 from mr_reward.data import tiny
+from mr_reward.data.degenerate import MASTER_KEYS, with_degenerate_negative
 from mr_reward.errors import ConfigurationError, GroupError, OverLengthError
 from mr_reward.packing import Packer
 from mr_reward.rendering import Renderer
 from mr_reward.training.data import (
-    MASTER_KEYS,
     CheckedGroups,
     EvaluationGroups,
     TrainingGroups,
     check_groups,
-    with_degenerate_negative,
 )
 
 

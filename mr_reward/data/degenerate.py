@@ -1,0 +1,46 @@
+"""Answers that are none: what a reward model must not like."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+from mr_reward.groups import ResponseGroup
+
+__all__ = ["MASTER_KEYS", "with_degenerate_negative"]
+
+# Openers that made LLM judges say yes without any answer behind them ("One Token to Fool LLM-as-a-Judge",
+# arXiv 2507.08794).
+MASTER_KEYS = (":", ",", ".", "Solution", "Thought process:", "Let's solve this problem step by step.")
+
+
+def with_degenerate_negative(group: ResponseGroup, rng: random.Random) -> ResponseGroup:
+    """Add one response that is worth nothing, ranked behind all others.
+
+    It is the empty text, the first quarter of one of the responses, or a "master key": an opener such as a lone colon
+    that has fooled model judges (arXiv 2507.08794). A policy finds such texts when the reward model never saw them.
+
+    Args:
+        group: a ranked group.
+        rng: draws the kind.
+
+    Returns:
+        A new group with one response more at its end; the same group if it already holds that text.
+
+    Example:
+        >>> group = ResponseGroup(prompt="2 + 2?", responses=["It is 4.", "5"], rankings=[1, 2])
+        >>> with_degenerate_negative(group, random.Random(0)).rankings
+        (1, 2, 3)
+    """
+    cut = rng.choice(group.responses)
+    text = rng.choice(("", cut[: len(cut) // 4], rng.choice(MASTER_KEYS)))
+    if text in group.responses:
+        return group
+    rankings: Any = group.rankings
+    return replace(
+        group,
+        prompt=group.messages,
+        responses=[*group.responses, text],
+        rankings=[*rankings, max(rankings) + 1],
+    )
