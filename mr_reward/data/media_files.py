@@ -9,7 +9,7 @@ from dataclasses import replace
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -23,19 +23,21 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".t
 VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
 
 
-def resolve_media(group: ResponseGroup, root: Path) -> ResponseGroup:
+def resolve_media(group: ResponseGroup, root: Path, within: Path | None = None) -> ResponseGroup:
     """Turn the media of a row into media that can be opened: paths that exist, encoded bytes, PIL images.
 
     Args:
         group: images are paths, bytes, PIL images or rows of `datasets` (`{"bytes": ..., "path": ...}`); a video is a
             list of such frames, or holds one path, that of a folder of frames.
         root: relative paths count from here.
+        within: what the row names has to lie in here; None for `root` or the working folder.
 
     Returns:
         A group with absolute or root-relative `Path`s, bytes or PIL images.
 
     Raises:
-        MediaError: a medium that does not exist, is no image, or is a video file; the message names the field.
+        MediaError: a medium that does not exist, lies elsewhere, is no image, or is a video file; the message names
+            the field.
 
     Example:
         >>> resolve_media(group, Path("data")).images  # doctest: +SKIP
@@ -43,8 +45,9 @@ def resolve_media(group: ResponseGroup, root: Path) -> ResponseGroup:
     """
     if not group.images and not group.videos:
         return group
-    images = [_resolve_image(image, root, f"images[{i}]") for i, image in enumerate(group.images)]
-    videos = [_resolve_video(video, root, f"videos[{i}]") for i, video in enumerate(group.videos)]
+    roots = _Roots(root, (root, Path.cwd()) if within is None else (within,))
+    images = [_resolve_image(image, roots, f"images[{i}]") for i, image in enumerate(group.images)]
+    videos = [_resolve_video(video, roots, f"videos[{i}]") for i, video in enumerate(group.videos)]
     # The messages hold the placeholders and no media; the prompt as given may still hold both.
     return replace(group, prompt=group.messages, images=images, videos=videos)
 
@@ -115,7 +118,12 @@ def write_image(image: Any, folder: Path) -> Path:
     return path
 
 
-def _resolve_image(image: Any, root: Path, field: str) -> Any:
+class _Roots(NamedTuple):
+    base: Path  # relative paths count from here
+    allowed: tuple[Path, ...]  # every path lies in one of these
+
+
+def _resolve_image(image: Any, roots: _Roots, field: str) -> Any:
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, Image.Image):
@@ -126,15 +134,15 @@ def _resolve_image(image: Any, root: Path, field: str) -> Any:
         except MediaError as error:
             raise MediaError(f"{field}: {error}") from error
         return bytes(image)
-    path = _path(image, root, field)
+    path = _path(image, roots, field)
     if not path.is_file():
         raise MediaError(f"{field}: {str(path)!r} is not a file; check the path and the folder that it counts from")
     return path
 
 
-def _resolve_video(video: Sequence[Any], root: Path, field: str) -> list[Any]:
+def _resolve_video(video: Sequence[Any], roots: _Roots, field: str) -> list[Any]:
     if len(video) == 1 and isinstance(video[0], (str, Path)):
-        path = _path(video[0], root, field)
+        path = _path(video[0], roots, field)
         if path.suffix.lower() in VIDEO_SUFFIXES:
             # torchvision reads no videos any more, and no decoder is among the dependencies.
             raise MediaError(
@@ -146,15 +154,27 @@ def _resolve_video(video: Sequence[Any], root: Path, field: str) -> list[Any]:
                 return list(frames_in(path))
             except MediaError as error:
                 raise MediaError(f"{field}: {error}") from error
-    return [_resolve_image(frame, root, f"{field}[{i}]") for i, frame in enumerate(video)]
+    return [_resolve_image(frame, roots, f"{field}[{i}]") for i, frame in enumerate(video)]
 
 
-def _path(value: Any, root: Path, field: str) -> Path:
+def _path(value: Any, roots: _Roots, field: str) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise MediaError(f"{field}: is {value!r:.60}, expected a path, encoded bytes or a PIL image")
     if str(value).startswith(("http://", "https://")):
         raise MediaError(f"{field}: {value!r:.200} is a URL and nothing is fetched; download it and give the path")
-    return root / value
+    path = roots.base / value
+    if not any(_is_inside(path, folder) for folder in roots.allowed):
+        # Rows come from anywhere, and what they name is opened, copied and shown.
+        raise MediaError(
+            f"{field}: {str(value)!r:.200} leads out of {' and of '.join(repr(str(root)) for root in roots.allowed)}; "
+            "move the file there, or start from a folder that holds it"
+        )
+    return path
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """By name: a link in the folder was put there by who owns it."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def _suffix(content: bytes) -> str:

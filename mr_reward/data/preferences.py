@@ -24,7 +24,9 @@ __all__ = ["json_lines", "load_preferences", "parse_lines", "save_preferences"]
 logger = logging.getLogger(__name__)
 
 
-def load_preferences(path: str | Path, *, skip_bad: bool = False) -> list[ResponseGroup]:
+def load_preferences(
+    path: str | Path, *, skip_bad: bool = False, media_within: str | Path | None = None
+) -> list[ResponseGroup]:
     """Read ranked groups.
 
     Args:
@@ -32,6 +34,7 @@ def load_preferences(path: str | Path, *, skip_bad: bool = False) -> list[Respon
             a video being a folder of frames, in the order of the numbers in their names, or a list of frame paths, one
             frame a second. Relative paths count from the file's folder. Other keys are ignored.
         skip_bad: leave out lines that are no valid group; they are listed in a warning, with their number.
+        media_within: folder that the files named in rows have to lie in; None for the file's and the working folder.
 
     Returns:
         The groups in file order.
@@ -47,11 +50,13 @@ def load_preferences(path: str | Path, *, skip_bad: bool = False) -> list[Respon
     if not path.is_file():
         raise GroupError(f"{path}: is not a file; give a .jsonl file with one ranked group per line")
     groups, bad = [], []
+    within = None if media_within is None else Path(media_within)
     for number, row in json_lines(path):
         try:
             if isinstance(row, GroupError):
                 raise row
-            groups.append(resolve_media(group_from_row(row, f"{path.name}:{number}", ranked=True), path.parent))
+            group = group_from_row(row, f"{path.name}:{number}", ranked=True)
+            groups.append(resolve_media(group, path.parent, within))
         except MRRewardError as error:
             if not skip_bad:
                 raise GroupError(f"{path}, line {number}: {error}") from error

@@ -61,11 +61,12 @@ class ScoredGroup:
                 )
 
 
-def read_scored(path: str | Path) -> list[ScoredGroup]:
+def read_scored(path: str | Path, *, media_within: str | Path | None = None) -> list[ScoredGroup]:
     """Read groups with their scores.
 
     Args:
         path: a `.jsonl` file. Relative paths of media count from its folder.
+        media_within: as in `load_preferences`.
 
     Returns:
         The groups in file order.
@@ -81,11 +82,12 @@ def read_scored(path: str | Path) -> list[ScoredGroup]:
     if not path.is_file():
         raise GroupError(f"{path}: is not a file; give a .jsonl file that `mr-reward score` or a GRPO run has written")
     groups = []
+    within = None if media_within is None else Path(media_within)
     for number, row in json_lines(path):
         try:
             if isinstance(row, GroupError):
                 raise row
-            groups.append(_scored(row, f"{path.name}:{number}", path.parent))
+            groups.append(_scored(row, f"{path.name}:{number}", path.parent, within))
         except MRRewardError as error:
             raise GroupError(f"{path}, line {number}: {error}") from error
     if not groups:
@@ -132,8 +134,8 @@ def _results(scored: ScoredGroup) -> dict[str, Any]:
     return row
 
 
-def _scored(row: Any, fallback_id: str, root: Path) -> ScoredGroup:
-    group = resolve_media(group_from_row(row, fallback_id, ranked=False), root)
+def _scored(row: Any, fallback_id: str, root: Path, within: Path | None) -> ScoredGroup:
+    group = resolve_media(group_from_row(row, fallback_id, ranked=False), root, within)
     if not isinstance(row, Mapping) or "scores" not in row:
         raise GroupError(f"{group.name}: has no scores; give a file that `mr-reward score` has written")
     return ScoredGroup(

@@ -110,7 +110,7 @@ def test_a_missing_picture_is_a_bad_row(tmp_path: Path) -> None:
     with pytest.raises(GroupError, match=r"r.jsonl, line 2: images\[0\]: .*gone.png"):
         run("data", "convert", "rlaif_v", source, tmp_path / "out.jsonl")
     run("data", "convert", "rlaif_v", source, tmp_path / "out" / "t.jsonl", "--skip-bad")
-    assert len(load_preferences(tmp_path / "out" / "t.jsonl")) == 1
+    assert len(load_preferences(tmp_path / "out" / "t.jsonl", media_within=tmp_path)) == 1
     assert "../here.png" in (tmp_path / "out" / "t.jsonl").read_text()
 
 

@@ -109,7 +109,7 @@ def test_the_output_is_read_back_from_its_own_folder(
 ) -> None:
     out = tmp_path / "deep" / "scores.jsonl"
     run(folder / "rm", folder / "data" / "groups.jsonl", "--out", out)
-    found = read_scored(out)
+    found = read_scored(out, media_within=out.anchor)
     assert [scored.group.id for scored in found] == [f"g{i}" for i in range(12)]
     assert close([list(scored.scores or ()) for scored in found], expected)
     # The paths were written anew: the groups score the same from there.

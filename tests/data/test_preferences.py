@@ -132,7 +132,7 @@ def load_with_own_ids(path: Path) -> list[ResponseGroup]:
     return [replace(group, prompt=group.messages, id=None) for group in loaded]
 
 
-def test_the_folder_can_be_moved(tmp_path: Path) -> None:
+def test_the_folder_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths in the file are relative to it, also those of media that lie elsewhere."""
     (tmp_path / "a" / "raw").mkdir(parents=True)
     RED.save(tmp_path / "a" / "raw" / "red.png")
@@ -142,8 +142,25 @@ def test_the_folder_can_be_moved(tmp_path: Path) -> None:
     save_preferences([group], tmp_path / "a" / "train" / "t.jsonl")
     assert str(tmp_path) not in (tmp_path / "a" / "train" / "t.jsonl").read_text()
     (tmp_path / "a").rename(tmp_path / "b")
-    found = load_preferences(tmp_path / "b" / "train" / "t.jsonl")[0]
+    found = load_preferences(tmp_path / "b" / "train" / "t.jsonl", media_within=tmp_path / "b")[0]
     assert [load_image(image).size for image in found.images] == [RED.size, BLUE.size]
+    # A row does not decide where files are read from.
+    with pytest.raises(GroupError, match=r"'../raw/red.png' leads out of"):
+        load_preferences(tmp_path / "b" / "train" / "t.jsonl")
+    monkeypatch.chdir(tmp_path / "b")
+    assert load_preferences("train/t.jsonl")[0].images[0] == Path("train/../raw/red.png")
+
+
+@pytest.mark.parametrize("name", ["../red.png", "a/../../red.png", "{outside}/red.png", "train/../../red.png"])
+@pytest.mark.parametrize("key", ["image", "video"])
+def test_paths_do_not_lead_out_of_the_folder(tmp_path: Path, name: str, key: str) -> None:
+    (tmp_path / "in").mkdir()
+    RED.save(tmp_path / "red.png")
+    value = name.format(outside=tmp_path)
+    row = {"prompt": "p", "responses": ["a", "b"], "rankings": [1, 2], key: [value] if key == "video" else value}
+    (tmp_path / "in" / "t.jsonl").write_text(json.dumps(row))
+    with pytest.raises(GroupError, match=rf"{key}s\[0\].*leads out of"):
+        load_preferences(tmp_path / "in" / "t.jsonl")
 
 
 def test_what_cannot_be_read_back_is_not_written(tmp_path: Path) -> None:

@@ -323,7 +323,8 @@ def test_bad_lines_are_named(read: Any, row: Any, message: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("judgments", ["votes", "rankings"])
-def test_build_command(judgments: str, tmp_path: Path) -> None:
+def test_build_command(judgments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the images of the questions are in the working folder
     models = 8
     strengths = draw_strengths(15, models)
     names = model_names(models)
