@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import cached_file
 
-from mr_reward.errors import CheckpointError
+from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.integrity import has_file
 
 __all__ = ["CARD_FILE", "name_in_card", "read_card", "write_model_card"]
@@ -35,6 +35,7 @@ def write_model_card(
     *,
     training_data: Sequence[Mapping[str, Any]] = (),
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    attacks: Mapping[str, Any] | None = None,
     licence: str | None = None,
     limitations: Sequence[str] = (),
     repo_id: str | None = None,
@@ -46,6 +47,7 @@ def write_model_card(
         training_data: one row for each data set: `name`, and anything else worth telling (`groups`, `licence`);
             `hub_id` also goes into the card's metadata.
         metrics: for each evaluation set its metrics by name.
+        attacks: what `mr-reward attack --out` has written.
         licence: identifier as the hub spells it (`apache-2.0`).
         limitations: sentences, beside those that follow from the layout.
         repo_id: what the snippet loads; None for the folder's name.
@@ -55,6 +57,7 @@ def write_model_card(
 
     Raises:
         CheckpointError: the folder holds no reward model.
+        ConfigurationError: `attacks` is something else.
 
     Example:
         >>> write_model_card(
@@ -76,6 +79,7 @@ def write_model_card(
         "Use": _snippet(repo_id or str(folder), _sees_images(config)),
         "Training data": _table(list(training_data)),
         "Metrics": _table([{"evaluation set": name, **values} for name, values in (metrics or {}).items()]),
+        "Reward hacking": _attacks(attacks),
         "Limitations": "\n".join(f"- {text}" for text in (*_limitations(config), *limitations)),
         "Licence": licence or _NOT_GIVEN,
     }
@@ -157,6 +161,31 @@ def _description(config: dict[str, Any]) -> str:
     return (
         "A reward model that scores all responses to a prompt in one forward pass "
         f"([arXiv 2604.10966](https://arxiv.org/abs/2604.10966)), made with `mr_reward`.\n\n{table}"
+    )
+
+
+def _attacks(report: Mapping[str, Any] | None) -> str:
+    if report is None:
+        return _NOT_GIVEN
+    try:
+        rows = [
+            {
+                "attack": one["name"],
+                "shift of the margin": f"{one['shift']:+.2f} [{one['shift_low']:+.2f}, {one['shift_high']:+.2f}]",
+                "bad answer wins before": f"{one['wins_before']:.1%}",
+                "after": f"{one['wins_after']:.1%}",
+                "groups": one["num_items"],
+            }
+            for one in report["attacks"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"attacks cannot be read ({error!r}); give what `mr-reward attack --out` has written"
+        ) from error
+    return (
+        "A bad answer of each group is changed and compared with a good one. Shift: of the bad answer's score minus "
+        "the good one's, in standard deviations of that margin without an attack, with 95 % interval; above 0 the "
+        f"attack works.\n\n{_table(rows)}"
     )
 
 

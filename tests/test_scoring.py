@@ -292,8 +292,18 @@ def test_non_finite_scores_name_the_group(layout: str, bad: float) -> None:
     ]
     scores = GroupScorer(model).score(groups[:1])
     assert scores[0] is not None
-    with pytest.raises(NonFiniteScoreError, match="group 'poisoned'.*not finite.*float32"):
+    with pytest.raises(NonFiniteScoreError, match=r"group 'poisoned'.*weights \S*embed_tokens.weight are not finite"):
         GroupScorer(model).score(groups)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_overflow_of_finite_weights_is_told_apart(layout: str) -> None:
+    model = reward_model("llama", layout, fresh=True)
+    with torch.no_grad():
+        model.head.out.weight.fill_(3e38)
+    group = ResponseGroup(prompt="p", responses=["a", "b"], id="large")
+    with pytest.raises(NonFiniteScoreError, match="group 'large'.*all weights are finite.*overflow in float32"):
+        GroupScorer(model).score([group])
 
 
 def test_unreadable_media_stop_the_call() -> None:

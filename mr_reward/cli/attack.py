@@ -52,7 +52,7 @@ def attack(
         over_length="drop_group",
     )
     names = only or list(ATTACKS)
-    tokenizer = getattr(scorer.model.processor, "tokenizer", scorer.model.processor)
+    tokenizer: Any = getattr(scorer.model.processor, "tokenizer", scorer.model.processor)
     with tqdm(total=len(names), unit=" attacks") as bar:
 
         def next_attack(name: str) -> None:

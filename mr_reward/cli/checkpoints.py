@@ -49,6 +49,7 @@ def card(
     folder: Annotated[Path, typer.Argument(help="Folder of a reward model")],
     training_data: Annotated[Path | None, typer.Option(help="JSON file: a list with an object per data set")] = None,
     metrics: Annotated[Path | None, typer.Option(help="JSON file: evaluation set -> metric -> value")] = None,
+    attacks: Annotated[Path | None, typer.Option(help="JSON file that `mr-reward attack --out` has written")] = None,
     licence: Annotated[str | None, typer.Option(help="Identifier as the hub spells it")] = None,
     limitation: Annotated[list[str] | None, typer.Option(help="A sentence; may be given several times")] = None,
     repo_id: Annotated[str | None, typer.Option(help="What the card's snippet loads")] = None,
@@ -63,6 +64,7 @@ def card(
         folder,
         training_data=_read_json(training_data, list),
         metrics=_read_json(metrics, dict),
+        attacks=None if attacks is None else _load(attacks),
         licence=licence,
         limitations=limitation or (),
         repo_id=repo_id,
@@ -74,12 +76,16 @@ def _read_json(path: Path | None, kind: type[list] | type[dict]) -> Any:
     """The content of a JSON file of objects, an empty one without a file."""
     if path is None:
         return kind()
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} cannot be read as JSON ({error})") from error
+    content = _load(path)
     entries = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(content, kind) or not all(isinstance(entry, dict) for entry in entries):
         expected = "a list of objects" if kind is list else "an object of objects"
         raise ConfigurationError(f"{path} holds {type(content).__name__}, expected {expected}")
     return content
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read as JSON ({error})") from error
