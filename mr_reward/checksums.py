@@ -6,19 +6,20 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from transformers.utils import cached_file
 
 from mr_reward.errors import CheckpointError
+from mr_reward.integrity import has_file
 
 __all__ = ["CHECKSUM_FILE", "changed_file", "check_checksums", "write_checksums", "written_whole"]
 
 CHECKSUM_FILE = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` reads it too
-# A reader may have to correct these by hand; what they say is checked by itself.
-_EDITABLE = {"README.md", "config.json"}
+# For people, who may edit it.
+_CARD = "README.md"
 _PARTIAL = ".partial-"
 
 
@@ -59,11 +60,12 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_checksums(folder: str | Path) -> None:
+def write_checksums(folder: str | Path, *, leave_out: Sequence[str] = ()) -> None:
     """Write `SHA256SUMS` for the files of a folder, and wait until they are on the disk.
 
     Args:
         folder: of a checkpoint.
+        leave_out: names of files that may change, beside the model card.
 
     Example:
         >>> write_checksums("rm")  # doctest: +SKIP
@@ -71,7 +73,7 @@ def write_checksums(folder: str | Path) -> None:
     folder = Path(folder)
     lines = []
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in {*_EDITABLE, CHECKSUM_FILE}:
+        if path.is_file() and path.name not in {_CARD, CHECKSUM_FILE, *leave_out}:
             lines.append(f"{_sha256(path, flush=True)}  {path.relative_to(folder).as_posix()}\n")
     (folder / CHECKSUM_FILE).write_text("".join(lines))
 
@@ -119,18 +121,13 @@ def check_checksums(name: str, revision: str | None = None) -> None:
     Example:
         >>> check_checksums("rm")  # doctest: +SKIP
     """
-    found = cached_file(
-        name,
-        CHECKSUM_FILE,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    changed = changed_file(Path(str(found)).parent) if found is not None else None
+    if not has_file(name, CHECKSUM_FILE, revision):
+        return
+    changed = changed_file(Path(str(cached_file(name, CHECKSUM_FILE, revision=revision))).parent)
     if changed is not None:
         raise CheckpointError(
-            f"{name}: {changed} is not the file that was saved (by {CHECKSUM_FILE}), so its scores would not be this "
-            f"model's; copy the folder again, or, if you changed it on purpose, delete {CHECKSUM_FILE}"
+            f"{name}: {changed} is missing or not the file that was saved (by {CHECKSUM_FILE}), so scores would not "
+            f"be this model's; copy the folder again, or, if you changed it on purpose, delete {CHECKSUM_FILE}"
         )
 
 

@@ -5,7 +5,7 @@ Data loaders and benchmarks make groups, the GRPO adapter makes them, the packer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -131,7 +131,11 @@ class ResponseGroup:
         return tuple(self.responses)
 
     def _checked_rankings(self) -> tuple[int, ...]:
-        ranks = () if self.rankings is None else tuple(self.rankings)
+        if isinstance(self.rankings, Mapping) or not isinstance(self.rankings, Iterable):
+            raise GroupError(
+                f"{self.name}: rankings is {type(self.rankings).__name__}, expected a list, a rank for each response"
+            )
+        ranks = tuple(self.rankings)
         if len(ranks) != self.num_responses:
             raise GroupError(
                 f"{self.name}: got {len(ranks)} rankings for {self.num_responses} responses, expected one each"

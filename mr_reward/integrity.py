@@ -3,26 +3,32 @@
 A load refuses what it cannot vouch for.
 """
 
+import json
 import logging
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import PROCESSOR_NAME, cached_file
+from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from mr_reward.errors import CheckpointError
+from mr_reward.errors import CheckpointError, MRRewardError
 
 __all__ = [
     "align_weights",
     "check_config_keys",
     "check_loading_info",
+    "check_shards",
     "check_template_hash",
     "has_file",
     "load_backbone",
     "load_processor",
     "non_finite_cause",
-    "remote_code_options",
+    "reading",
+    "safe_options",
 ]
 
 logger = logging.getLogger(__name__)
@@ -30,6 +36,77 @@ logger = logging.getLogger(__name__)
 # Written by transformers and its Trainer beside the configuration's own fields. None of them changes a score: the
 # model passes use_cache=False itself.
 _BOOKKEEPING_KEYS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version", "use_cache"}
+
+
+# What transformers, tokenizers and peft raise for files that are damaged: they check little before they use it.
+_READER_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RecursionError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    AssertionError,
+)
+
+
+class reading:  # noqa: N801  used as a verb, like `contextlib.suppress`
+    """A block that reads a checkpoint: what a damaged file makes the readers raise becomes a `CheckpointError`.
+
+    Args:
+        name: folder or hub id, for the message.
+
+    Example:
+        >>> with reading("rm"):
+        ...     json.loads("{")  # doctest: +SKIP
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Translate; our own errors, Ctrl-C, missing packages and a full GPU pass through."""
+        if exc is None or isinstance(exc, MRRewardError | torch.OutOfMemoryError):
+            return
+        # The Rust libraries raise plain `Exception`s, and panics that are no exceptions.
+        from_rust = type(exc) is Exception or type(exc).__name__ == "PanicException"
+        if from_rust or isinstance(exc, _READER_ERRORS):
+            raise CheckpointError(
+                f"{self._name}: could not be loaded ({type(exc).__name__}: {str(exc)[:500]}). If the options are "
+                "right, a file in it is damaged; copy it again"
+            ) from exc
+
+
+def check_shards(name: str, revision: str | None = None) -> None:
+    """Refuse an index that looks for weights outside of the checkpoint.
+
+    Args:
+        name: folder or hub id.
+        revision: of the hub repository.
+
+    Raises:
+        CheckpointError: it does, or is no index.
+    """
+    if not has_file(name, SAFE_WEIGHTS_INDEX_NAME, revision):
+        return
+    path = Path(str(cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision)))
+    with reading(name):
+        files = set(json.loads(path.read_text())["weight_map"].values())
+        outside = sorted(file for file in files if Path(file).name != file)
+    if outside:
+        raise CheckpointError(
+            f"{name}: {SAFE_WEIGHTS_INDEX_NAME} looks for weights in {outside[0]!r}, expected files of the folder "
+            "itself; get the checkpoint from its source again"
+        )
 
 
 def check_config_keys(name: str, revision: str | None, config_class: type[PreTrainedConfig]) -> None:
@@ -166,25 +243,25 @@ def has_file(name: str, file: str, revision: str | None = None) -> bool:
         return False
 
 
-def remote_code_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a load, with code from the checkpoint off unless it was asked for, and loud then.
+def safe_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a load: no pickles, and no code from the checkpoint unless it was asked for, loudly then.
 
-    Left open, transformers asks at the terminal, and waits for an answer.
+    Left open, transformers would ask at the terminal about code, and wait for an answer.
 
     Args:
         name: folder or hub id, for the message.
         options: of transformers' `from_pretrained`.
 
     Returns:
-        The options with `trust_remote_code`.
+        The options with `use_safetensors` and `trust_remote_code`.
 
     Example:
-        >>> remote_code_options("rm", {})
-        {'trust_remote_code': False}
+        >>> safe_options("rm", {})
+        {'use_safetensors': True, 'trust_remote_code': False}
     """
     if options.get("trust_remote_code"):
         logger.warning("trust_remote_code: Python code that comes with %s is run with your rights", name)
-    return {**options, "trust_remote_code": bool(options.get("trust_remote_code"))}
+    return {**options, "use_safetensors": True, "trust_remote_code": bool(options.get("trust_remote_code"))}
 
 
 def load_backbone(name: str, **options: Any) -> PreTrainedModel:
@@ -204,8 +281,8 @@ def load_backbone(name: str, **options: Any) -> PreTrainedModel:
         raise CheckpointError(
             f"{name}: holds an adapter, expected a whole backbone; merge the adapter with the code that trained it"
         )
-    options = {"use_safetensors": True, **remote_code_options(name, options), "ignore_mismatched_sizes": True}
-    options["output_loading_info"] = True
+    check_shards(name, options.get("revision"))
+    options = safe_options(name, options) | {"ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         model, info = AutoModel.from_pretrained(name, **options)
     except (OSError, SafetensorError, ValueError) as error:

@@ -29,10 +29,12 @@ from mr_reward.integrity import (
     align_weights,
     check_config_keys,
     check_loading_info,
+    check_shards,
     check_template_hash,
     load_backbone,
     load_processor,
-    remote_code_options,
+    reading,
+    safe_options,
 )
 from mr_reward.layouts import check_layout
 from mr_reward.lora import is_lora, lora_backbone, merge_lora
@@ -160,7 +162,7 @@ class MultiResponseRewardModel(PreTrainedModel):
         else:
             name = str(backbone)
             load_options |= load_attention(attn_implementation)
-            base = AutoModel.from_pretrained(name, **remote_code_options(name, load_options))
+            base = AutoModel.from_pretrained(name, **safe_options(name, load_options))
             processor = processor if processor is not None else load_processor(name, load_options.get("revision"))
         joined = template in JOINED_TEMPLATES
         if joined:
@@ -216,34 +218,32 @@ class MultiResponseRewardModel(PreTrainedModel):
         attention = kwargs.pop("attn_implementation", None)
         kwargs |= load_attention(attention)
         info: dict[str, Any] = {}
-        if is_paper_format(name, revision):
-            model = cls._from_paper_format(name, template or JOINED_TEMPLATES[0], kwargs)
-        else:
-            check_config_keys(name, revision, cls.config_class)
-            if template is not None:
-                raise ConfigurationError(
-                    f"{name}: got template={template!r}, but the checkpoint says which one it has; leave it out"
-                )
-            if is_lora(name, revision):
-                model = cls._from_lora(name, kwargs)
+        check_checksums(name, revision)
+        check_shards(name, revision)
+        with reading(name):
+            if is_paper_format(name, revision):
+                model = cls._from_paper_format(name, template or JOINED_TEMPLATES[0], kwargs)
             else:
-                try:
-                    # Mismatched shapes are let through here and refused below, with the keys.
-                    options = {
-                        "use_safetensors": True,
-                        **remote_code_options(name, kwargs),
-                        "ignore_mismatched_sizes": True,
-                    }
-                    model, info = super().from_pretrained(name, *args, **options, output_loading_info=True)
-                except (OSError, SafetensorError) as error:
-                    raise CheckpointError(f"{name}: no safetensors weights could be read ({error})") from error
-                check_loading_info(name, info)
-                align_weights(model)
-                model.processor = load_processor(name, revision)
-                model.model_card = read_card(name, revision)
-            found = template_hash(model.processor, model.config.template)
-            check_template_hash(name, model.config.template_hash, found)
-            check_checksums(name, revision)
+                check_config_keys(name, revision, cls.config_class)
+                if template is not None:
+                    raise ConfigurationError(
+                        f"{name}: got template={template!r}, but the checkpoint says which one it has; leave it out"
+                    )
+                if is_lora(name, revision):
+                    model = cls._from_lora(name, kwargs)
+                else:
+                    try:
+                        # Mismatched shapes are let through here and refused below, with the keys.
+                        options = safe_options(name, kwargs) | {"ignore_mismatched_sizes": True}
+                        model, info = super().from_pretrained(name, *args, **options, output_loading_info=True)
+                    except (OSError, SafetensorError) as error:
+                        raise CheckpointError(f"{name}: no safetensors weights could be read ({error})") from error
+                    check_loading_info(name, info)
+                    align_weights(model)
+                    model.processor = load_processor(name, revision)
+                    model.model_card = read_card(name, revision)
+                found = template_hash(model.processor, model.config.template)
+                check_template_hash(name, model.config.template_hash, found)
         choose_attention(model.backbone, attention)
         return (model, info) if wants_info else model
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import LAYOUTS, assert_close, checkpoint_groups, family, reward_model, score
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
+from mr_reward.checksums import CHECKSUM_FILE
 from mr_reward.errors import BackendError, CheckpointError, ConfigurationError
 
 NAMES = ("qwen3_vl", "molmo2", "llama")
@@ -52,8 +53,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], P
 
 @pytest.fixture
 def copied(folders: dict[tuple[str, str], Path], tmp_path: Path) -> Path:
-    """A Llama checkpoint to damage."""
-    shutil.copytree(folders["llama", "set"], tmp_path / "copy")
+    """A Llama checkpoint to damage, without the checksums, which would say no more than that it is."""
+    shutil.copytree(folders["llama", "set"], tmp_path / "copy", ignore=shutil.ignore_patterns(CHECKSUM_FILE))
     return tmp_path / "copy"
 
 
@@ -279,7 +280,20 @@ def test_unreadable_weights_are_refused(copied: Path) -> None:
 def test_missing_shard_is_refused(tmp_path: Path) -> None:
     reward_model("llama", "isolated").save_pretrained(tmp_path, max_shard_size="100KB")
     min(tmp_path.glob("*.safetensors")).unlink()
+    refuses(tmp_path, "model-00001-of-000.. is missing or not the file that was saved")
+    (tmp_path / CHECKSUM_FILE).unlink()
     refuses(tmp_path, "no safetensors weights could be read")
+
+
+@pytest.mark.parametrize("where", ["../elsewhere/model.safetensors", "{absolute}/model.safetensors"])
+def test_an_index_that_leads_elsewhere_is_refused(copied: Path, tmp_path: Path, where: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    keys = list(load_file(copied / WEIGHTS))
+    shutil.move(copied / WEIGHTS, tmp_path / "elsewhere")
+    target = where.format(absolute=tmp_path / "elsewhere")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(keys, target)}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses(copied, "looks for weights in .*elsewhere.*expected files of the folder itself")
 
 
 def test_missing_safetensors_are_refused_even_beside_a_pickle(copied: Path) -> None:

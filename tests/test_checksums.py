@@ -63,7 +63,7 @@ def test_the_file_is_what_the_usual_tool_reads(folders: tuple[Path, Path]) -> No
     done = subprocess.run(["sha256sum", "--check", "--strict", CHECKSUM_FILE], cwd=folders[0], capture_output=True)
     assert done.returncode == 0, done.stderr
     listed = {line.split("  ")[1] for line in (folders[0] / CHECKSUM_FILE).read_text().splitlines()}
-    assert listed == content(folders[0]).keys() - {"config.json", "README.md", CHECKSUM_FILE}
+    assert listed == content(folders[0]).keys() - {"README.md", CHECKSUM_FILE}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -83,7 +83,7 @@ def test_one_flipped_bit_is_noticed(folders: tuple[Path, Path], tmp_path: Path, 
 def test_weights_of_another_run_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folders[0], tmp_path / "copy"))
     shutil.copy(folders[1] / "model.safetensors", copy)
-    with pytest.raises(CheckpointError, match="model.safetensors is not the file that was saved"):
+    with pytest.raises(CheckpointError, match="model.safetensors is missing or not the file that was saved"):
         GroupScorer.from_pretrained(copy)
     (copy / CHECKSUM_FILE).unlink()  # as the message says, for who did it on purpose
     assert scores(copy) == scores(folders[1])
@@ -102,7 +102,7 @@ def test_a_broken_list_is_refused_and_leads_nowhere(folders: tuple[Path, Path], 
     (tmp_path / "secret").write_text("x")
     copy = Path(shutil.copytree(folders[0], tmp_path / "copy"))
     (copy / CHECKSUM_FILE).write_text(line + "\n")
-    with pytest.raises(CheckpointError, match="is not the file that was saved"):
+    with pytest.raises(CheckpointError, match="is missing or not the file that was saved"):
         check_checksums(str(copy))
 
 
@@ -134,7 +134,7 @@ def test_a_changed_checkpoint_is_not_resumed_from(folders: tuple[Path, Path], tm
     torch.save({}, folder / "rng_state.pth")
     assert incomplete_reason(folder) is None
     shutil.copy(folders[1] / "model.safetensors", folder)
-    assert incomplete_reason(folder) == "model.safetensors is not the file that was saved"
+    assert incomplete_reason(folder) == "model.safetensors is missing or not the file that was saved"
 
 
 def test_a_full_disk_leaves_the_earlier_model(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_kill_while_saving_leaves_a_whole_model(folders: tuple[Path, Path], tm
         process.stdout.close()
         if changed_file(target) is not None:  # killed between two renames
             torn += 1
-            with pytest.raises(CheckpointError, match="is not the file that was saved"):
+            with pytest.raises(CheckpointError, match="is missing or not the file that was saved"):
                 GroupScorer.from_pretrained(target)
         else:
             assert scores(target) in either

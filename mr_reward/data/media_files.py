@@ -135,8 +135,10 @@ def _resolve_image(image: Any, roots: _Roots, field: str) -> Any:
             raise MediaError(f"{field}: {error}") from error
         return bytes(image)
     path = _path(image, roots, field)
-    if not path.is_file():
-        raise MediaError(f"{field}: {str(path)!r} is not a file; check the path and the folder that it counts from")
+    if not os.path.isfile(path):  # unlike the method, no error for a name that no file can have
+        raise MediaError(
+            f"{field}: {str(path)!r:.300} is not a file; check the path and the folder that it counts from"
+        )
     return path
 
 
@@ -149,7 +151,7 @@ def _resolve_video(video: Sequence[Any], roots: _Roots, field: str) -> list[Any]
                 f"{field}: {str(path)!r} is a video file and none is decoded here; write its frames into a folder, "
                 f"for example `ffmpeg -i {path.name} -vf fps=1 {path.stem}/%05d.jpg`, and give the folder"
             )
-        if path.is_dir():
+        if os.path.isdir(path):
             try:
                 return list(frames_in(path))
             except MediaError as error:

@@ -76,4 +76,4 @@ def incomplete_reason(folder: Path, num_ranks: int = 1) -> str | None:
             except SafetensorError as error:
                 return f"{path.name} is cut off: {error}"
     changed = changed_file(folder)
-    return f"{changed} is not the file that was saved" if changed else None
+    return f"{changed} is missing or not the file that was saved" if changed else None

@@ -249,7 +249,8 @@ class RewardTrainer(Trainer):
         if self.args.should_save and isinstance(model, PeftModel):
             folder = output_dir or self.args.output_dir
             model.get_base_model().config.save_pretrained(folder)
-            write_checksums(folder)
+            # Where the backbone lies may have to be corrected in it.
+            write_checksums(folder, leave_out=["config.json"])
 
     def save_reward_model(self, folder: str | Path) -> None:
         """Write a folder that `MultiResponseRewardModel.from_pretrained` loads; LoRA is merged into the backbone.
