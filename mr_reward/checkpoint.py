@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mr_reward.checksums import written_whole
 from mr_reward.errors import CheckpointError
 from mr_reward.lora import is_lora
 from mr_reward.modeling import MultiResponseRewardModel
@@ -65,8 +66,7 @@ def export_paper_format(model: MultiResponseRewardModel, folder: str | Path) -> 
             "vectors have no place in the paper's format, which reads scores at text. Train with layout='causal' and "
             f"template={JOINED_TEMPLATES[0]!r} to export, or share the folder of save_pretrained"
         )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_head(folder, model.head.state_dict(), model.config.head_activation)
-    model.backbone.save_pretrained(folder)
-    model.processor.save_pretrained(folder)
+    with written_whole(folder) as unfinished:
+        write_head(unfinished, model.head.state_dict(), model.config.head_activation)
+        model.backbone.save_pretrained(unfinished)
+        model.processor.save_pretrained(unfinished)

@@ -280,7 +280,7 @@ def test_unreadable_weights_are_refused(copied: Path) -> None:
 def test_missing_shard_is_refused(tmp_path: Path) -> None:
     reward_model("llama", "isolated").save_pretrained(tmp_path, max_shard_size="100KB")
     min(tmp_path.glob("*.safetensors")).unlink()
-    refuses(tmp_path, "model-00001-of-000.. is missing or not the file that was saved")
+    refuses(tmp_path, r"model-00001-of-000..\.safetensors is missing or not the file that was saved")
     (tmp_path / CHECKSUM_FILE).unlink()
     refuses(tmp_path, "no safetensors weights could be read")
 

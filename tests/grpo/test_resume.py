@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -139,8 +140,8 @@ def uninterrupted(world: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_kill_at_a_random_moment_and_resume(uninterrupted: Path, world: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "how"), [(0, signal.SIGKILL), (1, signal.SIGTERM)])
+def test_kill_at_a_random_moment_and_resume(uninterrupted: Path, world: Path, seed: int, how: signal.Signals) -> None:
     output = world / f"killed-{seed}"
     arguments = command(world, output)
     rng = random.Random(seed)
@@ -153,12 +154,29 @@ def test_kill_at_a_random_moment_and_resume(uninterrupted: Path, world: Path, se
         wait_for_step(output, before + rng.choice([2, 4, 6]), process)
         time.sleep(rng.uniform(0.0, 0.6))  # between two saves, or in the middle of one
         if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(how)
             kills += 1
         process.wait()
     assert kills, "no run lived long enough to be killed: the machine is too fast for this test"
     run_to_the_end(arguments, output)
     assert "going on from" in output.with_suffix(".log").read_text()
+    assert_same_run(output, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_saving_and_resume(uninterrupted: Path, world: Path) -> None:
+    """From step 6 on no checkpoint has room; what was saved before it is whole and gone on with."""
+    output = world / "full"
+    arguments = command(world, output)
+    with output.with_suffix(".log").open("a") as log:
+        process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment())
+    wait_for_step(output, 6, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    assert process.wait(240) != 0
+    assert "File too large" in output.with_suffix(".log").read_text()
+    last = last_complete_checkpoint(output)
+    assert last is not None and int(last.split("-")[-1]) >= 4
+    run_to_the_end(arguments, output)
     assert_same_run(output, uninterrupted)
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -110,9 +111,9 @@ def uninterrupted(request: pytest.FixtureRequest, world: Path) -> tuple[Path, di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "how"), [(0, signal.SIGKILL), (1, signal.SIGTERM)])
 def test_kill_at_a_random_moment_and_resume(
-    uninterrupted: tuple[Path, dict[str, Any]], world: Path, seed: int
+    uninterrupted: tuple[Path, dict[str, Any]], world: Path, seed: int, how: signal.Signals
 ) -> None:
     expected, changes = uninterrupted
     output = world / f"killed-{expected.name}-{seed}"
@@ -127,11 +128,54 @@ def test_kill_at_a_random_moment_and_resume(
         wait_for_step(output, before + 3, process)
         time.sleep(rng.uniform(0.0, 0.6))  # anywhere between two saves, or in the middle of one
         if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(how)
             kills += 1
         process.wait()
     assert kills, "no run lived long enough to be killed: the machine is too fast for this test"
     run_to_the_end(arguments, output)
+    assert_same_run(output, expected)
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_saving_and_resume(uninterrupted: tuple[Path, dict[str, Any]], world: Path) -> None:
+    """No room for a checkpoint from step 6 on: the run says so, the checkpoints before stay whole and are used."""
+    expected, changes = uninterrupted
+    output = world / f"full-{expected.name}"
+    arguments = command(world, output, **changes)
+    with output.with_suffix(".log").open("a") as log:
+        process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment())
+    wait_for_step(output, 6, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    assert process.wait(240) != 0
+    assert "File too large" in output.with_suffix(".log").read_text()
+    last = last_complete_checkpoint(output)
+    assert last is not None and int(last.split("-")[-1]) >= 3
+    run_to_the_end(arguments, output)
+    assert_same_run(output, expected)
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps_changes_nothing(uninterrupted: tuple[Path, dict[str, Any]], world: Path) -> None:
+    """Every look at the clock is an hour off, forwards or backwards, and the newest checkpoint has the oldest date."""
+    expected, changes = uninterrupted
+    output = world / f"clock-{expected.name}"
+    shim = world / "clock"
+    shim.mkdir(exist_ok=True)
+    (shim / "sitecustomize.py").write_text(
+        "import random, time\nreal, jumps = time.time, random.Random(0)\n"
+        "time.time = lambda: real() + jumps.choice([-3600, 0, 3600])\n"
+    )
+    skewed = {**environment(), "PYTHONPATH": str(shim)}
+    arguments = command(world, output, **changes)
+    with output.with_suffix(".log").open("a") as log:
+        process = subprocess.Popen(arguments, stdout=log, stderr=log, env=skewed)
+        wait_for_step(output, 9, process)
+        process.kill()
+        process.wait()
+        for age, path in enumerate(sorted(output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))):
+            for file in (path, *path.rglob("*")):
+                os.utime(file, (10**9 - age * 86_400,) * 2)
+        subprocess.run(arguments, check=True, timeout=300, stdout=log, stderr=log, env=skewed)
     assert_same_run(output, expected)
 
 
