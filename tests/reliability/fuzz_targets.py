@@ -26,7 +26,7 @@ from tiny_models import checkpoint_groups, random_group, random_image, reward_mo
 from mr_reward import GroupScorer
 from mr_reward.data.preferences import load_preferences, save_preferences
 from mr_reward.data.scored import ScoredGroup, read_scored, write_scored
-from mr_reward.errors import CheckpointError, MediaError, MRRewardError
+from mr_reward.errors import MediaError, MRRewardError
 from mr_reward.evaluation.benchmarks import open_benchmark
 from mr_reward.media import load_image
 from mr_reward.serving.server import ServerLimits, build_app
@@ -179,7 +179,7 @@ def fuzz_checkpoint(rng: random.Random, folder: Path) -> str:
         warnings.simplefilter("ignore")  # about what is odd in a configuration
         try:
             scorer = GroupScorer.from_pretrained(copy)
-        except CheckpointError:
+        except MRRewardError:
             return "refused"
         try:
             scores = scorer.score(groups)
