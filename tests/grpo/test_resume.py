@@ -168,11 +168,14 @@ def test_a_full_disk_while_saving_and_resume(uninterrupted: Path, world: Path) -
     """From step 6 on no checkpoint has room; what was saved before it is whole and gone on with."""
     output = world / "full"
     arguments = command(world, output)
-    with output.with_suffix(".log").open("a") as log:
-        process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment())
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
+    with output.with_suffix(".log").open("a") as log:  # another process writes the log, which has room
+        logger = subprocess.Popen(["cat"], stdin=process.stdout, stdout=log)
+    assert process.stdout is not None
+    process.stdout.close()
     wait_for_step(output, 6, process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
-    assert process.wait(240) != 0
+    assert process.wait(240) != 0 and logger.wait(60) == 0
     assert "File too large" in output.with_suffix(".log").read_text()
     last = last_complete_checkpoint(output)
     assert last is not None and int(last.split("-")[-1]) >= 4

@@ -142,11 +142,14 @@ def test_a_full_disk_while_saving_and_resume(uninterrupted: tuple[Path, dict[str
     expected, changes = uninterrupted
     output = world / f"full-{expected.name}"
     arguments = command(world, output, **changes)
-    with output.with_suffix(".log").open("a") as log:
-        process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment())
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
+    with output.with_suffix(".log").open("a") as log:  # another process writes the log, which has room
+        logger = subprocess.Popen(["cat"], stdin=process.stdout, stdout=log)
+    assert process.stdout is not None
+    process.stdout.close()
     wait_for_step(output, 6, process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    assert process.wait(240) != 0
+    assert process.wait(240) != 0 and logger.wait(60) == 0
     assert "File too large" in output.with_suffix(".log").read_text()
     last = last_complete_checkpoint(output)
     assert last is not None and int(last.split("-")[-1]) >= 3
