@@ -242,6 +242,18 @@ class RewardTrainer(Trainer):
         prefixed = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         return output._replace(metrics={**(output.metrics or {}), **prefixed})
 
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        """As transformers'; torch's own message about a full disk speaks of positions in a file only."""
+        try:
+            super()._save_checkpoint(*args, **options)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):
+                raise
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} could not be written ({error}); is the disk full? "
+                "Earlier checkpoints are whole: make room, and go on with resume_from_checkpoint"
+            ) from error
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As transformers'; an adapter's folder also gets the reward model's configuration, to be loaded by it."""
         super()._save(output_dir, state_dict)

@@ -140,6 +140,10 @@ def run(scenario: str, model: str | None) -> dict[str, Any]:
     elif scenario in ("fail", "memory"):
         use_scorer(FailingScorer(1, "raise" if scenario == "fail" else scenario))
         cases = [(4, 4)]
+    elif scenario.startswith("only "):  # as in "only 4x16"
+        use_scorer(WholeGroupScorer())
+        rows, size = scenario.removeprefix("only ").split("x")
+        cases = [(int(rows), int(size))]
     else:
         if model is None:
             use_scorer(WholeGroupScorer())
@@ -169,7 +173,7 @@ def main() -> None:
     )
     records = run(scenario, model[0] if model else None)
     Path(folder, f"rank{rank}.json").write_text(json.dumps(records))
-    if scenario in ("equal", "fail", "memory", "weights"):
+    if not scenario.startswith(("die", "kill", "stall")):
         dist.destroy_process_group()
 
 

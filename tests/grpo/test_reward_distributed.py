@@ -72,6 +72,25 @@ def test_rewards_equal_the_single_process_ones(
     _check_against_a_single_process(launch("equal", world_size), world_size, "fake")
 
 
+@pytest.mark.parametrize(
+    ("world_size", "rows", "size"),
+    [
+        pytest.param(4, 4, 16, id="one group on four ranks, three own none"),
+        pytest.param(8, 4, 16, id="two groups on eight ranks", marks=pytest.mark.slow),
+        pytest.param(3, 2, 3, id="groups of three straddle ranks of two"),
+    ],
+)
+def test_groups_wider_than_a_rank(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, world_size: int, rows: int, size: int
+) -> None:
+    monkeypatch.setattr(reward_module, "build_scorer", lambda model, **options: reward_worker.WholeGroupScorer())
+    results = [record[f"{rows}x{size}"] for record in launch(f"only {rows}x{size}", world_size) if record]
+    prompts, completions = reward_worker.make_rows(rows * world_size, size)
+    expected = reward_worker.call(MultiResponseReward("fake", size, device="cpu"), prompts, completions)
+    assert [len(result["rewards"]) for result in results] == [rows] * world_size
+    assert sum((result["rewards"] for result in results), []) == pytest.approx(expected["rewards"], abs=1e-6)
+
+
 @pytest.mark.parametrize("layout", ["causal", "set"])
 def test_a_real_model_gives_the_single_process_rewards(launch: Launch, tmp_path: Path, layout: str) -> None:
     folder = str(tmp_path / "reward-model")

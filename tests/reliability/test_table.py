@@ -1,0 +1,24 @@
+"""The tables of tests/README.md name tests that exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+TEXT = (TESTS / "README.md").read_text()
+
+
+def test_every_test_in_the_tables_exists() -> None:
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", TEXT)
+    assert len(named) > 50
+    for file, function in named:
+        tree = ast.parse((TESTS / file).read_text())
+        found = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert not function or function in found, f"{file}::{function}"
+
+
+def test_all_twenty_cases_are_there() -> None:
+    rows = re.findall(r"^\| (\d+) \|.*\|.*\| .*::test_\w+", TEXT, re.MULTILINE)
+    assert [int(number) for number in rows] == list(range(1, 21))
