@@ -1,11 +1,11 @@
 """Deliberate bugs, each of which some test has to catch.
 
-    python tests/mutation_check.py            # all of them, some 15 minutes on two cores
+    python tests/mutation_check.py            # all of them, some 10 minutes on two cores
     python tests/mutation_check.py span head  # those whose names contain one of the words
 
-Each one changes a line of a copy of the package and runs the tests that should notice. A bug that no test notices is a
-survivor: exit code 1, and a test is missing. A line that is not found any more is an error: the list
-goes with the code.
+Each changes a line of a copy of the package and runs the tests that should notice. A bug that no test notices is a
+survivor: exit code 1, and a test is missing. A line that is not found any more is an error: the list goes with the
+code.
 """
 
 from __future__ import annotations
@@ -352,14 +352,7 @@ MUTATIONS = [
 
 
 def caught(mutation: Mutation) -> tuple[bool, float, str]:
-    """Whether a test noticed, how long that took, and which.
-
-    Args:
-        mutation: the bug.
-
-    Returns:
-        Caught or not, seconds, and the first failing test.
-    """
+    """Whether a test noticed, how many seconds that took, and which it was."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for name in ("mr_reward", "tests", "grpo_recipes", "configs", "benchmarks", "docs"):

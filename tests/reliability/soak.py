@@ -228,8 +228,10 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
         for process, samples in result["processes"].items():
             axis.plot([one["at"] for one in samples], [one["rss"] for one in samples], label=process)
-        axis.set(xlabel=name, ylabel="resident memory, MB", ylim=(0, None))
-        axis.legend(frameon=False)
+        axis.set(xlabel=name, ylabel="resident memory, MB")
+        axis.set_ylim(0, 1.2 * axis.get_ylim()[1])
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
