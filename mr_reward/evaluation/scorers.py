@@ -165,9 +165,11 @@ class ClassifierScorer:
     ) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         options = {} if dtype is None else {"dtype": dtype}
-        model: Any = AutoModelForSequenceClassification.from_pretrained(name, **options)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, **options
+        )
         if model.config.num_labels != 1:
             raise ConfigurationError(
                 f"{name} has {model.config.num_labels} labels, expected a reward model with one; give another model"

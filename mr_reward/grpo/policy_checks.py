@@ -47,6 +47,12 @@ def check_objective(plan: RunPlan) -> Iterator[Finding]:
     Yields:
         A red line for each, or a green one.
     """
+    if getattr(plan.args, "trust_remote_code", False):
+        yield Finding(
+            "yellow",
+            "foreign code",
+            f"trust_remote_code is on: Python code of {plan.policy} is run with your rights; read it first",
+        )
     known = _values_that_trl_compares()
     values = {name: getattr(plan.args, name, None) for name in _CHOICES}
     wrong = [
@@ -201,7 +207,7 @@ def _policy_config(name: str) -> PreTrainedConfig | None:
             raise CheckpointError(f"no weights ({', '.join(_WEIGHT_FILES[:3])}); copy them too")
         if any((folder / file).is_file() for file in _WEIGHT_FILES[:2]):
             read_headers(folder)
-    found: PreTrainedConfig = AutoConfig.from_pretrained(name, local_files_only=True)
+    found: PreTrainedConfig = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     return found
 
 

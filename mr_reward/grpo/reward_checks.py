@@ -91,7 +91,7 @@ def score_tiny(
         except ImportError as error:
             level: Level = "red" if torch.cuda.is_available() else "yellow"
             return Finding(level, what, f"attention {attention} cannot run here: {str(error).splitlines()[0]}")
-        model.processor = AutoProcessor.from_pretrained(folder)
+        model.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         scorer = GroupScorer(model, device="cpu", dtype=torch.float32)
         return _check_scores(scorer, prompts, what, "random weights, tiny", started)
 

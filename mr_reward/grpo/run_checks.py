@@ -138,7 +138,7 @@ def _read_folder(name: str) -> tuple[MultiResponseRewardConfig | None, list[Find
             ]
         check_config_keys(name, None, MultiResponseRewardConfig)
         config = MultiResponseRewardConfig.from_pretrained(name)
-        processor = AutoProcessor.from_pretrained(name)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         check_template_hash(name, config.template_hash, template_hash(processor, config.template))
     except (MRRewardError, OSError, ValueError) as error:
         return None, [Finding("red", "reward model", str(error))]
@@ -183,7 +183,7 @@ def _check_row(plan: RunPlan, config: MultiResponseRewardConfig) -> Finding:
     sizes = (plan.args.num_generations, plan.args.num_generations_eval or 0)
     texts = [str(i) for i in range(max(sizes))]  # different, so that none is a copy
     longest = plan.args.max_completion_length or 0
-    renderer = Renderer(AutoProcessor.from_pretrained(plan.reward_model), config.template)
+    renderer = Renderer(AutoProcessor.from_pretrained(plan.reward_model, trust_remote_code=False), config.template)
     packer = Packer(
         renderer,
         layout=config.layout,

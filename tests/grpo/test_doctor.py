@@ -154,6 +154,13 @@ def test_other_mistakes(options: dict[str, Any], message: str, check: Check) -> 
     assert not passed and message in shown, shown
 
 
+def test_foreign_code_is_told(check: Check) -> None:
+    """It is the user's to decide, so it stops nothing."""
+    quiet, loud = (check(LORA, trust_remote_code=on) for on in (False, True))
+    assert "trust_remote_code" not in quiet[1] and "is run with your rights" in loud[1].replace("\n", " ")
+    assert quiet[0] == loud[0]
+
+
 def test_broken_reward_models(check: Check, folder: Path, tmp_path: Path) -> None:
     source = folder / "outputs" / "rm"
     for name, spoil, message in (

@@ -159,6 +159,10 @@ def dangerous(source: str) -> list[str]:
             needed = FORBIDDEN[name]
             if needed is None or given.get(needed[0]) is not needed[1]:
                 found.append(name)
+        splat = any(word.arg is None for word in node.keywords)  # of `safe_options`, looked at below
+        if name.startswith("Auto") and name.endswith(".from_pretrained") and not splat:
+            if given.get("trust_remote_code") is not False:
+                found.append(name)
         if given.get("shell") is True or given.get("trust_remote_code") is True:
             found.append(name)
     return found
@@ -166,12 +170,17 @@ def dangerous(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(audit.ROOT)))
 def test_no_dangerous_call(path: Path) -> None:
-    assert dangerous(path.read_text()) == []
+    found = dangerous(path.read_text())
+    if path.name == "quickstart.py":  # loads what it has just written
+        found = [name for name in found if not name.startswith("Auto")]
+    assert found == []
 
 
 def test_dangerous_calls_are_recognised() -> None:
     code = "pickle.loads(b); torch.load(f); torch.load(f, weights_only=True); x(trust_remote_code=True); eval('1')"
     assert sorted(dangerous(code)) == ["eval", "pickle.loads", "torch.load", "x"]
+    assert dangerous("AutoModel.from_pretrained(name)") == ["AutoModel.from_pretrained"]
+    assert not dangerous("AutoModel.from_pretrained(name, trust_remote_code=False)")
     assert dangerous("subprocess.run('a', shell=True)") and not dangerous("yaml.safe_load(f); model.eval()")
 
 
