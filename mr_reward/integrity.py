@@ -56,7 +56,7 @@ _READER_ERRORS = (
 )
 
 
-class reading:  # noqa: N801  used as a verb, like `contextlib.suppress`
+class reading:  # used as a verb, like `contextlib.suppress`
     """A block that reads a checkpoint: what a damaged file makes the readers raise becomes a `CheckpointError`.
 
     Args:
