@@ -12,9 +12,11 @@ or behind the prompt in the user's turn (its README); the media of a turn come b
 Legend: N responses, P tokens of the prompt.
 """
 
+import copy
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,9 +115,13 @@ class Renderer:
         check_template(template)
         _chat_template(processor)
         self.template = template
-        self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.sees_images = self.tokenizer is not processor
+        self.processor = copy.copy(processor)
+        if self.sees_images:
+            # Before it counts placeholders, it takes control tokens out of the text, and what is left of
+            # "<<|endoftext|>|image_pad|>" counts as one. A group's media were matched when it was made.
+            self.processor.validate_inputs = functools.partial(_check_media, processor.validate_inputs)
         self.encode_text = TextEncoder(self.tokenizer)
         if template in JOINED_TEMPLATES:
             self._control_token = self.encode_text.pattern()
@@ -321,6 +327,14 @@ class Renderer:
             return {"type": "video", "video": [load_image(frame) for frame in next(videos)]}
         except MediaError as error:
             raise MediaError(f"{name}: {error}") from error
+
+
+def _check_media(
+    validate: Callable[..., None], images: Any = None, text: Any = None, videos: Any = None, **options: Any
+) -> None:
+    """The processor's own look at its media; at the text only where it is Molmo2's, which takes one video a prompt."""
+    if images is not None or videos is not None:
+        validate(images=images, text=None if videos is None else text, videos=videos, **options)
 
 
 def _rendered(prompt: dict[str, Tensor], response_ids: list[list[int]]) -> RenderedGroup:
