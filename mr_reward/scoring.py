@@ -25,6 +25,7 @@ from mr_reward.groups import ResponseGroup
 from mr_reward.integrity import non_finite_cause
 from mr_reward.metrics import order_flip_rate
 from mr_reward.modeling import MultiResponseRewardModel
+from mr_reward.out_of_memory import memory_advice
 from mr_reward.packing import PackedRow, Packer, collate, plan_batches
 from mr_reward.rendered import RenderedGroup
 from mr_reward.rendering import Renderer
@@ -281,6 +282,10 @@ class GroupScorer:
         return passes
 
     def _score_window(self, window: list[_Prepared]) -> list[GroupScores]:
+        with memory_advice(f"a pass holds up to max_tokens_per_batch={self.max_tokens_per_batch} tokens, lower that"):
+            return self._scores_of(window)
+
+    def _scores_of(self, window: list[_Prepared]) -> list[GroupScores]:
         rows = [(item.group, row) for item in window for _, row in item.passes]
         row_scores = iter(self._score_rows(rows))
         found = {id(item): [(order, next(row_scores), row.truncated) for order, row in item.passes] for item in window}

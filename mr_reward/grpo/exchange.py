@@ -140,7 +140,8 @@ class Phase:
             return  # Ctrl-C or sys.exit: this process ends now, and the others notice the closed connection
         failure = None
         if exc is not None:
-            failure = _Failure(self._exchange.rank, self.at, f"{type(exc).__name__}: {exc}")
+            said = " ".join([str(exc), *getattr(exc, "__notes__", [])])
+            failure = _Failure(self._exchange.rank, self.at, f"{type(exc).__name__}: {said}")
             exc.add_note(f"mr_reward: failed while {self._description}, {failure}")
         records = self._exchange.all_gather_objects((failure, None if failure else self.payload))
         if exc is not None:

@@ -23,6 +23,7 @@ from mr_reward.groups import ResponseGroup
 from mr_reward.integrity import non_finite_cause
 from mr_reward.losses import get_loss
 from mr_reward.modeling import MultiResponseRewardModel
+from mr_reward.out_of_memory import memory_advice
 from mr_reward.packing import Packer
 from mr_reward.rendering import Renderer
 from mr_reward.training.arguments import RewardTrainingArguments
@@ -190,6 +191,16 @@ class RewardTrainer(Trainer):
             # Ranks average their gradients: times the number of ranks makes that a sum.
             loss = loss * (len(rankings) * self.accelerator.num_processes / num_items_in_batch)
         return (loss, {"scores": scores}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """As transformers', and a device without memory says what to lower."""
+        with memory_advice(
+            f"step {self.state.global_step} has up to {self.args.per_device_train_batch_size} groups of "
+            f"{self.args.max_tokens} tokens: lower per_device_train_batch_size (and raise "
+            "gradient_accumulation_steps) or max_tokens, or set gradient_checkpointing; then go on with "
+            "resume_from_checkpoint"
+        ):
+            return super().training_step(*args, **options)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Groups of one optimizer step over all ranks."""

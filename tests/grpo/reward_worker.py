@@ -27,6 +27,7 @@ from mr_reward.errors import MRRewardError
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.reward import MultiResponseReward
 from mr_reward.modeling import MultiResponseRewardModel
+from mr_reward.out_of_memory import memory_advice
 from mr_reward.scoring import GroupScores
 
 ROWS_PER_RANK = (2, 3, 4, 6)
@@ -73,7 +74,8 @@ class FailingScorer(WholeGroupScorer):
             if self.fault == "stall":
                 time.sleep(STALL_SECONDS)
             if self.fault == "memory":
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+                with memory_advice("lower it"):
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
             if self.fault == "raise":
                 raise ZeroDivisionError("the scorer broke")
         return super().score_detailed(groups)

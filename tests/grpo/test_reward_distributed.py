@@ -170,6 +170,7 @@ def test_a_rank_out_of_memory_stops_all_and_names_it(launch: Launch) -> None:
     for rank, record in enumerate(records):
         assert record["4x4"]["error"] == ("OutOfMemoryError" if rank == 1 else "PeerRankError")
         assert "rank 1 at step 12 group 1: OutOfMemoryError: CUDA out of memory" in record["4x4"]["message"]
+        assert "out of memory; lower it" in record["4x4"]["message"]
         assert len(record["recovered"]["rewards"]) == 4, "the next call works"
 
 

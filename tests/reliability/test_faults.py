@@ -136,6 +136,50 @@ def test_a_score_that_is_not_finite_stops_grpo_before_it_learns_from_it(tmp_path
     assert again.train(resume_from_checkpoint=last).global_step == 6
 
 
+# --- out of memory ---
+
+
+@pytest.mark.parametrize("allocator", ["cuda", "cpu"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["score", "{rm}", "{groups}", "--chunk", "8", "--out", "{out}/scored.jsonl"],
+        ["evaluate", "groups", "{rm}", "--source", "{groups}", "--out", "{out}"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_without_memory_it_says_what_to_lower_and_goes_on(
+    command: list[str], allocator: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is full in the middle; the same command, when there is room, does the rest."""
+    paths = {"rm": world / "rm", "groups": world / "groups.jsonl", "out": tmp_path}
+    words = [word.format_map(paths) for word in command]
+    forward, calls = MultiResponseRewardModel.forward, 0
+
+    def full(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            if allocator == "cuda":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            torch.empty(1 << 60)  # the allocator of the CPU refuses in its own words
+        return forward(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MultiResponseRewardModel, "forward", full)
+        error = CliRunner().invoke(app, words).exception
+    assert isinstance(error, RuntimeError) and "memory" in str(error)
+    assert error.__notes__ == [
+        "mr_reward: out of memory; a pass holds up to max_tokens_per_batch=16384 tokens, lower that"
+    ]
+    lines = next(tmp_path.glob("*.jsonl"))
+    left = lines.read_text().count("\n")
+    assert 0 < left < 120
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert lines.read_text().count("\n") == 120 + (command[0] == "evaluate")
+
+
 # --- evaluation ---
 
 

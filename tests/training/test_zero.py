@@ -22,6 +22,7 @@ from torch import nn
 from mr_reward import GroupScorer
 from mr_reward.data import tiny
 from mr_reward.errors import ConfigurationError
+from mr_reward.training.resume import last_complete_checkpoint
 from mr_reward.zero3 import match_partitioned_dtype
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,8 @@ def train(world: Path, output: Path, launcher: list[str], **changes: Any) -> Pat
 
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "learning_rate": 3.0e-3}
+DDP = ("--multi_gpu", "--num_processes", "2")
+FAULTY_RUN = {"per_device_train_batch_size": 4, "use_cpu": True, "save_steps": 2}
 ZERO_3 = ("--config_file", str(CONFIGS / "zero3_cpu.yaml"))
 
 
@@ -167,9 +170,45 @@ class TestTwoProcesses:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_ddp(world: Path, single: dict[str, Path]) -> None:
-    launcher = two_processes("--multi_gpu", "--num_processes", "2")
-    output = train(world, world / "ddp", launcher, per_device_train_batch_size=4, use_cpu=True)
+    output = train(world, world / "ddp", two_processes(*DDP), per_device_train_batch_size=4, use_cpu=True)
     assert_same_model(output, single["full"])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world: Path) -> Path:
+    return train(world, world / "uninterrupted", two_processes(*DDP), **FAULTY_RUN)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("memory", "out of memory; step 5 has up to 4 groups of 512 tokens: lower per_device_train_batch_size"),
+        ("kill", "Signal 9 (SIGKILL) received"),
+        ("stall", "Timed out waiting"),
+    ],
+)
+def test_a_rank_fails_in_the_middle_of_a_step(fault: str, told: str, world: Path, uninterrupted: Path) -> None:
+    """All stop, the log says why, and the run goes on from its last checkpoint as if nothing had happened."""
+    output = world / fault
+    config = output.with_suffix(".yaml")
+    config.write_text(uninterrupted.with_suffix(".yaml").read_text().replace(str(uninterrupted), str(output)))
+    command = [sys.executable, *two_processes(*DDP), str(Path(__file__).with_name("faulty_recipe.py"))]
+    failed = subprocess.run(
+        [*command, "--config", str(config)],
+        env={**environment(), "FAULT": fault, "FAULT_STEP": "5"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        timeout=120,
+    )
+    assert failed.returncode != 0 and told in failed.stderr, failed.stderr[-6000:]
+    if fault != "stall":  # then the one that waited is the first to end
+        assert "(local_rank: 1)" in failed.stderr, failed.stderr[-6000:]
+    left = last_complete_checkpoint(output, 2)
+    assert left is not None and Path(left).name == "checkpoint-4"
+    assert_same_model(train(world, output, two_processes(*DDP), **FAULTY_RUN), uninterrupted)
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload", "zero1_cpu", "zero2_cpu", "zero3_cpu"])
