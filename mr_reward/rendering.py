@@ -332,9 +332,9 @@ class Renderer:
 def _check_media(
     validate: Callable[..., None], images: Any = None, text: Any = None, videos: Any = None, **options: Any
 ) -> None:
-    """The processor's own look at its media; at the text only where it is Molmo2's, which takes one video a prompt."""
+    """The processor's own look at its media, without the text."""
     if images is not None or videos is not None:
-        validate(images=images, text=None if videos is None else text, videos=videos, **options)
+        validate(images=images, videos=videos, **options)
 
 
 def _rendered(prompt: dict[str, Tensor], response_ids: list[list[int]]) -> RenderedGroup:

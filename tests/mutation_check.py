@@ -237,6 +237,13 @@ MUTATIONS = [
         "tests/test_rendering.py",
     ),
     Mutation(
+        "a prompt's text is counted for placeholders",
+        "rendering.py",
+        "validate(images=images, videos=videos, **options)",
+        "validate(images=images, text=text, videos=videos, **options)",
+        "tests/test_rendering.py",
+    ),
+    Mutation(
         "template changed",
         "rendering.py",
         "group.messages, add_generation_prompt=True)\n        return",

@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_models import LAYOUTS, family, random_group, random_image, reward_model, score
+from tiny_models import LAYOUTS, family, random_group, random_image, random_video, reward_model, score
 from tokenizers import AddedToken
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
@@ -159,17 +159,21 @@ NESTED_PLACEHOLDERS = [
 
 
 @pytest.mark.parametrize("text", NESTED_PLACEHOLDERS)
-@pytest.mark.parametrize("images", [0, 1])
+@pytest.mark.parametrize(("images", "videos"), [(0, 0), (1, 0), (0, 1)])
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "molmo2"])
-def test_half_a_placeholder_around_a_token_is_text(name: str, images: int, text: str) -> None:
+def test_half_a_placeholder_around_a_token_is_text(name: str, images: int, videos: int, text: str) -> None:
     """What is left without the inner token is a placeholder, and counts as one where tokens are taken out to count."""
     renderer = Renderer(family(name).processor)
-    image = random_image(random.Random(0))
+    image, video = random_image(random.Random(0)), random_video(random.Random(0), 4)
 
     def prompt(words: str) -> list[int]:
-        blocks = [*[{"type": "image"}] * images, {"type": "text", "text": words}]
+        blocks = [*[{"type": "image"}] * images, *[{"type": "video"}] * videos, {"type": "text", "text": words}]
         group = ResponseGroup(
-            prompt=[{"role": "user", "content": blocks}], responses=["a"], images=[image] * images, id="g"
+            prompt=[{"role": "user", "content": blocks}],
+            responses=["a"],
+            images=[image] * images,
+            videos=[video] * videos,
+            id="g",
         )
         alone, together = renderer.render(group), renderer.render_all([group, group])[1]
         assert alone.prompt_ids.tolist() == together.prompt_ids.tolist()

@@ -37,11 +37,16 @@ class Molmo2Adapter(TextAdapter):
     media_blocks = True
 
     def check_media(self, media: dict[str, Tensor], name: str) -> None:
-        """Refuse images beside a video: Molmo2's forward takes no row with both."""
+        """Refuse images beside a video, of which Molmo2's forward takes no row with both, and a second video."""
         if "pixel_values" in media and "pixel_values_videos" in media:
             raise MediaError(
                 f"{name}: images and a video in one prompt, Molmo2 reads either; remove the images or the video, or "
                 "use another backbone"
+            )
+        videos = len(media.get("video_grids", ()))
+        if videos > 1:
+            raise MediaError(
+                f"{name}: {videos} videos in one prompt, Molmo2 reads one; remove the others, or use another backbone"
             )
 
     def merge_media(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
