@@ -80,7 +80,7 @@ quickstart: $(STAMP)
 
 .PHONY: test
 test: $(STAMP)
-	"$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu' $(ARGS)
+	"$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu' $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(DEEPSPEED) $(VLLM) $(DOCS)

@@ -45,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint of some 200 MB, and a LoRA checkpoint on its backbone."""
     root = tmp_path_factory.mktemp("large")
     config = LlamaConfig(
-        vocab_size=512, hidden_size=1024, intermediate_size=4096, num_hidden_layers=3, num_attention_heads=8
+        vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8
     )
     LlamaModel(config).save_pretrained(root / "backbone")
     tiny.build_tokenizer().save_pretrained(root / "backbone")
@@ -68,5 +68,6 @@ def test_the_weights_are_there_once(folders: dict[str, Path], kind: str, dtype: 
     run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     peak, weights = json.loads(run.stdout.splitlines()[-1])
     assert peak > 0.9 * weights, "otherwise nothing was measured"
-    # Beside the weights: what importing and building a model takes, some tens of megabytes.
-    assert peak < 1.2 * weights + 60e6, f"{peak / 1e6:.0f} MB for {weights / 1e6:.0f} MB of weights"
+    # Beside the weights: what importing takes, and with LoRA the update of one matrix at a time. Seen: 2 MB, 33 to 77.
+    # Weights that are there twice would be 131 MB more, at least.
+    assert peak < weights + 110e6, f"{peak / 1e6:.0f} MB for {weights / 1e6:.0f} MB of weights"

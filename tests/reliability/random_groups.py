@@ -18,9 +18,13 @@ SEPARATORS = ("<|resp_sep|>", "<|resp_<|resp_sep|>sep|>", "<image>", "[INST]", "
 
 
 def tried(examples: int) -> Any:
-    """Settings with so many examples, `MR_REWARD_EXAMPLES` times; a forward of a model may take its time."""
+    """Settings with so many examples, `MR_REWARD_EXAMPLES` times; a forward of a model may take its time.
+
+    The short run tries the same examples every time, so that nobody's change fails for another's bug; the longer ones
+    look for new ones.
+    """
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-    return settings(max_examples=examples * TIMES, deadline=None, suppress_health_check=slow)
+    return settings(max_examples=examples * TIMES, deadline=None, suppress_health_check=slow, derandomize=TIMES == 1)
 
 
 def control_strings(name: str) -> list[str]:
