@@ -34,6 +34,7 @@ from mr_reward.grpo.vllm_cpu import prepare_vllm_on_cpu
 from mr_reward.grpo.vllm_images import send_single_placeholders
 from mr_reward.grpo.vllm_server import check_vllm_server
 from mr_reward.grpo.warning_signs import WarningSigns
+from mr_reward.training.saving import naming_a_full_disk
 
 
 def dry_run(argv: list[str]) -> bool:
@@ -88,7 +89,8 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         quantization_config=get_quantization_config(model_config),
     )
     send_single_placeholders(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    with naming_a_full_disk(args.output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_model(str(args.output_dir))
     return trainer
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.modeling import MultiResponseRewardModel
 from mr_reward.zero3 import outside_zero3
 
-__all__ = ["check_can_save", "save_whole_model"]
+__all__ = ["check_can_save", "naming_a_full_disk", "save_whole_model"]
 
 
 def check_can_save(accelerator: Accelerator) -> None:
@@ -32,6 +34,33 @@ def check_can_save(accelerator: Accelerator) -> None:
             "true in accelerate's file (stage3_gather_16bit_weights_on_model_save in DeepSpeed's), as "
             "configs/deepspeed/zero3.yaml does"
         )
+
+
+@contextmanager
+def naming_a_full_disk(output_dir: str | Path | None) -> Iterator[None]:
+    """A block that writes checkpoints; torch's own message about a full disk speaks of positions in a file only.
+
+    Args:
+        output_dir: of the run.
+
+    Raises:
+        OSError: torch could not write a file; the message says what is left and how to go on.
+
+    Example:
+        >>> with naming_a_full_disk("out"):
+        ...     trainer.train()  # doctest: +SKIP
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # What torch says when it writes; the same file of it reads archives too, and then names its reader.
+        writes = any(words in str(error) for words in ("inline_container", "iostream error"))
+        if not writes or "PytorchStreamReader" in str(error):
+            raise
+        raise OSError(
+            f"a checkpoint in {output_dir} could not be written ({error}); is the disk full? Earlier checkpoints are "
+            "whole: make room, and go on with resume_from_checkpoint"
+        ) from error
 
 
 def save_whole_model(

@@ -31,7 +31,7 @@ from mr_reward.training.collator import GroupCollator
 from mr_reward.training.data import EvaluationGroups, TrainingGroups, check_groups
 from mr_reward.training.evaluation import evaluation_metrics
 from mr_reward.training.resume import last_complete_checkpoint
-from mr_reward.training.saving import check_can_save, save_whole_model
+from mr_reward.training.saving import check_can_save, naming_a_full_disk, save_whole_model
 from mr_reward.zero3 import match_partitioned_dtype
 
 __all__ = ["RewardTrainer"]
@@ -254,16 +254,9 @@ class RewardTrainer(Trainer):
         return output._replace(metrics={**(output.metrics or {}), **prefixed})
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
-        """As transformers'; torch's own message about a full disk speaks of positions in a file only."""
-        try:
+        """As transformers', and a full disk is named."""
+        with naming_a_full_disk(self.args.output_dir):
             super()._save_checkpoint(*args, **options)
-        except RuntimeError as error:
-            if "inline_container" not in str(error):
-                raise
-            raise OSError(
-                f"the checkpoint of step {self.state.global_step} could not be written ({error}); is the disk full? "
-                "Earlier checkpoints are whole: make room, and go on with resume_from_checkpoint"
-            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As transformers'; an adapter's folder also gets the reward model's configuration, to be loaded by it."""

@@ -176,7 +176,9 @@ def test_a_full_disk_while_saving_and_resume(uninterrupted: Path, world: Path) -
     wait_for_step(output, 6, process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
     assert process.wait(240) != 0 and logger.wait(60) == 0
-    assert "File too large" in output.with_suffix(".log").read_text()
+    log_text = output.with_suffix(".log").read_text()
+    # Of safetensors and Python, or ours about torch's: it depends on which file was the first without room.
+    assert "File too large" in log_text or "is the disk full?" in log_text, log_text[-3000:]
     last = last_complete_checkpoint(output)
     assert last is not None and int(last.split("-")[-1]) >= 4
     run_to_the_end(arguments, output)

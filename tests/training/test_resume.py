@@ -23,6 +23,7 @@ from test_trainer import easy_groups
 
 from mr_reward.data import tiny
 from mr_reward.training.resume import incomplete_reason, last_complete_checkpoint
+from mr_reward.training.saving import naming_a_full_disk
 
 RECIPE = Path(__file__).parents[2] / "grpo_recipes" / "pretrain_rm.py"
 STEPS = 24
@@ -156,6 +157,24 @@ def test_a_full_disk_while_saving_and_resume(uninterrupted: tuple[Path, dict[str
     assert last is not None and int(last.split("-")[-1]) >= 3
     run_to_the_end(arguments, output)
     assert_same_run(output, expected)
+
+
+@pytest.mark.parametrize("sizes", [[100], [30_000], [1000] * 60])
+def test_torch_without_room_is_named_and_a_broken_archive_is_not(tmp_path: Path, sizes: list[int]) -> None:
+    """No room in the first tensor, in a large one, in one of many."""
+    path, content = tmp_path / "optimizer.pt", {str(i): torch.zeros(size) for i, size in enumerate(sizes)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes) * 2, hard))
+    try:
+        with pytest.raises(OSError, match="is the disk full.*make room"), naming_a_full_disk(tmp_path):
+            torch.save(content, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    torch.save(content, path)
+    truncate(path)
+    with pytest.raises((RuntimeError, OSError)) as broken, naming_a_full_disk(tmp_path):
+        torch.load(path, weights_only=True)
+    assert "disk full" not in str(broken.value)
 
 
 @pytest.mark.slow
