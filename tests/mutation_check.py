@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -342,6 +342,27 @@ MUTATIONS = [
         "tests/grpo/test_reward_distributed.py -k test_a_stalled_rank",
     ),
     Mutation(
+        "out of memory, and nobody says what to lower",
+        "out_of_memory.py",
+        'error.add_note(f"mr_reward: out of memory; {advice}")',
+        "pass",
+        "tests/reliability/test_faults.py -k test_without_memory",
+    ),
+    Mutation(
+        "a full disk under torch's writer is not named",
+        "training/saving.py",
+        'for words in ("inline_container", "iostream error")',
+        'for words in ("inline_container",)',
+        "tests/training/test_resume.py -k test_torch_without_room",
+    ),
+    Mutation(
+        "a second video is left to the processor",
+        "backbones/molmo2.py",
+        "if videos > 1:",
+        "if False:",
+        "tests/backbones/test_molmo2.py",
+    ),
+    Mutation(
         "attack: the good response is changed",
         "evaluation/attacks.py",
         "responses[item.bad] = ATTACKS[name]",
@@ -392,7 +413,7 @@ def main() -> int:
     words = parser.parse_args().words
     chosen = [one for one in MUTATIONS if not words or any(word in one.name for word in words)]
     rows = [(one, *caught(one)) for one in tqdm(chosen, unit=" bugs")]
-    console, table = Console(), Table("bug", "file", "caught by", "seconds")
+    console, table = Console(), Table("bug", "file", Column("caught by", overflow="fold"), "seconds")
     for one, found, seconds, test in rows:
         table.add_row(one.name, one.file, test if found else f"[red]SURVIVED[/] {test}", f"{seconds:.0f}")
     console.print(table)
