@@ -27,10 +27,10 @@ def read_cases(text: str) -> dict[int, tuple[str, list[str]]]:
         text: of tests/README.md.
 
     Returns:
-        Number to what the case is and its tests, `file.py::test_name`.
+        Number to what the case is and its tests, `file.py::test_name` or `file.py::TestClass::test_name`.
     """
     rows = re.findall(r"^\| (\d+) \| (.*?) \| .*? \| (.*) \|$", text, re.MULTILINE)
-    return {int(number): (what, re.findall(r"`([\w/]+\.py::\w+)`", tests)) for number, what, tests in rows}
+    return {int(number): (what, re.findall(r"`([\w/]+\.py::[\w:]+)`", tests)) for number, what, tests in rows}
 
 
 def main(arguments: list[str]) -> int:
@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> int:
         for case in ElementTree.parse(report).iter("testcase"):
             kinds = {child.tag for child in case}
             outcome = next((kind for kind in ("failure", "error", "skipped") if kind in kinds), "passed")
-            name = f"{case.get('classname', '').split('.')[-1]}::{case.get('name', '').split('[')[0]}"
+            module, _, cls = re.sub(r"^.*\.(?=test_)", "", case.get("classname", "")).partition(".")
+            name = "::".join(filter(None, [module, cls, case.get("name", "").split("[")[0]]))
             outcomes.setdefault(name, Counter())[outcome] += 1
     table, bad = Table("", "case", "passed", "skipped", "failed"), 0
     for number, (what, tests) in chosen.items():

@@ -13,11 +13,15 @@ TEXT = (TESTS / "README.md").read_text()
 
 
 def test_every_test_in_the_tables_exists() -> None:
-    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", TEXT)
+    named = re.findall(r"`([\w/]+\.py)(?:::([\w:]+))?`", TEXT)
     assert len(named) > 50
     for file, function in named:
         tree = ast.parse((TESTS / file).read_text())
-        found = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        found = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        found |= {
+            f"{cls.name}::{node.name}" for cls in classes for node in cls.body if isinstance(node, ast.FunctionDef)
+        }
         assert not function or function in found, f"{file}::{function}"
 
 
