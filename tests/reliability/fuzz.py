@@ -38,7 +38,8 @@ def fuzz(name: str, folder: Path, *, seed: int, seconds: float, runs: int) -> tu
     Returns:
         How many were taken, refused, and found; and what was found.
     """
-    target, counts, found = targets()[name], Counter[str](), []
+    every, counts, found = targets(), Counter[str](), []
+    target = every[name]
     deadline = time.monotonic() + seconds
     for number in range(seed, seed + runs):
         if time.monotonic() > deadline:
@@ -48,6 +49,7 @@ def fuzz(name: str, folder: Path, *, seed: int, seconds: float, runs: int) -> tu
         except Exception:
             counts["found"] += 1
             found.append(f"--only {name} --seed {number} --runs 1\n{traceback.format_exc(limit=-6)}")
+    every["request"].close()  # type: ignore[attr-defined]  the one with a server
     return counts, found
 
 
