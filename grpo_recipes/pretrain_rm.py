@@ -124,6 +124,8 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
     single = eval_groups is not None and len(eval_groups) == 1
     evaluation = next(iter(eval_groups.values())) if eval_groups is not None and single else eval_groups
     trainer = pretrain(model, train_groups, evaluation, args, model_config)
+    # The ranks part here. A process group that is left to the interpreter's end can abort a run that has succeeded.
+    trainer.accelerator.end_training()
     if not trainer.is_world_process_zero():
         return
     trained_on = [{"name": name, "groups": len(groups)} for name, groups in train_groups.items()]

@@ -103,7 +103,9 @@ def main() -> int:
     recipe = TrlParser((PolicyArguments, PolicyTrainingArguments, ModelConfig)).parse_args_and_config()
     if not check_before_start(*recipe):
         return 1
-    train_policy(*recipe)
+    trainer = train_policy(*recipe)
+    # A process group that is left to the interpreter's end can abort a run that has succeeded.
+    trainer.accelerator.end_training()
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -189,6 +190,8 @@ def test_256_responses_within_bounded_memory(layout: str) -> None:
     peaks = {}
     for budget in (2_048, 32_768):
         command = [sys.executable, "-W", "ignore", "-c", PROGRAM, layout, str(budget)]
-        run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=500)
+        # What is freed goes back at once, so that the peak is of what is held; it varied threefold without.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=500, env=environment)
         peaks[budget] = json.loads(run.stdout.splitlines()[-1])
-    assert peaks[2_048] < 160 and peaks[2_048] < peaks[32_768] / 3, peaks
+    assert peaks[2_048] < 60 and peaks[2_048] < peaks[32_768] / 5, peaks

@@ -35,3 +35,4 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
     RewardTrainer.compute_loss = faulty  # type: ignore[method-assign]
     runpy.run_path(str(RECIPE), run_name="__main__")
+    assert not torch.distributed.is_initialized(), "left open, a process group can abort the process at its end"

@@ -194,21 +194,33 @@ def test_a_rank_fails_in_the_middle_of_a_step(fault: str, told: str, world: Path
     output = world / fault
     config = output.with_suffix(".yaml")
     config.write_text(uninterrupted.with_suffix(".yaml").read_text().replace(str(uninterrupted), str(output)))
-    command = [sys.executable, *two_processes(*DDP), str(Path(__file__).with_name("faulty_recipe.py"))]
-    failed = subprocess.run(
-        [*command, "--config", str(config)],
-        env={**environment(), "FAULT": fault, "FAULT_STEP": "5"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        timeout=120,
-    )
+    failed = faulty_run(config, fault, step=5)
     assert failed.returncode != 0 and told in failed.stderr, failed.stderr[-6000:]
     if fault != "stall":  # then the one that waited is the first to end
         assert "(local_rank: 1)" in failed.stderr, failed.stderr[-6000:]
     left = last_complete_checkpoint(output, 2)
     assert left is not None and Path(left).name == "checkpoint-4"
-    assert_same_model(train(world, output, two_processes(*DDP), **FAULTY_RUN), uninterrupted)
+    resumed = faulty_run(config, fault, step=-1)
+    assert resumed.returncode == 0, resumed.stderr[-6000:]
+    assert_same_model(output, uninterrupted)
+
+
+def faulty_run(config: Path, fault: str, step: int) -> subprocess.CompletedProcess[str]:
+    """The recipe in two processes, with a fault in that step of rank 1."""
+    return subprocess.run(
+        [
+            sys.executable,
+            *two_processes(*DDP),
+            str(Path(__file__).with_name("faulty_recipe.py")),
+            "--config",
+            str(config),
+        ],
+        env={**environment(), "FAULT": fault, "FAULT_STEP": str(step)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload", "zero1_cpu", "zero2_cpu", "zero3_cpu"])
