@@ -119,6 +119,37 @@ def test_reward_share_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_attacks_sum_up_every_seed_and_go_on(tmp_path: Path) -> None:
+    lines = [{"prompt": "2 + 2?", "responses": ["4", f"{i}", "no"], "rankings": [1, 2, 3]} for i in range(5, 13)]
+    groups = tmp_path / "groups.jsonl"
+    groups.write_text("\n".join(map(json.dumps, lines)))
+    command = [sys.executable, str(BENCHMARKS / "attacks.py"), str(tmp_path), str(groups)]
+    empty = subprocess.run(command, capture_output=True, text=True)
+    assert empty.returncode and "run benchmarks/layouts.py first" in empty.stderr
+    for seed, name in ((0, "set"), (1, "set"), (0, "causal")):
+        model = MultiResponseRewardModel.from_backbone(
+            tiny.build_llama(seed), layout=name, processor=tiny.build_tokenizer()
+        )
+        model.save_pretrained(tmp_path / f"seed{seed}" / name)
+    found = [json.loads(tool_output(command).splitlines()[-1]) for _ in range(2)]
+    assert found[0] == found[1] and {name: len(seeds["empty"]) for name, seeds in found[0].items()} == {
+        "causal": 1,
+        "set": 2,
+    }
+    seeds = [json.loads((tmp_path / f"seed{seed}/set/attacks.json").read_text())["attacks"] for seed in (0, 1)]
+    assert [found[0]["set"]["empty"][i] for i in (0, 1)] == [
+        next(result for result in results if result["name"] == "empty") for results in seeds
+    ]
+    assert (tmp_path / "attacks.png").stat().st_size > 10_000
+
+
+def tool_output(command: list[str]) -> str:
+    """What a program prints, on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=500, env=environment).stdout
+
+
+@pytest.mark.slow
 def test_policy_comparison_runs_resumes_and_sums_up(tmp_path: Path) -> None:
     """Three judges from one start; what is finished is not run again."""
     sizes = {

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from guard import SECRET, guarded
 from PIL import Image
+from random_groups import ALL_CONTROL_STRINGS
 from tiny_models import checkpoint_groups, random_group, random_image, reward_model
 
 from mr_reward import GroupScorer
@@ -275,6 +276,18 @@ def _bomb(rng: random.Random) -> bytes:
 # --- requests ---
 
 
+def _other_texts(rng: random.Random, body: dict[str, Any]) -> None:
+    """A request of the right form with other texts and other numbers of responses: what a policy can write."""
+    group = rng.choice(body["groups"])
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(group["responses"]))
+        group["responses"][at] = rng.choice(
+            [*ALL_CONTROL_STRINGS, "", " ", "\0", "\ud800", "\u202e", '"}]{', "<|", "x" * rng.randint(1, 3000)]
+        )
+        group["responses"] *= rng.choice([1, 1, 2, 5])
+    group["messages"][-1]["content"].append({"type": "text", "text": rng.choice(ALL_CONTROL_STRINGS)})
+
+
 class RequestTarget:
     """Requests to one server; after each it is alive and scores as before."""
 
@@ -300,26 +313,34 @@ class RequestTarget:
 
     async def _one(self, rng: random.Random, folder: Path) -> str:
         body = json.loads(self._valid())
-        content = json.dumps(odd_json(rng, body, folder)).encode()
-        if rng.random() < 0.4:
+        kind = rng.choice(["texts", "texts", "value", "value", "bytes", "bomb", "envelope"])
+        if kind == "texts":
+            _other_texts(rng, body)
+        elif kind == "value":
+            body = odd_json(rng, body, folder)
+        elif kind == "bomb":
+            body["groups"][0]["images"] = [base64.b64encode(_bomb(rng)).decode()]
+        content = json.dumps(body).encode()
+        if kind == "bytes":
             content = damage(rng, content)
-        if rng.random() < 0.1:
-            message = body
-            message["groups"][0]["images"] = [base64.b64encode(_bomb(rng)).decode()]
-            content = json.dumps(message).encode()
-        headers = {
-            "content-type": rng.choice(["application/json"] * 6 + ["text/plain", "application/json; x=\xff", ""]),
-            "authorization": rng.choice(["Bearer right"] * 8 + ["Bearer wrong", "", "Basic \xff", "Bearer"]),
-            "content-length": rng.choice([str(len(content))] * 8 + ["-1", "9" * 30, "x", "0"]),
-        }
-        path = rng.choice(["/v1/score"] * 12 + ["/health", "/", "/v1/score/../../etc/passwd", "/docs", "/%00"])
-        method = rng.choice(["POST"] * 12 + ["GET", "PUT", "DELETE", "HEAD"])
+        method, path = "POST", "/v1/score"
+        headers = {"content-type": "application/json", "authorization": "Bearer right"}
+        if kind == "envelope":
+            method = rng.choice(["POST"] * 3 + ["GET", "PUT", "DELETE", "HEAD"])
+            path = rng.choice([path] * 3 + ["/health", "/", "/v1/score/../../etc/passwd", "/docs", "/%00"])
+            headers = {
+                "content-type": rng.choice(["application/json", "text/plain", "application/json; x=\xff", ""]),
+                "authorization": rng.choice(["Bearer right", "Bearer wrong", "", "Basic \xff", "Bearer"]),
+                "content-length": rng.choice([str(len(content)), "-1", "9" * 30, "x", "0"]),
+            }
         with guarded():
             status, answer = await self._send(method, path, headers, content)
         if status >= 500 or (path == "/v1/score" and method == "POST" and not isinstance(answer, dict)):
             raise AssertionError(f"{method} {path} {headers} {content[:300]!r}: {status} {answer!r:.500}")
         if status == 200 and path == "/v1/score":
-            for result in answer["results"]:
+            for group, result in zip(json.loads(content)["groups"], answer["results"], strict=True):
+                if result["scores"] is not None and len(result["scores"]) != len(group["responses"]):
+                    raise AssertionError(f"{content[:300]!r}: {len(result['scores'])} scores")
                 if result["scores"] is not None and not np.isfinite(result["scores"]).all():
                     raise AssertionError(f"{content[:300]!r}: {result}")
         valid = self._valid()
