@@ -48,10 +48,8 @@ def collect(layouts: Path, groups: Path) -> Results:
 
 
 def summarise(results: Results) -> Table:
-    """Mean shift, its smallest and largest over the seeds, and how often the bad answer wins, on average."""
-    table = Table(
-        "attack on the bad answer", *results, title="shift of the margin: mean [smallest, largest], bad wins"
-    )
+    """Mean shift and its spread over the seeds (largest minus smallest), and how often the bad answer wins."""
+    table = Table("attack on the bad answer", *results, title="shift of the margin, bad wins")
     attacks = next(iter(results.values()))
     before = (
         f"{statistics.fmean(seed['wins_before'] for seed in next(iter(found.values()))):.1%}"
@@ -63,7 +61,7 @@ def summarise(results: Results) -> Table:
         for found in results.values():
             shifts = [seed["shift"] for seed in found[attack]]
             wins = statistics.fmean(seed["wins_after"] for seed in found[attack])
-            cells.append(f"{statistics.fmean(shifts):+.2f} [{min(shifts):+.2f}, {max(shifts):+.2f}], {wins:.1%}")
+            cells.append(f"{statistics.fmean(shifts):+.2f} ({max(shifts) - min(shifts):.2f}), {wins:.1%}")
         table.add_row(attack, *cells)
     return table
 
