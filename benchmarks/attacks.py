@@ -4,9 +4,9 @@
     python benchmarks/layouts.py --seeds 0 1 2
     python benchmarks/attacks.py outputs/layouts outputs/handwriting/best_of_4/test.jsonl
 
-Each model is attacked by `mr-reward attack`; what is finished is not repeated. Above 0 an attack works: the shift of a
-bad answer's margin to a good one, in standard deviations of that margin without an attack. A table and a figure, both
-of all seeds; the last line of stdout is one JSON document.
+Each model is attacked by `mr-reward attack`; what is finished for these groups is not repeated. Above 0 an attack
+works: the shift of a bad answer's margin to a good one, in standard deviations of that margin without an attack. A
+table and a figure, both of all seeds; the last line of stdout is one JSON document.
 """
 
 import argparse
@@ -29,7 +29,7 @@ COLOURS = dict(zip(MODELS, ("#d97706", "#16a34a", "#2563eb", "#9333ea"), strict=
 def attacked(folder: Path, groups: Path) -> dict[str, dict[str, Any]]:
     """Attack one model, or read what an earlier call found; by name of the attack."""
     found = folder / "attacks.json"
-    if not found.is_file():
+    if not found.is_file() or json.loads(found.read_text())["groups"] != str(groups):
         command = [sys.executable, "-c", "from mr_reward.cli import main; main()", "attack", str(folder), str(groups)]
         subprocess.run([*command, "--out", str(found)], check=True, stdout=subprocess.DEVNULL)
     return {result["name"]: result for result in json.loads(found.read_text())["attacks"]}
@@ -48,7 +48,10 @@ def collect(layouts: Path, groups: Path) -> Results:
 
 
 def summarise(results: Results) -> Table:
-    """Mean shift and its spread over the seeds (largest minus smallest), and how often the bad answer wins."""
+    """Mean shift, its spread over the seeds (largest minus smallest), how often the bad answer wins.
+
+    A star: the 95 % interval of every seed is above 0, as far as the table shows.
+    """
     table = Table("attack on the bad answer", *results, title="shift of the margin, bad wins")
     attacks = next(iter(results.values()))
     before = (
@@ -61,7 +64,8 @@ def summarise(results: Results) -> Table:
         for found in results.values():
             shifts = [seed["shift"] for seed in found[attack]]
             wins = statistics.fmean(seed["wins_after"] for seed in found[attack])
-            cells.append(f"{statistics.fmean(shifts):+.2f} ({max(shifts) - min(shifts):.2f}), {wins:.1%}")
+            star = " *" if min(seed["shift_low"] for seed in found[attack]) >= 0.005 else ""
+            cells.append(f"{statistics.fmean(shifts):+.2f} ({max(shifts) - min(shifts):.2f}), {wins:.1%}{star}")
         table.add_row(attack, *cells)
     return table
 

@@ -141,6 +141,10 @@ def test_attacks_sum_up_every_seed_and_go_on(tmp_path: Path) -> None:
         next(result for result in results if result["name"] == "empty") for results in seeds
     ]
     assert (tmp_path / "attacks.png").stat().st_size > 10_000
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("\n".join(map(json.dumps, lines[:3])))
+    again = json.loads(tool_output([*command[:-1], str(fewer)]).splitlines()[-1])
+    assert {seed["num_items"] for seed in again["set"]["empty"]} == {3}, "results of other groups are not taken over"
 
 
 def tool_output(command: list[str]) -> str:
