@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mr_reward import GroupScorer, ResponseGroup
-from mr_reward.data.handwriting import make_groups
 from mr_reward.evaluation.ranking import evaluate_ranking
 from mr_reward.evaluation.scorers import BASELINES as RULES
 from mr_reward.metrics import best_of_n_accuracy, pairwise_accuracy
+from mr_reward.worlds.handwriting import make_groups
 
 RECIPES = Path(__file__).parents[1] / "grpo_recipes"
 MODELS = {

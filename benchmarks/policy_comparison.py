@@ -32,10 +32,10 @@ from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mr_reward import GroupScorer
-from mr_reward.data.handwriting import is_correct, make_groups, make_tasks
 from mr_reward.evaluation.figures import plot_bands
-from mr_reward.evaluation.handwriting import policy_answers
 from mr_reward.evaluation.ranking import evaluate_ranking
+from mr_reward.worlds.handwriting import is_correct, make_groups, make_tasks
+from mr_reward.worlds.handwriting_policy import policy_answers
 
 RECIPES = Path(__file__).parents[1] / "grpo_recipes"
 # Judge -> layout and loss of its reward model, and the weights of (reward model, truth) in the reward.

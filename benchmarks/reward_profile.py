@@ -22,9 +22,9 @@ from rich.table import Table
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from mr_reward import MultiResponseReward
-from mr_reward.modeling import MultiResponseRewardModel
-from mr_reward.packing import Packer
-from mr_reward.rendering import Renderer
+from mr_reward.model.model import MultiResponseRewardModel
+from mr_reward.model.rows import Packer
+from mr_reward.templates.rendering import Renderer
 
 RECIPES = Path(__file__).parents[1] / "grpo_recipes"
 sys.path.insert(0, str(RECIPES))

@@ -26,9 +26,9 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from mr_reward.head import ReadoutVectors, ValueHead
 from mr_reward.layouts import readout_kinds
-from mr_reward.rendered import RenderedGroup
+from mr_reward.model.head import ReadoutVectors, ValueHead
+from mr_reward.templates.rendered import RenderedGroup
 
 # (width, layers, heads, key-value heads, width of the feed-forward layers, vocabulary); embeddings are tied.
 MODELS = {

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
 from mr_reward.backbones import get_adapter
-from mr_reward.fast_path import choose_attention
 from mr_reward.layouts import PADDING_SEGMENT
-from mr_reward.modeling import MultiResponseRewardConfig, MultiResponseRewardModel
-from mr_reward.packing import PackedRow, build_row, collate
-from mr_reward.rendered import RenderedGroup
+from mr_reward.model.fast_path import choose_attention
+from mr_reward.model.model import MultiResponseRewardConfig, MultiResponseRewardModel
+from mr_reward.model.rows import PackedRow, build_row, collate
+from mr_reward.templates.rendered import RenderedGroup
 
 
 def our_scorer(shared: Shared, layout: str, attention: str | None) -> MultiResponseRewardModel:

@@ -13,9 +13,9 @@ from speed_common import quartiles
 from speed_report import plot_bars, print_table
 from transformers import AutoTokenizer
 
-from mr_reward.group_plan import GroupPlan
-from mr_reward.packing import PackedRow, build_row, collate, plan_batches
-from mr_reward.rendered import RenderedGroup
+from mr_reward.attention.plan import GroupPlan
+from mr_reward.model.rows import PackedRow, build_row, collate, plan_batches
+from mr_reward.templates.rendered import RenderedGroup
 
 _BYTES_PER_TOKEN = 4
 

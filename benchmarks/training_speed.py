@@ -37,7 +37,7 @@ from speed_competitors import REFERENCES, Competitor, check_scores, make_competi
 from speed_report import megabytes, plot_bars, print_table, spread
 from torch import Tensor
 
-from mr_reward.losses import best_of_n_cross_entropy
+from mr_reward.training.losses import best_of_n_cross_entropy
 
 COMPETITORS = ("isolated", "set", "set, dense mask", "full LM", "separate")
 PRESETS = {

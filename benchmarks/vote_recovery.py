@@ -25,8 +25,8 @@ from rich.table import Table
 from scipy.stats import kendalltau
 
 from mr_reward.evaluation.figures import plot_bands
-from mr_reward.evaluation.mr2bench.crowd import Crowd, draw_strengths, draw_votes
-from mr_reward.evaluation.mr2bench.rankings import METHODS, Denoised, rank_votes
+from mr_reward.mr2bench.crowd import Crowd, draw_strengths, draw_votes
+from mr_reward.mr2bench.rankings import METHODS, Denoised, rank_votes
 
 NOISE = {"Bradley-Terry": None, "27 % flipped": 0.27}
 GAPS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]

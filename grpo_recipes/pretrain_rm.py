@@ -21,14 +21,14 @@ from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
-from mr_reward.data.handwriting import make_groups
+from mr_reward.checkpoint.card import write_model_card
+from mr_reward.checkpoint.zero3 import outside_zero3
 from mr_reward.data.preferences import load_preferences
 from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.ranking import evaluate_ranking
-from mr_reward.model_card import write_model_card
 from mr_reward.training.arguments import RewardTrainingArguments
 from mr_reward.training.trainer import RewardTrainer
-from mr_reward.zero3 import outside_zero3
+from mr_reward.worlds.handwriting import make_groups
 
 
 @dataclass

@@ -28,12 +28,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import GRPOConfig, ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
-from mr_reward.data.handwriting import make_groups, make_sft_rows, make_tasks
-from mr_reward.data.tiny import build_qwen3_vl, build_qwen3_vl_processor
 from mr_reward.evaluation.figures import plot_curves, plot_scored_groups
-from mr_reward.evaluation.handwriting import handwriting_accuracy, policy_answers
 from mr_reward.evaluation.ranking import evaluate_ranking
 from mr_reward.training.arguments import RewardTrainingArguments
+from mr_reward.worlds.handwriting import make_groups, make_sft_rows, make_tasks
+from mr_reward.worlds.handwriting_policy import handwriting_accuracy, policy_answers
+from mr_reward.worlds.tiny import build_qwen3_vl, build_qwen3_vl_processor
 
 RECIPES = Path(__file__).parent
 

@@ -21,20 +21,20 @@ from rich.console import Console
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from mr_reward.doctor.doctor import check_before_start, examine_recipe
+from mr_reward.doctor.findings import may_start, show_findings
 from mr_reward.errors import ConfigurationError
-from mr_reward.evaluation.handwriting import handwriting_accuracy
-from mr_reward.grpo.arguments import PolicyTrainingArguments
-from mr_reward.grpo.doctor import check_before_start, examine_recipe
-from mr_reward.grpo.findings import may_start, show_findings
-from mr_reward.grpo.recipe import PolicyArguments, load_prompts, make_reward, other_rewards
-from mr_reward.grpo.resume import ContinuedEpochs, checkpoint_to_resume
-from mr_reward.grpo.run_figure import RunFigure
-from mr_reward.grpo.validation import PolicyValidation
-from mr_reward.grpo.vllm_cpu import prepare_vllm_on_cpu
-from mr_reward.grpo.vllm_images import send_single_placeholders
-from mr_reward.grpo.vllm_server import check_vllm_server
-from mr_reward.grpo.warning_signs import WarningSigns
+from mr_reward.runs.arguments import PolicyTrainingArguments
+from mr_reward.runs.figure import RunFigure
+from mr_reward.runs.recipe import PolicyArguments, load_prompts, make_reward, other_rewards
+from mr_reward.runs.resume import ContinuedEpochs, checkpoint_to_resume
+from mr_reward.runs.validation import PolicyValidation
+from mr_reward.runs.vllm_cpu import prepare_vllm_on_cpu
+from mr_reward.runs.vllm_images import send_single_placeholders
+from mr_reward.runs.vllm_server import check_vllm_server
+from mr_reward.runs.warning_signs import WarningSigns
 from mr_reward.training.saving import naming_a_full_disk
+from mr_reward.worlds.handwriting_policy import handwriting_accuracy
 
 
 def dry_run(argv: list[str]) -> bool:

@@ -3,15 +3,16 @@
 The public names are loaded on first use, so that `import mr_reward` stays light.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mr_reward.exports import lazy_exports
 from mr_reward.groups import ResponseGroup
 
 if TYPE_CHECKING:
     from mr_reward.grpo.reward import MultiResponseReward
-    from mr_reward.modeling import MultiResponseRewardConfig, MultiResponseRewardModel
-    from mr_reward.scoring import GroupScorer
+    from mr_reward.model.configuration import MultiResponseRewardConfig
+    from mr_reward.model.model import MultiResponseRewardModel
+    from mr_reward.model.scorer import GroupScorer
 
 __version__ = "0.1.0"
 
@@ -23,15 +24,12 @@ __all__ = [
     "ResponseGroup",
 ]
 
-_LAZY_NAMES = {
-    "GroupScorer": "mr_reward.scoring",
-    "MultiResponseReward": "mr_reward.grpo.reward",
-    "MultiResponseRewardConfig": "mr_reward.modeling",
-    "MultiResponseRewardModel": "mr_reward.modeling",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY_NAMES:
-        return getattr(import_module(_LAZY_NAMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "GroupScorer": "model.scorer",
+        "MultiResponseReward": "grpo.reward",
+        "MultiResponseRewardConfig": "model.configuration",
+        "MultiResponseRewardModel": "model.model",
+    },
+)

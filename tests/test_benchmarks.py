@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mr_reward import MultiResponseRewardModel
-from mr_reward.data import tiny
+from mr_reward.worlds import tiny
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 OURS = ("isolated", "set", "set, dense mask")

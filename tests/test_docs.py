@@ -26,10 +26,10 @@ from trl import GRPOConfig, ModelConfig
 from typer.testing import CliRunner
 
 from mr_reward.cli.app import app
-from mr_reward.data import tiny
-from mr_reward.data.handwriting import make_policy_rows, make_tasks
-from mr_reward.grpo.recipe import PolicyArguments
+from mr_reward.runs.recipe import PolicyArguments
 from mr_reward.training.arguments import RewardTrainingArguments
+from mr_reward.worlds import tiny
+from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from mr_reward.attention import BACKENDS, attention_mask, check_backend
+from mr_reward.attention.backends import BACKENDS, attention_mask, check_backend
 from mr_reward.errors import BackendError, ConfigurationError
 from mr_reward.layouts import LAYOUTS, PADDING_SEGMENT, TokenKind, check_layout, plan_row, visible
 

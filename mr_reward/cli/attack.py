@@ -40,8 +40,8 @@ def attack(
     """
     from mr_reward.data.preferences import load_preferences
     from mr_reward.evaluation.attacks import ATTACKS, attack_items, run_attacks
-    from mr_reward.grpo.loading import default_device
-    from mr_reward.scoring import GroupScorer
+    from mr_reward.model.scorer import GroupScorer
+    from mr_reward.scorers.opening import default_device
 
     items = attack_items(load_preferences(groups), seed=seed)[:limit]
     scorer = GroupScorer.from_pretrained(

@@ -24,7 +24,7 @@ def merge(
 
     Example: mr-reward merge outputs/rm/checkpoint-400 rm
     """
-    from mr_reward.checkpoint import merge as merge_checkpoint
+    from mr_reward.model.export import merge as merge_checkpoint
 
     merge_checkpoint(adapter, out)
     logger.info("wrote %s", out)
@@ -38,8 +38,8 @@ def export(
 
     Example: mr-reward export rm public
     """
-    from mr_reward.checkpoint import export_paper_format
-    from mr_reward.modeling import MultiResponseRewardModel
+    from mr_reward.model.export import export_paper_format
+    from mr_reward.model.model import MultiResponseRewardModel
 
     export_paper_format(MultiResponseRewardModel.from_pretrained(model), out)
     logger.info("wrote %s", out)
@@ -58,7 +58,7 @@ def card(
 
     Example: mr-reward card rm --metrics metrics.json --licence apache-2.0
     """
-    from mr_reward.model_card import write_model_card
+    from mr_reward.checkpoint.card import write_model_card
 
     path = write_model_card(
         folder,

@@ -91,8 +91,8 @@ def inspect(
 
     Example: mr-reward data inspect train.jsonl val.jsonl
     """
-    from mr_reward.data.inspection import inspect_groups, render_inspections
     from mr_reward.data.preferences import load_preferences
+    from mr_reward.data.statistics import inspect_groups, render_inspections
 
     for path in files:
         groups = load_preferences(path, skip_bad=skip_bad)
@@ -167,7 +167,7 @@ def handwriting(
 
     Example: mr-reward data handwriting outputs/handwriting
     """
-    from mr_reward.data.handwriting_benchmarks import HANDWRITING_BENCHMARKS, write_handwriting_benchmarks
+    from mr_reward.worlds.handwriting_benchmarks import HANDWRITING_BENCHMARKS, write_handwriting_benchmarks
 
     counts = write_handwriting_benchmarks(out, num_items, num_digits=num_digits, seed=seed)
     table = Table("items", "evaluate with")

@@ -35,8 +35,8 @@ def doctor(
 
     Example: mr-reward doctor --config recipe.yaml --num-processes 8 --num_generations 16
     """
-    from mr_reward.grpo.doctor import examine_machine, examine_recipe
-    from mr_reward.grpo.findings import may_start, show_findings
+    from mr_reward.doctor.doctor import examine_machine, examine_recipe
+    from mr_reward.doctor.findings import may_start, show_findings
 
     if config is not None:
         if model is not None:

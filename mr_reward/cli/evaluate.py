@@ -46,7 +46,7 @@ def evaluate(
     from mr_reward.evaluation.report import show_report
     from mr_reward.evaluation.run import evaluate_benchmark
     from mr_reward.evaluation.scorers import load_scorer
-    from mr_reward.grpo.loading import default_device
+    from mr_reward.scorers.opening import default_device
 
     num_orders = ALL_ORDERS if orders == "all" else _number(orders)
     get_benchmark(benchmark)  # a wrong name is told before the model is loaded

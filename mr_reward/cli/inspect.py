@@ -13,8 +13,8 @@ from mr_reward.cli.options import Device, Dtype, torch_dtype
 from mr_reward.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from mr_reward.inspection.load import Inspected
-    from mr_reward.rendering import Renderer
+    from mr_reward.templates.rendering import Renderer
+    from mr_reward.viewer.load import Inspected
 
 __all__ = ["inspect"]
 
@@ -41,16 +41,16 @@ def inspect(
 
     Example: mr-reward inspect groups.jsonl --model rm --score --group 7 --png group.png
     """
-    from mr_reward.inspection.figure import plot_views
-    from mr_reward.inspection.load import load_source, score_file
-    from mr_reward.inspection.page import render_page
-    from mr_reward.inspection.views import Lengths, make_view
+    from mr_reward.viewer.figure import plot_views
+    from mr_reward.viewer.load import load_source, score_file
+    from mr_reward.viewer.page import render_page
+    from mr_reward.viewer.views import Lengths, make_view
 
     if score:
         if model is None:
             raise ConfigurationError("--score needs --model, the reward model to score with")
-        from mr_reward.grpo.loading import default_device
-        from mr_reward.scoring import GroupScorer
+        from mr_reward.model.scorer import GroupScorer
+        from mr_reward.scorers.opening import default_device
 
         scorer = GroupScorer.from_pretrained(
             model, dtype=torch_dtype(dtype), device=device or default_device(), over_length="drop_group"
@@ -88,9 +88,9 @@ def _choose(inspected: list[Inspected], group: str | None) -> list[Inspected]:
 
 def _read_model(name: str) -> tuple[Renderer, str]:
     """What turns groups into tokens, and the layout; no weights are loaded."""
-    from mr_reward.configuration import MultiResponseRewardConfig
-    from mr_reward.integrity import load_processor
-    from mr_reward.rendering import Renderer
+    from mr_reward.checkpoint.verify import load_processor
+    from mr_reward.model.configuration import MultiResponseRewardConfig
+    from mr_reward.templates.rendering import Renderer
 
     config = MultiResponseRewardConfig.from_pretrained(name)
     return Renderer(load_processor(name), config.template), config.layout

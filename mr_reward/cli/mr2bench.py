@@ -41,8 +41,8 @@ def build(
 
     Example: mr-reward mr2bench build --votes votes.jsonl --questions questions.jsonl --out benchmark
     """
-    from mr_reward.evaluation.mr2bench.build import build_benchmark, write_benchmark
-    from mr_reward.evaluation.mr2bench.judgments import read_questions, read_rankings, read_votes
+    from mr_reward.mr2bench.build import build_benchmark, write_benchmark
+    from mr_reward.mr2bench.judgments import read_questions, read_rankings, read_votes
 
     if (votes is None) == (rankings is None):
         raise ConfigurationError("give either --votes or --rankings, the human judgments")

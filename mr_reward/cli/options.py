@@ -32,7 +32,7 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     Raises:
         ConfigurationError: no such dtype.
     """
-    from mr_reward.grpo.loading import DTYPES
+    from mr_reward.scorers.opening import DTYPES
 
     if name is not None and name not in DTYPES:
         raise ConfigurationError(f"--dtype is {name!r}, expected one of {', '.join(DTYPES)}")

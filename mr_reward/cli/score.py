@@ -23,7 +23,7 @@ from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 
 if TYPE_CHECKING:
     from mr_reward.groups import ResponseGroup
-    from mr_reward.scoring import GroupScores, Scorer
+    from mr_reward.model.scorer import GroupScores, Scorer
 
 __all__ = ["score"]
 
@@ -150,12 +150,12 @@ def _read_done(content: bytes) -> dict[str, Any] | None:
 
 def _open_scorer(name: str, *, dtype: str | None, device: str | None, **options: Any) -> tuple[Scorer, str]:
     """The scorer, and a checksum of everything that decides its scores."""
-    from mr_reward.fingerprint import weights_digest
-    from mr_reward.grpo.loading import default_device
-    from mr_reward.scoring import GroupScorer
+    from mr_reward.checkpoint.digest import weights_digest
+    from mr_reward.model.scorer import GroupScorer
+    from mr_reward.scorers.opening import default_device
 
     if name.startswith(("http://", "https://")):
-        from mr_reward.serving import RemoteScorer
+        from mr_reward.scorers import RemoteScorer
 
         remote = RemoteScorer(name)
         health = remote.connect()

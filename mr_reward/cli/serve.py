@@ -52,8 +52,8 @@ def serve(
 
     Example: mr-reward serve rm --collect 8 --port 5000
     """
-    from mr_reward.grpo.loading import default_device
-    from mr_reward.scoring import GroupScorer
+    from mr_reward.model.scorer import GroupScorer
+    from mr_reward.scorers.opening import default_device
     from mr_reward.serving import ServerLimits, check_access
     from mr_reward.serving import serve as run_server
     from mr_reward.serving.server import run_app

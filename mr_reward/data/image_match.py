@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dctn
 
-from mr_reward.media import load_image
+from mr_reward.templates.images import load_image
 
 __all__ = ["Fingerprint", "ImageIndex", "fingerprint", "same_picture"]
 

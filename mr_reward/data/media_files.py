@@ -15,7 +15,7 @@ from PIL import Image
 
 from mr_reward.errors import MediaError
 from mr_reward.groups import ResponseGroup
-from mr_reward.media import load_image
+from mr_reward.templates.images import load_image
 
 __all__ = ["frames_in", "rebase_path", "resolve_media", "write_image"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mr_reward.groups import ResponseGroup
-from mr_reward.media import load_image
+from mr_reward.templates.images import load_image
 
 __all__ = ["plot_bands", "plot_curves", "plot_scored_groups"]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from mr_reward.errors import GroupError
 from mr_reward.groups import ResponseGroup
 from mr_reward.metrics import order_flip_rate, ranking_metrics, score_length_correlation
-from mr_reward.scoring import GroupScorer
+from mr_reward.model.scorer import GroupScorer
 
 __all__ = ["evaluate_ranking"]
 

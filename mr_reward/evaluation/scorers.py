@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.data.preferences import json_lines
 from mr_reward.errors import ConfigurationError, GroupError, NonFiniteScoreError
 from mr_reward.evaluation.protocol import BenchmarkScorer
-from mr_reward.fingerprint import weights_digest
 from mr_reward.groups import ResponseGroup
-from mr_reward.scoring import GroupScorer, GroupScores
+from mr_reward.model.scorer import GroupScorer, GroupScores
 
 __all__ = ["BASELINES", "Alone", "Baseline", "ClassifierScorer", "RewardModel", "ScoresFile", "load_scorer"]
 
@@ -250,7 +250,7 @@ def load_scorer(
         device: where to run.
         dtype: of the weights; None for the checkpoint's.
         max_tokens_per_batch: of a forward pass.
-        over_length: see `mr_reward.packing.Packer`.
+        over_length: see `mr_reward.model.rows.Packer`.
         alone: score each response alone.
 
     Returns:

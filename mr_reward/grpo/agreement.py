@@ -37,7 +37,7 @@ def check_same_weights(digests: Sequence[str]) -> None:
         "everywhere. Either the folder differs from machine to machine, or the model was loaded while a DeepSpeed "
         "ZeRO-3 configuration was alive (set_zero3_state gives random weights on every rank but 0), or a new head was "
         "drawn with a different seed on each rank; give MultiResponseReward the folder itself and it keeps out of "
-        "ZeRO-3's way, or load the model inside mr_reward.zero3.outside_zero3()"
+        "ZeRO-3's way, or load the model inside mr_reward.checkpoint.zero3.outside_zero3()"
     )
 
 

@@ -13,24 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.data.scored import ScoredGroup
 from mr_reward.errors import ConfigurationError
-from mr_reward.fingerprint import weights_digest
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.agreement import check_same_weights, group_size, is_evaluating
 from mr_reward.grpo.exchange import Exchange
 from mr_reward.grpo.group_log import GroupLog
 from mr_reward.grpo.groups import PlannedGroup, plan_groups
-from mr_reward.grpo.loading import build_scorer, connect_scorer
 from mr_reward.grpo.rows import Completion, Prompt, read_rollouts
 from mr_reward.grpo.telemetry import GroupOutcome, describe_rows, measure
-from mr_reward.packing import OVER_LENGTH_POLICIES
+from mr_reward.model.rows import OVER_LENGTH_POLICIES
+from mr_reward.scorers.opening import build_scorer, connect_scorer
 
 if TYPE_CHECKING:
     import torch
 
-    from mr_reward.modeling import MultiResponseRewardModel
-    from mr_reward.scoring import Scorer
+    from mr_reward.model.model import MultiResponseRewardModel
+    from mr_reward.model.scorer import Scorer
 
 __all__ = ["REWARD_TRANSFORMS", "MultiResponseReward"]
 

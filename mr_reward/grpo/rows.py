@@ -10,7 +10,7 @@ from typing import Any
 
 from mr_reward.errors import GroupError
 from mr_reward.groups import ResponseGroup
-from mr_reward.media import load_image
+from mr_reward.templates.images import load_image
 
 __all__ = ["RolloutRow", "completion_text", "prompt_fingerprint", "read_rollouts"]
 

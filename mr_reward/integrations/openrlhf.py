@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mr_reward.errors import MRRewardError
 from mr_reward.integrations.collector import GroupCollector, Rollout
-from mr_reward.scoring import GroupScorer
+from mr_reward.model.scorer import GroupScorer
 from mr_reward.serving.batcher import Batcher
 from mr_reward.serving.server import ServerLimits
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from mr_reward.groups import ResponseGroup
-from mr_reward.scoring import GroupScores
+from mr_reward.model.scorer import GroupScores
 
 __all__ = ["Batcher", "Job"]
 

@@ -19,12 +19,11 @@ from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
+from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.errors import ConfigurationError, MRRewardError
-from mr_reward.fingerprint import weights_digest
 from mr_reward.groups import ResponseGroup
-from mr_reward.scoring import GroupScorer, GroupScores
-from mr_reward.serving.batcher import Batcher
-from mr_reward.serving.wire import (
+from mr_reward.model.scorer import GroupScorer, GroupScores
+from mr_reward.scorers.wire import (
     ErrorAnswer,
     Health,
     ScoreAnswer,
@@ -34,6 +33,7 @@ from mr_reward.serving.wire import (
     dump,
     from_wire,
 )
+from mr_reward.serving.batcher import Batcher
 
 __all__ = ["ServerLimits", "build_app", "check_access", "run_app", "serve"]
 

@@ -7,8 +7,8 @@ import torch
 from transformers import TrainingArguments
 
 from mr_reward.errors import ConfigurationError
-from mr_reward.losses import get_loss
-from mr_reward.packing import OVER_LENGTH_POLICIES
+from mr_reward.model.rows import OVER_LENGTH_POLICIES
+from mr_reward.training.losses import get_loss
 
 __all__ = ["RewardTrainingArguments", "backend_for_deepspeed"]
 
@@ -17,12 +17,12 @@ __all__ = ["RewardTrainingArguments", "backend_for_deepspeed"]
 class RewardTrainingArguments(TrainingArguments):
     """Arguments of `RewardTrainer`.
 
-    transformers' own fields cover the rest: `label_smoothing_factor` (for the losses of `mr_reward.losses`),
+    transformers' own fields cover the rest: `label_smoothing_factor` (for the losses of `mr_reward.training.losses`),
     `train_sampling_strategy` (`batch_rebalance` forms micro-batches of equal cost in tokens, `group_by_length` batches
     of equal length), `gradient_checkpointing`, `bf16`, `deepspeed`, `metric_for_best_model`, `resume_from_checkpoint`.
 
     Args:
-        loss: `best_of_n`, `plackett_luce` or `bradley_terry`, see `mr_reward.losses`.
+        loss: `best_of_n`, `plackett_luce` or `bradley_terry`, see `mr_reward.training.losses`.
         margin: score difference that `bradley_terry` asks for per rank of difference.
         center_rewards_coefficient: weight of the penalty on the groups' mean scores; the name is TRL's.
         max_tokens: largest number of tokens of a training row (prompt, media and all responses of a group).

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mr_reward.errors import OverLengthError
 from mr_reward.groups import ResponseGroup
-from mr_reward.packing import Packer, collate
+from mr_reward.model.rows import Packer, collate
 
 __all__ = ["GroupCollator"]
 

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from mr_reward.data.degenerate import MASTER_KEYS, with_degenerate_negative
 from mr_reward.errors import ConfigurationError, GroupError, OverLengthError
 from mr_reward.groups import ResponseGroup
-from mr_reward.packing import Packer
-from mr_reward.rendering import Renderer
+from mr_reward.model.rows import Packer
+from mr_reward.templates.rendering import Renderer
 
 __all__ = ["CheckedGroups", "EvaluationGroups", "TrainingGroups", "check_groups"]
 

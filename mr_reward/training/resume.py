@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from mr_reward.checksums import changed_file
+from mr_reward.checkpoint.checksums import changed_file
 
 __all__ = ["incomplete_reason", "last_complete_checkpoint"]
 

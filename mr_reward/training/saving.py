@@ -11,9 +11,9 @@ from accelerate import Accelerator, init_empty_weights
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
+from mr_reward.checkpoint.zero3 import outside_zero3
 from mr_reward.errors import ConfigurationError
-from mr_reward.modeling import MultiResponseRewardModel
-from mr_reward.zero3 import outside_zero3
+from mr_reward.model.model import MultiResponseRewardModel
 
 __all__ = ["check_can_save", "naming_a_full_disk", "save_whole_model"]
 

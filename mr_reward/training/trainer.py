@@ -17,22 +17,22 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from mr_reward.checksums import write_checksums
+from mr_reward.checkpoint.checksums import write_checksums
+from mr_reward.checkpoint.verify import non_finite_cause
+from mr_reward.checkpoint.zero3 import match_partitioned_dtype
 from mr_reward.errors import NonFiniteScoreError
 from mr_reward.groups import ResponseGroup
-from mr_reward.integrity import non_finite_cause
-from mr_reward.losses import get_loss
-from mr_reward.modeling import MultiResponseRewardModel
-from mr_reward.out_of_memory import memory_advice
-from mr_reward.packing import Packer
-from mr_reward.rendering import Renderer
+from mr_reward.model.model import MultiResponseRewardModel
+from mr_reward.model.out_of_memory import memory_advice
+from mr_reward.model.rows import Packer
+from mr_reward.templates.rendering import Renderer
 from mr_reward.training.arguments import RewardTrainingArguments
 from mr_reward.training.collator import GroupCollator
 from mr_reward.training.data import EvaluationGroups, TrainingGroups, check_groups
 from mr_reward.training.evaluation import evaluation_metrics
+from mr_reward.training.losses import get_loss
 from mr_reward.training.resume import last_complete_checkpoint
 from mr_reward.training.saving import check_can_save, naming_a_full_disk, save_whole_model
-from mr_reward.zero3 import match_partitioned_dtype
 
 __all__ = ["RewardTrainer"]
 

@@ -29,14 +29,14 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from mr_reward import MultiResponseRewardModel, ResponseGroup
-from mr_reward.attention import check_backend
+from mr_reward.attention.backends import check_backend
 from mr_reward.backbones import ADAPTERS, merge_media
 from mr_reward.backbones.molmo2 import Molmo2Adapter
-from mr_reward.data.tiny_molmo2 import MOLMO2_TOKENS
 from mr_reward.errors import BackendError, MediaError
 from mr_reward.layouts import visible
-from mr_reward.packing import collate
-from mr_reward.rendering import Renderer
+from mr_reward.model.rows import collate
+from mr_reward.templates.rendering import Renderer
+from mr_reward.worlds.tiny_molmo2 import MOLMO2_TOKENS
 
 
 def everything(rng: random.Random) -> list[ResponseGroup]:

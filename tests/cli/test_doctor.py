@@ -20,7 +20,7 @@ from test_memory import QWEN3_VL_4B
 from transformers import Qwen3VLConfig
 
 from mr_reward import MultiResponseRewardModel
-from mr_reward.data import tiny
+from mr_reward.worlds import tiny
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "grpo_recipes" / "policy_tiny_handwriting_cpu.yaml"

@@ -14,7 +14,7 @@ from PIL import Image
 from mr_reward import ResponseGroup
 from mr_reward.data.preferences import load_preferences, save_preferences
 from mr_reward.errors import GroupError, MediaError
-from mr_reward.media import load_image
+from mr_reward.templates.images import load_image
 
 RED, BLUE = Image.new("RGB", (9, 7), "red"), Image.new("RGB", (5, 4), "blue")
 

@@ -14,13 +14,13 @@ from tiny_models import reward_model
 from typer.testing import CliRunner
 
 from mr_reward import ResponseGroup
+from mr_reward.checkpoint.card import write_model_card
 from mr_reward.cli.app import app
 from mr_reward.data.degenerate import MASTER_KEYS
 from mr_reward.data.preferences import save_preferences
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.attacks import ATTACKS, attack_items, run_attacks
-from mr_reward.model_card import write_model_card
-from mr_reward.scoring import GroupScores
+from mr_reward.model.scorer import GroupScores
 
 TOKENS = ["<|im_end|>", "<|image_pad|>"]
 

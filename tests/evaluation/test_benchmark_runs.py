@@ -19,15 +19,15 @@ from typer.testing import CliRunner
 
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.cli.app import app
-from mr_reward.data import tiny
-from mr_reward.data.handwriting import make_groups
-from mr_reward.data.handwriting_benchmarks import HANDWRITING_BENCHMARKS
 from mr_reward.data.preferences import save_preferences
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.items import EvaluationItem, ItemRecord
 from mr_reward.evaluation.protocol import ALL_ORDERS, draw_orders, read_records, score_benchmark
 from mr_reward.evaluation.scorers import Alone, Baseline, ClassifierScorer, RewardModel, ScoresFile, load_scorer
-from mr_reward.scoring import GroupScores
+from mr_reward.model.scorer import GroupScores
+from mr_reward.worlds import tiny
+from mr_reward.worlds.handwriting import make_groups
+from mr_reward.worlds.handwriting_benchmarks import HANDWRITING_BENCHMARKS
 
 
 def items(count: int = 40, seed: int = 0) -> list[EvaluationItem]:

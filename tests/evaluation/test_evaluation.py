@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from mr_reward import ResponseGroup
-from mr_reward.data.handwriting import make_groups, make_tasks
-from mr_reward.data.tiny import build_qwen3_vl, build_qwen3_vl_processor
 from mr_reward.errors import GroupError
 from mr_reward.evaluation.figures import plot_curves, plot_scored_groups
-from mr_reward.evaluation.handwriting import handwriting_accuracy, policy_answers
 from mr_reward.evaluation.ranking import evaluate_ranking
+from mr_reward.worlds.handwriting import make_groups, make_tasks
+from mr_reward.worlds.handwriting_policy import handwriting_accuracy, policy_answers
+from mr_reward.worlds.tiny import build_qwen3_vl, build_qwen3_vl_processor
 
 
 class FakeScorer:

@@ -22,13 +22,13 @@ import torch.distributed as dist
 from PIL import Image
 
 import mr_reward.grpo.reward as reward_module
-from mr_reward.data.tiny import build_llama, build_tokenizer
 from mr_reward.errors import MRRewardError
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.reward import MultiResponseReward
-from mr_reward.modeling import MultiResponseRewardModel
-from mr_reward.out_of_memory import memory_advice
-from mr_reward.scoring import GroupScores
+from mr_reward.model.model import MultiResponseRewardModel
+from mr_reward.model.out_of_memory import memory_advice
+from mr_reward.model.scorer import GroupScores
+from mr_reward.worlds.tiny import build_llama, build_tokenizer
 
 ROWS_PER_RANK = (2, 3, 4, 6)
 GROUP_SIZES = (4, 6)

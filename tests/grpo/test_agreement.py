@@ -13,11 +13,11 @@ from torch import nn
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from mr_reward import MultiResponseReward, MultiResponseRewardModel
-from mr_reward.data import tiny
+from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.errors import CheckpointError, ConfigurationError
-from mr_reward.fingerprint import weights_digest
 from mr_reward.grpo.agreement import check_same_weights, group_size
-from mr_reward.grpo.loading import build_scorer
+from mr_reward.scorers.opening import build_scorer
+from mr_reward.worlds import tiny
 
 
 @pytest.fixture(scope="module")

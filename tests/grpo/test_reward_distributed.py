@@ -16,10 +16,10 @@ import pytest
 import reward_worker
 
 import mr_reward.grpo.reward as reward_module
-from mr_reward.data.tiny import build_qwen3_vl, build_qwen3_vl_processor
 from mr_reward.grpo.reward import MultiResponseReward
 from mr_reward.grpo.telemetry import COLUMN_KEYS, METRIC_KEYS
-from mr_reward.modeling import MultiResponseRewardModel
+from mr_reward.model.model import MultiResponseRewardModel
+from mr_reward.worlds.tiny import build_qwen3_vl, build_qwen3_vl_processor
 
 pytestmark = pytest.mark.distributed
 

@@ -7,9 +7,9 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from mr_reward import MultiResponseReward, MultiResponseRewardModel
-from mr_reward.data import tiny
-from mr_reward.data.handwriting import make_policy_rows, make_tasks
 from mr_reward.grpo.telemetry import METRIC_KEYS
+from mr_reward.worlds import tiny
+from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
 
 
 @pytest.mark.parametrize(

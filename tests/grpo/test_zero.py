@@ -19,9 +19,9 @@ import yaml
 from launching import DEEPSPEED_CONFIGS, environment, needs_deepspeed, two_processes
 
 from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel
-from mr_reward.data import tiny
-from mr_reward.fingerprint import weights_digest
+from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.groups import ResponseGroup
+from mr_reward.worlds import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, needs_deepspeed]
 

@@ -18,8 +18,8 @@ from transformers.modeling_utils import set_zero3_state
 from trl import GRPOConfig, GRPOTrainer
 
 from mr_reward import MultiResponseReward, MultiResponseRewardModel
+from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.errors import MRRewardError
-from mr_reward.fingerprint import weights_digest
 
 NUM_GENERATIONS, NUM_GENERATIONS_EVAL = 4, 2
 

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
-from mr_reward.data import tiny
-from mr_reward.data.handwriting import make_groups
 from mr_reward.grpo.telemetry import METRIC_KEYS
+from mr_reward.worlds import tiny
+from mr_reward.worlds.handwriting import make_groups
 
 RECIPES = Path(__file__).parents[2] / "grpo_recipes"
 

@@ -29,9 +29,9 @@ from mr_reward.data.preferences import load_preferences, save_preferences
 from mr_reward.data.scored import ScoredGroup, read_scored, write_scored
 from mr_reward.errors import MediaError, MRRewardError
 from mr_reward.evaluation.benchmarks import open_benchmark
-from mr_reward.media import load_image
+from mr_reward.scorers.wire import ScoreRequest, dump, to_wire
 from mr_reward.serving.server import ServerLimits, build_app
-from mr_reward.serving.wire import ScoreRequest, dump, to_wire
+from mr_reward.templates.images import load_image
 
 Target = Callable[[random.Random, Path], str]
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "I;16", "F")

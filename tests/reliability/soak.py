@@ -35,7 +35,7 @@ from tiny_models import random_image, random_text, reward_model
 from mr_reward import GroupScorer, MultiResponseReward
 from mr_reward.data.scored import read_scored
 from mr_reward.grpo.group_log import GroupLog
-from mr_reward.serving.client import RemoteScorer
+from mr_reward.scorers.remote import RemoteScorer
 
 SAME = 1e-5
 GENERATIONS = 4

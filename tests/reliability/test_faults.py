@@ -1,6 +1,6 @@
 """Faults in the middle of the work: what is left is usable, and the message names the cause.
 
-Kills, full disks and a jumping clock in training are in training/test_resume.py and grpo/test_resume.py; ranks that
+Kills, full disks and a jumping clock in training are in training/test_resume.py and runs/test_resume.py; ranks that
 die, stall or run out of memory in grpo/test_reward_distributed.py; servers and connections in serving/; an interrupted
 `score` in cli/test_score.py.
 """
@@ -30,11 +30,11 @@ from typer.testing import CliRunner
 
 from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel, ResponseGroup
 from mr_reward.cli.app import app
-from mr_reward.data import tiny
 from mr_reward.data.preferences import save_preferences
 from mr_reward.errors import NonFiniteScoreError
-from mr_reward.serving.client import RemoteScorer
+from mr_reward.scorers.remote import RemoteScorer
 from mr_reward.training.resume import last_complete_checkpoint
+from mr_reward.worlds import tiny
 
 
 def ranked(count: int, seed: int = 0) -> list[ResponseGroup]:

@@ -23,9 +23,9 @@ from mr_reward.data.preferences import load_preferences, save_preferences
 from mr_reward.data.scored import ScoredGroup, read_scored, write_scored
 from mr_reward.errors import GroupError, MRRewardError, OverLengthError
 from mr_reward.grpo.reward import REWARD_TRANSFORMS
-from mr_reward.packing import OVER_LENGTH_POLICIES, Packer
-from mr_reward.rendering import Renderer
-from mr_reward.serving.wire import WireGroup, dump, from_wire, to_wire
+from mr_reward.model.rows import OVER_LENGTH_POLICIES, Packer
+from mr_reward.scorers.wire import WireGroup, dump, from_wire, to_wire
+from mr_reward.templates.rendering import Renderer
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 

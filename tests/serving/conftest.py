@@ -9,7 +9,7 @@ import pytest
 from tiny_models import random_group, reward_model
 
 from mr_reward import GroupScorer, ResponseGroup
-from mr_reward.serving.client import TOKEN_VARIABLE
+from mr_reward.scorers.remote import TOKEN_VARIABLE
 
 
 @pytest.fixture(autouse=True)

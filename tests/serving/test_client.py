@@ -16,6 +16,7 @@ import pytest
 from http_server import Faulty, running
 
 from mr_reward import GroupScorer, ResponseGroup
+from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.errors import (
     CheckpointError,
     ConfigurationError,
@@ -24,10 +25,10 @@ from mr_reward.errors import (
     OverLengthError,
     ScoringServerError,
 )
-from mr_reward.fingerprint import weights_digest
-from mr_reward.scoring import GroupScores
-from mr_reward.serving import RemoteScorer, ServerLimits, build_app
-from mr_reward.serving.client import batches
+from mr_reward.model.scorer import GroupScores
+from mr_reward.scorers import RemoteScorer
+from mr_reward.scorers.remote import batches
+from mr_reward.serving import ServerLimits, build_app
 
 SAME = 1e-6
 DEADLINE = 20.0

@@ -24,10 +24,10 @@ from tiny_models import random_image, reward_model
 from typer.testing import CliRunner
 
 from mr_reward import GroupScorer, MultiResponseReward, ResponseGroup
+from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.cli.app import app
 from mr_reward.errors import CheckpointError, ConfigurationError, ScoringServerError
-from mr_reward.fingerprint import weights_digest
-from mr_reward.serving import RemoteScorer
+from mr_reward.scorers import RemoteScorer
 
 Groups = Callable[..., list[ResponseGroup]]
 SAME = 1e-6
@@ -138,7 +138,7 @@ def test_the_recipe_trains_with_a_server(server: str, folder: Path, tmp_path: Pa
     from train_policy import PolicyArguments, train_policy
     from trl import GRPOConfig, ModelConfig
 
-    from mr_reward.data import tiny
+    from mr_reward.worlds import tiny
 
     tiny.build_qwen3_vl(0, hidden_size=64, num_layers=2).save_pretrained(tmp_path / "policy")
     tiny.build_qwen3_vl_processor().save_pretrained(tmp_path / "policy")

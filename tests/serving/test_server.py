@@ -20,8 +20,8 @@ from http_server import running
 from PIL import Image
 
 from mr_reward import GroupScorer, ResponseGroup
+from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.errors import ConfigurationError
-from mr_reward.fingerprint import weights_digest
 from mr_reward.serving import ServerLimits, build_app, check_access, serve
 
 Groups = Callable[..., list[ResponseGroup]]
@@ -231,7 +231,7 @@ def test_one_bad_request_does_not_spoil_the_others(held: Held, caplog: pytest.Lo
 
 
 def test_images_keep_every_pixel(tmp_path: Path) -> None:
-    from mr_reward.serving.wire import from_wire, to_wire
+    from mr_reward.scorers.wire import from_wire, to_wire
 
     pixels = Image.effect_noise((13, 9), 90)
     path = tmp_path / "a.webp"
@@ -242,7 +242,7 @@ def test_images_keep_every_pixel(tmp_path: Path) -> None:
     group = ResponseGroup(
         prompt=[{"role": "user", "content": content}], responses=["\ud800 é 🙂"], images=sources, videos=[[pixels] * 2]
     )
-    from mr_reward.media import load_image
+    from mr_reward.templates.images import load_image
 
     back = from_wire(to_wire(group, "0"), max_pixels=10_000)
     for found, source in zip(back.images, sources, strict=True):

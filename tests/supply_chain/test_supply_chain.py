@@ -248,7 +248,7 @@ def test_the_token_is_never_told(caplog: pytest.LogCaptureFixture, tmp_path: Pat
     from http_server import running
 
     from mr_reward.errors import ScoringServerError
-    from mr_reward.serving.client import RemoteScorer
+    from mr_reward.scorers.remote import RemoteScorer
     from mr_reward.serving.server import build_app
 
     told = []

@@ -9,17 +9,17 @@ from collections import Counter
 import pytest
 
 from mr_reward import ResponseGroup
-from mr_reward.data import tiny
 from mr_reward.data.degenerate import MASTER_KEYS, with_degenerate_negative
 from mr_reward.errors import ConfigurationError, GroupError, OverLengthError
-from mr_reward.packing import Packer
-from mr_reward.rendering import Renderer
+from mr_reward.model.rows import Packer
+from mr_reward.templates.rendering import Renderer
 from mr_reward.training.data import (
     CheckedGroups,
     EvaluationGroups,
     TrainingGroups,
     check_groups,
 )
+from mr_reward.worlds import tiny
 
 
 def group(n: int, name: str = "g", ranks: list[int] | None = None, words: int = 4) -> ResponseGroup:

@@ -12,9 +12,9 @@ from test_evaluation import mixed_groups
 from test_trainer import arguments, reward_model
 from transformers import modeling_utils
 
-from mr_reward.data.handwriting import make_groups
 from mr_reward.errors import NonFiniteScoreError
 from mr_reward.training.trainer import RewardTrainer
+from mr_reward.worlds.handwriting import make_groups
 
 
 def weights_after_one_step(folder: Path, family: str = "llama", lora: dict[str, Any] | None = None, **options: Any):

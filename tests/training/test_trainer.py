@@ -10,16 +10,16 @@ from peft import LoraConfig
 from PIL import Image
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
-from mr_reward.data import tiny
-from mr_reward.data.handwriting import make_groups
 from mr_reward.data.preferences import load_preferences
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, OverLengthError
 from mr_reward.groups import dense_ranks
-from mr_reward.packing import Packer
-from mr_reward.rendering import Renderer
+from mr_reward.model.rows import Packer
+from mr_reward.templates.rendering import Renderer
 from mr_reward.training.arguments import RewardTrainingArguments
 from mr_reward.training.collator import GroupCollator
 from mr_reward.training.trainer import RewardTrainer
+from mr_reward.worlds import tiny
+from mr_reward.worlds.handwriting import make_groups
 
 
 def reward_model(layout: str = "set", family: str = "qwen3_vl") -> MultiResponseRewardModel:

@@ -20,10 +20,10 @@ from test_trainer import arguments, easy_groups
 from torch import nn
 
 from mr_reward import GroupScorer
-from mr_reward.data import tiny
+from mr_reward.checkpoint.zero3 import match_partitioned_dtype
 from mr_reward.errors import ConfigurationError
 from mr_reward.training.resume import last_complete_checkpoint
-from mr_reward.zero3 import match_partitioned_dtype
+from mr_reward.worlds import tiny
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8

@@ -10,8 +10,8 @@ from test_trainer import arguments, easy_groups
 from transformers import AutoModel, set_seed
 
 from mr_reward import MultiResponseRewardModel
+from mr_reward.checkpoint.zero3 import outside_zero3, whole_weights
 from mr_reward.training.trainer import RewardTrainer
-from mr_reward.zero3 import outside_zero3, whole_weights
 
 
 def main(backbone: str, output: str) -> None:

@@ -1,0 +1,150 @@
+"""Layout -> what the attention backend is given, and which backend can express which layout.
+
+The model hands the row's segments to this file, not a mask, so that a backend which uses the row's structure can be
+added here without touching the model.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from mr_reward.attention.group import GROUP_ATTENTION
+from mr_reward.attention.plan import GroupPlan
+from mr_reward.errors import BackendError
+from mr_reward.layouts import PADDING_SEGMENT, TokenKind, check_layout, visible
+
+__all__ = ["BACKENDS", "attention_mask", "check_backend", "flat_arguments", "is_flat"]
+
+# An isolating mask needs a backend that takes a 4-D mask as it is. Flash attention takes none and would ignore it.
+_DENSE = ("sdpa", "eager")
+_FLASH = ("flash_attention_2", "flash_attention_3")
+_FLEX = "flex_attention"
+BACKENDS = {
+    "causal": (GROUP_ATTENTION, *_DENSE, *_FLASH, _FLEX),
+    "isolated": (GROUP_ATTENTION, *_DENSE, _FLEX),
+    "set": (GROUP_ATTENTION, *_DENSE, _FLEX),
+}
+
+
+def check_backend(layout: str, backend: str | None, media_blocks: bool = False) -> None:
+    """Refuse a backend that cannot express the layout.
+
+    Args:
+        layout: `causal`, `isolated` or `set`.
+        backend: transformers' `attn_implementation`.
+        media_blocks: the backbone's image tokens see each other in both directions. transformers asks flash attention
+            for that too, and gets a causal row without an error.
+
+    Raises:
+        BackendError: with the backends that can.
+        ConfigurationError: unknown layout.
+
+    Example:
+        >>> check_backend("causal", "flash_attention_2")
+        >>> check_backend("set", "sdpa", media_blocks=True)
+    """
+    able = [name for name in BACKENDS[check_layout(layout)] if not (media_blocks and name in _FLASH)]
+    if backend not in able:
+        blocks = " over image tokens that see each other in both directions" if media_blocks else ""
+        otherwise = "" if media_blocks else ", or layout 'causal' if the backend must stay"
+        raise BackendError(
+            f"attention backend {backend!r} cannot express layout {layout!r}{blocks}; use attn_implementation="
+            f"{' or '.join(map(repr, able))}{otherwise}"
+        )
+
+
+def is_flat(backend: str | None) -> bool:
+    """Whether the backend reads all rows of a batch end to end in one row without padding.
+
+    Args:
+        backend: transformers' `attn_implementation`.
+
+    Returns:
+        True if `flat_arguments` knows it, False if it takes padded rows and `attention_mask`.
+    """
+    return backend not in _DENSE
+
+
+def flat_arguments(
+    layout: str, backend: str | None, plan: GroupPlan, segments: Tensor, kinds: Tensor, blocks: Tensor | None = None
+) -> dict[str, Any]:
+    """The attention arguments of the backbone's forward for rows that lie end to end in one row without padding.
+
+    Args:
+        layout: `causal`, `isolated` or `set`.
+        backend: one for which `is_flat`.
+        plan: of the batch.
+        segments: (B, L) int64.
+        kinds: (B, L) int64.
+        blocks: (B, L) int64 or None, see `mr_reward.layouts.visible`.
+
+    Returns:
+        Keyword arguments.
+    """
+    if backend == GROUP_ATTENTION:
+        # The mask only stops transformers from making one: it passes one of four dimensions on as it is.
+        return {"group_plan": plan, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=segments.device)}
+    if backend == _FLEX:
+        return {"attention_mask": _block_mask(layout, plan, segments, kinds, blocks)}
+    lengths = torch.tensor([0, *plan.row_lengths])
+    starts = lengths.cumsum(0).to(segments.device, torch.int32, non_blocking=True)
+    longest = max(plan.row_lengths)
+    return {
+        "attention_mask": None,
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _block_mask(layout: str, plan: GroupPlan, segments: Tensor, kinds: Tensor, blocks: Tensor | None) -> BlockMask:
+    """`mr_reward.layouts.visible` for rows that lie end to end."""
+    row = plan.tokens // segments.shape[1]
+    segment, kind = segments.flatten()[plan.tokens], kinds.flatten()[plan.tokens]
+    comparison, summary = int(TokenKind.COMPARISON), int(TokenKind.SUMMARY)  # an enum would be lost in tracing
+    block = torch.full_like(segment, -1) if blocks is None else blocks.flatten()[plan.tokens]
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = query >= key
+        if layout != "causal":
+            seen = seen & ((segment[key] == 0) | (segment[key] == segment[query]))
+        if layout == "set":
+            seen = seen | ((kind[query] == comparison) & (kind[key] == summary))
+        seen = seen | ((block[query] == block[key]) & (block[query] >= 0))
+        return seen & (row[query] == row[key])
+
+    length = len(plan.tokens)
+    return create_block_mask(sees, B=None, H=None, Q_LEN=length, KV_LEN=length, device=str(segments.device))
+
+
+def attention_mask(
+    layout: str,
+    backend: str | None,
+    segments: Tensor,
+    kinds: Tensor,
+    dtype: torch.dtype,
+    blocks: Tensor | None = None,
+) -> Tensor:
+    """The mask argument for the backbone's forward.
+
+    Args:
+        layout: `causal`, `isolated` or `set`.
+        backend: transformers' `attn_implementation` of the backbone.
+        segments: (B, L) int64.
+        kinds: (B, L) int64.
+        dtype: of the hidden states; eager attention adds the mask to its logits.
+        blocks: (B, L) int64 or None, see `mr_reward.layouts.visible`.
+
+    Returns:
+        For `causal` a padding mask (B, L) int64; causality and blocks are the backbone's own. Otherwise (B, 1, L, L),
+        additive for eager and boolean for all others; transformers passes a 4-D mask on as it is.
+    """
+    if layout == "causal":
+        return (segments != PADDING_SEGMENT).long()
+    mask = visible(layout, segments, kinds, blocks)[:, None]
+    if backend != "eager":
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

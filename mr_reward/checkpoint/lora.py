@@ -1,0 +1,106 @@
+"""LoRA checkpoints of a reward model: a folder with an adapter, the reward model's configuration and the processor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from mr_reward.checkpoint.verify import has_file, load_backbone
+from mr_reward.errors import CheckpointError
+
+__all__ = ["is_lora", "lora_backbone", "merge_lora"]
+
+_CONFIG_FILE = "adapter_config.json"
+_WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def is_lora(name: str, revision: str | None = None) -> bool:
+    """Whether a checkpoint holds a LoRA adapter instead of whole weights.
+
+    Args:
+        name: folder or hub id.
+        revision: of the hub repository.
+
+    Returns:
+        True if the adapter's configuration is there.
+    """
+    return has_file(name, _CONFIG_FILE, revision)
+
+
+def lora_backbone(name: str, config: Any, **options: Any) -> tuple[PreTrainedModel, str, str | None]:
+    """Load the backbone that an adapter was trained on.
+
+    Args:
+        name: folder or hub id of the adapter.
+        config: the reward model's configuration in it.
+        **options: as transformers' `from_pretrained`.
+
+    Returns:
+        The backbone, where it came from, and the revision there.
+
+    Raises:
+        CheckpointError: the configuration names none, or it is of another kind, or cannot be loaded.
+    """
+    source, revision = config.backbone_name_or_path, config.backbone_revision
+    if source is None:
+        raise CheckpointError(
+            f"{name}: holds a LoRA adapter, but its configuration does not say which backbone it belongs to; put "
+            "the folder or hub id into backbone_name_or_path of its config.json"
+        )
+    backbone = load_backbone(source, revision=revision, **options)
+    if backbone.config.model_type != config.backbone_config.model_type:
+        raise CheckpointError(
+            f"{source}: holds a {backbone.config.model_type!r} backbone, but {name} was trained on a "
+            f"{config.backbone_config.model_type!r} one; correct backbone_name_or_path in its config.json"
+        )
+    return backbone, source, revision
+
+
+def merge_lora(model: PreTrainedModel, name: str, revision: str | None = None) -> Any:
+    """Put a saved adapter on a reward model and merge it into the weights.
+
+    Args:
+        model: the reward model as it was before training: the same backbone, any head.
+        name: folder or hub id of the adapter.
+        revision: of the hub repository.
+
+    Returns:
+        The same model with merged weights and the trained head.
+
+    Raises:
+        CheckpointError: the adapter does not fit the model exactly, or does not hold the parts that are trained in
+            full beside it.
+    """
+    # peft is loaded where it is needed: scoring a merged model must not depend on it.
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(name, revision=revision)
+    in_full = {key for key, _ in model.named_children()} - {"backbone"}
+    if not in_full <= set(getattr(config, "modules_to_save", None) or ()):
+        raise CheckpointError(
+            f"{name}: the adapter saves {getattr(config, 'modules_to_save', None)} in full, expected "
+            f"{sorted(in_full)}; without them scores come from random weights. Train with "
+            "RewardTrainer(peft_config=...), or set modules_to_save"
+        )
+    try:
+        weights = load_file(str(cached_file(name, _WEIGHTS_FILE, revision=revision)))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{name}: no {_WEIGHTS_FILE} could be read ({error})") from error
+    config.base_model_name_or_path = None  # where it was trained; the caller has found the backbone
+    wrapped = get_peft_model(model, config)
+    expected = get_peft_model_state_dict(wrapped)
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    wanted = {key: tuple(value.shape) for key, value in expected.items()}
+    if shapes != wanted:
+        missing, unexpected = sorted(wanted.keys() - shapes.keys()), sorted(shapes.keys() - wanted.keys())
+        other = sorted(key for key in wanted.keys() & shapes.keys() if wanted[key] != shapes[key])
+        raise CheckpointError(
+            f"{name}: missing weights {missing}; unexpected weights {unexpected}; weights of another shape {other}. "
+            "The adapter belongs to another backbone or is incomplete; use the one it was trained on"
+        )
+    set_peft_model_state_dict(wrapped, weights)
+    return wrapped.merge_and_unload(safe_merge=True)

@@ -1,0 +1,201 @@
+"""Checks of the machine: versions, what an extra has to bring, devices, the output folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from mr_reward.doctor.findings import Finding, Level
+from mr_reward.training.resume import incomplete_reason
+
+__all__ = ["check_devices", "check_needed", "check_output_folder", "check_versions", "device_memory"]
+
+_PACKAGE = "mr-reward"
+_MAIN_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+_EXTRA_PACKAGES = {"deepspeed": "deepspeed", "vllm": "vllm", "matplotlib": "eval", "fastapi": "serve"}
+_GB = 1e9
+_LITTLE_DISK = 5 * _GB
+
+
+def check_versions() -> Iterator[Finding]:
+    """Hold what is installed against what this package asks for.
+
+    Yields:
+        A line for the required packages and one for the extras.
+    """
+    required, extras = [], {}
+    for line in importlib.metadata.requires(_PACKAGE) or ():
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            required.append(requirement)
+        else:
+            extras[requirement.name] = requirement
+    problems = [problem for problem in map(_problem, required) if problem is not None]
+    python = f"Python {platform.python_version()}"
+    if problems:
+        yield Finding(
+            "red", "versions", f"{python}; {'; '.join(problems)}; install them with pip install -U {_PACKAGE}"
+        )
+    else:
+        shown = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _MAIN_PACKAGES)
+        yield Finding("green", "versions", f"{python}, {_PACKAGE} {importlib.metadata.version(_PACKAGE)}, {shown}")
+    found, wrong = [], []
+    for name in _EXTRA_PACKAGES:
+        version = _version(name)
+        if version is None:
+            found.append(f"no {name}")
+        elif name in extras and not extras[name].specifier.contains(version, prereleases=True):
+            wrong.append(f"{name} {version} is installed, expected {extras[name].specifier}")
+        else:
+            found.append(f"{name} {version}")
+    if wrong:
+        yield Finding("yellow", "extras", f"{'; '.join(wrong)}; other versions have not been tested")
+    else:
+        yield Finding("green", "extras", ", ".join(found))
+
+
+def check_needed(packages: Mapping[str, str], *, here: bool) -> Iterator[Finding]:
+    """Packages that a recipe cannot do without.
+
+    Args:
+        packages: name of the module -> what needs it.
+        here: whether the run is to be on this machine; elsewhere a missing package says nothing.
+
+    Yields:
+        A line for each that is missing.
+    """
+    for name, reason in packages.items():
+        if find_spec(name) is None:
+            extra = _EXTRA_PACKAGES.get(name)
+            source = f"{_PACKAGE}[{extra}]" if extra else name
+            level: Level = "red" if here else "yellow"
+            yield Finding(level, "packages", f"{reason} needs {name}, which is not installed; pip install '{source}'")
+
+
+def check_devices(*, use_cpu: bool | None, bf16: bool, num_local_processes: int = 1) -> Finding:
+    """GPUs, cores and memory.
+
+    Args:
+        use_cpu: whether the run asks for the CPU; None without a run.
+        bf16: whether the run computes in bfloat16.
+        num_local_processes: of the run on one machine.
+
+    Returns:
+        One line. With fewer GPUs than the recipe wants it is yellow: it may be meant for another machine.
+    """
+    cores = os.cpu_count() or 1
+    host = f"{cores} cores, {_host_memory() / _GB:.0f} GB of memory"
+    if not torch.cuda.is_available():
+        if use_cpu is None:
+            return Finding("green", "devices", f"no GPU; {host}")
+        if use_cpu:
+            return Finding("green", "devices", f"the CPU, as the recipe says; {host}")
+        return Finding(
+            "yellow", "devices", f"no GPU here ({host}); if this is the machine of the run, say use_cpu: true"
+        )
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    shown = ", ".join(f"{device.name} {device.total_memory / _GB:.0f} GB" for device in devices)
+    if bf16 and not torch.cuda.is_bf16_supported():
+        return Finding("red", "devices", f"{shown}: no bfloat16 there; say bf16: false and fp16: true")
+    if use_cpu is False and len(devices) < num_local_processes:
+        text = f"{shown}: too few for {num_local_processes} processes; lower num_processes if it is to run here"
+        return Finding("yellow", "devices", text)
+    return Finding("green", "devices", f"{shown}; {host}")
+
+
+def device_memory(*, use_cpu: bool, num_local_processes: int) -> int | None:
+    """Memory that a process of the run has, if the run can be meant for this machine.
+
+    Args:
+        use_cpu: whether the run asks for the CPU, whose memory its processes share.
+        num_local_processes: of the run on one machine.
+
+    Returns:
+        Bytes: of the smallest GPU, or of all for a single process, over which transformers may spread a model; None if
+        this is not the machine, or not known.
+    """
+    if use_cpu:
+        return _host_memory() // num_local_processes or None
+    if not torch.cuda.is_available() or torch.cuda.device_count() < num_local_processes:
+        return None
+    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    return sum(sizes) if num_local_processes == 1 else min(sizes)
+
+
+def check_output_folder(folder: str | Path, *, resume: bool | str, num_processes: int = 1) -> Iterator[Finding]:
+    """Whether the folder can be written, what is in it, and how much room there is.
+
+    Args:
+        folder: the run's `output_dir`.
+        resume: whether the run goes on from a checkpoint that is there, or the folder of the one it goes on from.
+        num_processes: of the run; a checkpoint holds something for each.
+
+    Yields:
+        One line, and another where disk space is short.
+    """
+    folder = Path(folder)
+    parent = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        yield Finding(
+            "red", "output folder", f"{folder} cannot be written ({parent} is no folder that one may write to)"
+        )
+        return
+    found = {path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()}
+    newest_first = sorted(found, key=lambda path: -int(path.name.split("-")[-1]))
+    whole = next((path.name for path in newest_first if incomplete_reason(path, num_processes) is None), None)
+    if isinstance(resume, str):
+        reason = incomplete_reason(Path(resume), num_processes)
+        text = (
+            f"goes on from {resume}" if reason is None else f"resume_from_checkpoint: {resume} is not whole ({reason})"
+        )
+        cure = "" if reason is None else "; name another, or say true for the newest whole one"
+        yield Finding("green" if reason is None else "red", "output folder", text + cure)
+    elif resume and whole is None and newest_first:
+        yield Finding(
+            "yellow",
+            "output folder",
+            f"{folder} holds {newest_first[0].name}, which is not whole "
+            f"({incomplete_reason(newest_first[0])}); the run begins anew",
+        )
+    elif resume and whole is not None:
+        yield Finding("green", "output folder", f"{folder}: goes on from {whole}")
+    elif newest_first:
+        yield Finding(
+            "yellow",
+            "output folder",
+            f"{folder} holds {newest_first[0].name} of an earlier run, which will be written over; say "
+            "resume_from_checkpoint: true to go on with it, or name another folder",
+        )
+    else:
+        yield Finding("green", "output folder", f"{folder}: can be written")
+    free = shutil.disk_usage(parent).free
+    if free < _LITTLE_DISK:
+        yield Finding("yellow", "disk", f"{free / _GB:.1f} GB free at {parent}; a checkpoint may not fit")
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def _problem(requirement: Requirement) -> str | None:
+    version = _version(requirement.name)
+    if version is None:
+        return f"{requirement.name} is missing, expected {requirement.specifier}"
+    if not requirement.specifier.contains(version, prereleases=True):
+        return f"{requirement.name} {version} is installed, expected {requirement.specifier}"
+    return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,53 @@
+"""What a folder exports, loaded on first use: `import mr_reward` and its folders load no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from mr_reward.errors import ConfigurationError
+
+__all__ = ["lazy_exports"]
+
+# Packages that come with an extra of the wheel -> the extra.
+_EXTRAS = {
+    "fastapi": "serve",
+    "httpx2": "serve",
+    "matplotlib": "eval",
+    "pydantic": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+}
+
+
+def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """The module-level `__getattr__` of a folder's `__init__`.
+
+    Args:
+        package: `__name__` of the folder.
+        homes: exported name -> module below the folder that defines it.
+
+    Returns:
+        The function; it raises ConfigurationError where a package of an extra is missing.
+
+    Example:
+        >>> lazy_exports("mr_reward", {"dense_ranks": "groups"})("dense_ranks")([2.0, 1.0])
+        (2, 1)
+    """
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        try:
+            return getattr(import_module(f"{package}.{homes[name]}"), name)
+        except ModuleNotFoundError as error:
+            extra = _EXTRAS.get((error.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            raise ConfigurationError(
+                f"the package {error.name} is not installed, which {package} needs for {name}; "
+                f"pip install 'mr-reward[{extra}]'"
+            ) from error
+
+    return load

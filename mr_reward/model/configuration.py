@@ -1,0 +1,106 @@
+"""`MultiResponseRewardConfig`: everything that says how to score, saved beside the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from mr_reward.errors import BackendError
+from mr_reward.templates.rendering import TEMPLATE
+
+__all__ = ["MultiResponseRewardConfig", "check_layers", "context_tokens"]
+
+# Layers that a 4-D mask can isolate. A recurrent layer carries one response into the next whatever the mask says.
+_ISOLATING_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@strict
+class MultiResponseRewardConfig(PreTrainedConfig):
+    """Everything that says how to score, saved beside the weights.
+
+    Args:
+        backbone_config: configuration of the backbone.
+        layout: `causal`, `isolated` or `set` (see `mr_reward.layouts`).
+        head_hidden_size: width of the value head's hidden layer; None for the backbone's width.
+        head_activation: `selu` or a name of transformers' `ACT2FN`.
+        head_bias: the head's last layer has a bias.
+        score_scale: factor on the head's output.
+        template: name of the prompt template (see `mr_reward.templates.rendering`).
+        template_hash: hash of the template and of the processor's chat template at training time.
+        backbone_name_or_path: where the backbone came from.
+        backbone_revision: its commit on the hub, if known.
+        schema_version: of this configuration.
+    """
+
+    model_type = "multi_response_reward"
+    sub_configs = {"backbone_config": AutoConfig}
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    layout: str = "set"
+    head_hidden_size: int | None = None
+    head_activation: str = "silu"
+    head_bias: bool = False
+    score_scale: float = 1.0
+    template: str = TEMPLATE
+    template_hash: str | None = None
+    backbone_name_or_path: str | None = None
+    backbone_revision: str | None = None
+    schema_version: int = 1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.backbone_config, dict):
+            settings = dict(self.backbone_config)
+            self.backbone_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        super().__post_init__(**kwargs)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The backbone's text configuration, where transformers and DeepSpeed look for the width."""
+        if self.backbone_config is None:
+            return self
+        return self.backbone_config.get_text_config(*args, **kwargs)  # type: ignore[union-attr]
+
+
+def check_layers(config: MultiResponseRewardConfig) -> None:
+    """Refuse layers through which responses would leak into each other whatever the mask says.
+
+    Args:
+        config: the configuration.
+
+    Raises:
+        BackendError: the backbone has such layers, and the layout isolates responses.
+    """
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _ISOLATING_LAYERS
+    if layers and config.layout != "causal":
+        raise BackendError(
+            f"the backbone has layers of type {', '.join(sorted(layers))}, which layout {config.layout!r} cannot "
+            "isolate; use layout='causal' or a backbone with attention layers only"
+        )
+
+
+def context_tokens(backbone_config: PreTrainedConfig) -> int | None:
+    """The largest number of positions a backbone can tell apart.
+
+    A sliding window counts as the limit: a 4-D mask replaces the window, so longer rows would be read in a way the
+    backbone was never trained for.
+
+    Args:
+        backbone_config: configuration of the backbone.
+
+    Returns:
+        The number; None if the configuration does not say.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> context_tokens(LlamaConfig(max_position_embeddings=4096))
+        4096
+    """
+    text = backbone_config.get_text_config()
+    limits = [getattr(text, "max_position_embeddings", None)]
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        limits.append(text.sliding_window)
+    return min((limit for limit in limits if limit), default=None)
+
+
+AutoConfig.register(MultiResponseRewardConfig.model_type, MultiResponseRewardConfig)

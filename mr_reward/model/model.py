@@ -1,0 +1,406 @@
+"""`MultiResponseRewardModel`: backbone -> hidden states at the score sites -> value head -> N scores per row.
+
+Legend: B rows (one group each), N responses, L tokens, H width of the backbone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from mr_reward.attention.backends import check_backend
+from mr_reward.attention.plan import GroupPlan
+from mr_reward.backbones import get_adapter
+from mr_reward.checkpoint.card import CARD_FILE, name_in_card, read_card, write_model_card
+from mr_reward.checkpoint.checksums import check_checksums, written_whole
+from mr_reward.checkpoint.lora import is_lora, lora_backbone, merge_lora
+from mr_reward.checkpoint.paper_format import (
+    is_paper_format,
+    paper_score_scale,
+    read_head,
+    trained_separator,
+    with_separator,
+)
+from mr_reward.checkpoint.verify import (
+    align_weights,
+    check_config_keys,
+    check_loading_info,
+    check_shards,
+    check_template_hash,
+    load_backbone,
+    load_processor,
+    reading,
+    safe_options,
+)
+from mr_reward.errors import CheckpointError, ConfigurationError
+from mr_reward.layouts import check_layout
+from mr_reward.model.configuration import MultiResponseRewardConfig, check_layers, context_tokens
+from mr_reward.model.fast_path import FastPath, choose_attention, load_attention
+from mr_reward.model.head import ReadoutVectors, ValueHead
+from mr_reward.model.reader import Reader, Rows, check_arguments
+from mr_reward.templates.rendering import JOINED_TEMPLATES, TEMPLATE, check_template, template_hash
+
+__all__ = ["MultiResponseRewardConfig", "MultiResponseRewardModel", "RewardOutput"]
+
+
+@dataclass
+class RewardOutput(ModelOutput):
+    """Scores of a batch.
+
+    Args:
+        scores: (B, N) float32; slots beyond a row's responses hold 0.
+    """
+
+    scores: Tensor | None = None
+
+
+class MultiResponseRewardModel(PreTrainedModel):
+    """Scores all responses of a row in one forward pass (arXiv 2604.10966), in one of three layouts.
+
+    Make one with `from_backbone` or `from_pretrained`; score with `mr_reward.GroupScorer`.
+
+    Args:
+        config: the configuration.
+        backbone: a base model that fits `config.backbone_config`; None builds a randomly initialised one.
+
+    Raises:
+        ConfigurationError: unknown layout or template, a multimodal family without an adapter.
+        BackendError: the attention backend or the backbone's layers cannot express the layout.
+
+    Example:
+        >>> model = MultiResponseRewardModel.from_backbone("Qwen/Qwen3-VL-4B-Instruct", layout="set")  # doctest: +SKIP
+        >>> model.save_pretrained("rm")  # doctest: +SKIP
+    """
+
+    config_class = MultiResponseRewardConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ["head"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: MultiResponseRewardConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        check_layout(config.layout)
+        check_template(config.template, config.layout)
+        if config.backbone_config is None:
+            raise ConfigurationError(
+                "backbone_config is missing; build the model with from_backbone or from_pretrained"
+            )
+        self.adapter = get_adapter(config.backbone_config)
+        check_layers(config)
+        self.backbone = backbone if backbone is not None else AutoModel.from_config(config.backbone_config)
+        check_backend(config.layout, self.attention_backend, self.adapter.media_blocks)
+        hidden_size = config.get_text_config().hidden_size
+        # Templates that separate the responses by text read the scores at that text.
+        self.readouts = None if config.template in JOINED_TEMPLATES else ReadoutVectors(hidden_size)
+        self.head = ValueHead(
+            hidden_size, config.head_hidden_size or hidden_size, config.head_activation, bias=config.head_bias
+        )
+        self.fast_path = FastPath()
+        self.processor: Any = None
+        self.model_card: str | None = None
+        self._no_split_modules = getattr(self.backbone, "_no_split_modules", None)
+        # The parts initialise themselves and a given backbone is trained: nothing is drawn again. On the meta device
+        # (from_pretrained) transformers has to fill buffers that are not saved, such as rotary frequencies.
+        if self.head.dense.weight.device.type != "meta":
+            for module in self.modules():
+                module._is_hf_initialized = True
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | PreTrainedModel,
+        *,
+        layout: str = "set",
+        template: str = TEMPLATE,
+        processor: Any = None,
+        head_hidden_size: int | None = None,
+        head_activation: str = "silu",
+        score_scale: float | None = None,
+        attn_implementation: str | None = None,
+        **load_options: Any,
+    ) -> MultiResponseRewardModel:
+        """Put a new value head and new readout vectors on a pretrained language or vision-language model.
+
+        With a template of the paper's format, responses are separated by a real token instead of readout vectors. If
+        the tokenizer lacks it, a copy of the processor gets it, and the backbone's embedding is resized in place; the
+        new row is the mean of the others. LoRA leaves that row frozen unless `trainable_token_indices` names it.
+
+        Args:
+            backbone: hub id, local folder, or a loaded model (its weights are then shared with it, not copied; a
+                language-model head is left aside).
+            layout: `causal`, `isolated` or `set`.
+            template: `chat`; or with layout `causal` `mr2rm-assistant` or `mr2rm-user`.
+            processor: the processor or tokenizer; None loads it from the same place.
+            head_hidden_size: width of the value head's hidden layer; None for the backbone's width.
+            head_activation: `selu` or a name of transformers' `ACT2FN`.
+            score_scale: factor on the head's output; None for 1, or for 1 / sqrt(width) with the paper's templates.
+            attn_implementation: attention backend; None for the fastest, see `choose_attention`.
+            **load_options: passed on to transformers' `from_pretrained` (`dtype`, `revision`).
+
+        Returns:
+            A reward model with an untrained head, in evaluation mode.
+
+        Raises:
+            ConfigurationError: a loaded model without a processor; unknown layout or template, or one that does not go
+                with the other.
+            BackendError: the attention backend cannot express the layout.
+        """
+        check_template(template, check_layout(layout))
+        if isinstance(backbone, PreTrainedModel):
+            if processor is None:
+                raise ConfigurationError("a loaded backbone comes without its processor; pass processor=...")
+            base, name = backbone.base_model, backbone.config.name_or_path or None
+        else:
+            name = str(backbone)
+            load_options |= load_attention(attn_implementation)
+            base = AutoModel.from_pretrained(name, **safe_options(name, load_options))
+            processor = processor if processor is not None else load_processor(name, load_options.get("revision"))
+        joined = template in JOINED_TEMPLATES
+        if joined:
+            processor = with_separator(base, processor)
+        if score_scale is None:
+            score_scale = paper_score_scale(base.config.get_text_config().hidden_size) if joined else 1.0
+        config = cls.config_class(
+            backbone_config=base.config,
+            layout=layout,
+            head_hidden_size=head_hidden_size,
+            head_activation=head_activation,
+            head_bias=joined,
+            score_scale=score_scale,
+            template=template,
+            template_hash=template_hash(processor, template),
+            backbone_name_or_path=name,
+            backbone_revision=getattr(base.config, "_commit_hash", None),
+            # A new configuration would reset the choice in the backbone's.
+            **load_attention(base.config.get_text_config()._attn_implementation),
+        )
+        model = cls(config, backbone=base)
+        choose_attention(base, attn_implementation)
+        if model.readouts is not None:
+            model.readouts.initialise_from(base.get_input_embeddings())
+        model.to(base.device)
+        model.processor = processor
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Load a reward model with its processor; nothing is filled in with random weights.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id written by `save_pretrained`; or a LoRA checkpoint of
+                `RewardTrainer`, which is merged into its backbone; or a checkpoint in the public format of the paper.
+            *args: as transformers' `from_pretrained`.
+            **kwargs: as transformers' `from_pretrained` (`dtype`, `attn_implementation`, `revision`, `device_map`);
+                for the paper's format also `template`, `mr2rm-assistant` (default, how it trains) or `mr2rm-user`
+                (how its README scores).
+
+        Returns:
+            The model in evaluation mode; its value head is float32 whatever `dtype` is.
+
+        Raises:
+            CheckpointError: not a reward model, unknown configuration key, missing or unexpected weights, another
+                template than at training time, a backbone that cannot be loaded.
+            ConfigurationError: `template` for a checkpoint that says itself which one it has.
+        """
+        name = str(pretrained_model_name_or_path)
+        revision = kwargs.get("revision")
+        wants_info = kwargs.pop("output_loading_info", False)
+        template = kwargs.pop("template", None)
+        attention = kwargs.pop("attn_implementation", None)
+        kwargs |= load_attention(attention)
+        info: dict[str, Any] = {}
+        check_checksums(name, revision)
+        check_shards(name, revision)
+        with reading(name):
+            if is_paper_format(name, revision):
+                model = cls._from_paper_format(name, template or JOINED_TEMPLATES[0], kwargs)
+            else:
+                check_config_keys(name, revision, cls.config_class)
+                if template is not None:
+                    raise ConfigurationError(
+                        f"{name}: got template={template!r}, but the checkpoint says which one it has; leave it out"
+                    )
+                if is_lora(name, revision):
+                    model = cls._from_lora(name, kwargs)
+                else:
+                    try:
+                        # Mismatched shapes are let through here and refused below, with the keys.
+                        options = safe_options(name, kwargs) | {"ignore_mismatched_sizes": True}
+                        model, info = super().from_pretrained(name, *args, **options, output_loading_info=True)
+                    except (OSError, SafetensorError) as error:
+                        raise CheckpointError(f"{name}: no safetensors weights could be read ({error})") from error
+                    check_loading_info(name, info)
+                    align_weights(model)
+                    model.processor = load_processor(name, revision)
+                    model.model_card = read_card(name, revision)
+                found = template_hash(model.processor, model.config.template)
+                check_template_hash(name, model.config.template_hash, found)
+        choose_attention(model.backbone, attention)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_paper_format(cls, name: str, template: str, options: dict[str, Any]) -> MultiResponseRewardModel:
+        if template not in JOINED_TEMPLATES:
+            raise ConfigurationError(f"{name}: got template={template!r}, expected {' or '.join(JOINED_TEMPLATES)}")
+        revision = options.get("revision")
+        backbone = load_backbone(name, **options)
+        processor = trained_separator(name, backbone, load_processor(name, revision))
+        settings, weights = read_head(name, backbone.config.get_text_config().hidden_size, revision)
+        model = cls.from_backbone(
+            backbone,
+            layout="causal",
+            template=template,
+            processor=processor,
+            attn_implementation=options.get("attn_implementation"),
+            **settings,
+        )
+        model.head.load_state_dict(weights)
+        return model
+
+    @classmethod
+    def _from_lora(cls, name: str, options: dict[str, Any]) -> MultiResponseRewardModel:
+        adapter_revision = options.pop("revision", None)
+        config = cls.config_class.from_pretrained(name, revision=adapter_revision)
+        backbone, source, revision = lora_backbone(name, config, **options)
+        if config.template in JOINED_TEMPLATES:
+            with_separator(backbone, load_processor(source, revision))
+        # As in from_backbone: the backend is chosen at loading.
+        config.backbone_config = backbone.config
+        config._attn_implementation = backbone.config.get_text_config()._attn_implementation
+        model = cls(config, backbone=backbone).to(backbone.device)
+        model = merge_lora(model, name, adapter_revision)
+        align_weights(model)
+        model.processor = load_processor(name, adapter_revision)
+        return model.eval()
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write a self-contained folder: configuration, safetensors weights, processor, checksums, model card.
+
+        The files appear when all are written: a full disk leaves an earlier model in the folder as it was.
+
+        Args:
+            save_directory: the folder.
+            *args: as transformers' `save_pretrained`.
+            **kwargs: as transformers' `save_pretrained`, without `push_to_hub` (there is a method for it).
+        """
+        if not kwargs.get("is_main_process", True):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        with written_whole(save_directory) as unfinished:
+            super().save_pretrained(unfinished, *args, **kwargs)
+            if self.processor is not None:
+                self.processor.save_pretrained(unfinished)
+        card = Path(save_directory, CARD_FILE)
+        if self.model_card is not None:
+            card.write_text(self.model_card)
+        elif not card.exists():
+            write_model_card(save_directory)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes; the card's snippet then names the repository.
+
+        transformers would upload a card of its own, or keep the one of an earlier model.
+
+        Args:
+            repo_id: of the hub repository, made if it does not exist.
+            **options: `private` and `token`, and those of `HfApi.upload_folder` (`commit_message`, `revision`,
+                `create_pr`).
+
+        Returns:
+            The address of the commit.
+        """
+        api = HfApi(token=options.pop("token", None))
+        repo_id = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            name_in_card(folder, repo_id)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+
+    def train(self, mode: bool = True) -> MultiResponseRewardModel:
+        """As `nn.Module.train`; a model that is trained on is no longer the one that its card describes."""
+        if mode:
+            self.model_card = None
+        return super().train(mode)
+
+    @property
+    def attention_backend(self) -> str | None:
+        """transformers' `attn_implementation` of the part that reads the row."""
+        return self.backbone.config.get_text_config()._attn_implementation
+
+    @property
+    def context_tokens(self) -> int | None:
+        """See `mr_reward.model.configuration.context_tokens`."""
+        return context_tokens(self.backbone.config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's token embedding."""
+        return self.backbone.get_input_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segments: Tensor,
+        kinds: Tensor,
+        offsets: Tensor,
+        score_sites: Tensor,
+        response_mask: Tensor,
+        plan: GroupPlan | None = None,
+        **media: Any,
+    ) -> RewardOutput:
+        """Score packed rows; `PackedBatch.model_inputs()` gives the arguments.
+
+        Args:
+            input_ids: (B, L) int64; what stands at readout sites and padding does not matter.
+            segments: (B, L) int64, see `mr_reward.layouts`.
+            kinds: (B, L) int64.
+            offsets: (B, L) int64.
+            score_sites: (B, N) int64 token indices; 0 in empty slots.
+            response_mask: (B, N) bool, True where there is a response.
+            plan: of the rows, so that a GPU need not be waited for to read it off them; None makes it.
+            **media: the family's media tensors.
+
+        Returns:
+            Scores (B, N) float32.
+
+        Raises:
+            BackendError: an argument that would replace the layout's mask or positions, or a backend changed after
+                construction to one that cannot express the layout.
+        """
+        check_arguments(media, self.adapter.media_keys, self.config.layout)
+        rows = Rows(input_ids, segments, kinds, offsets, score_sites, media)
+        return RewardOutput(scores=self.read_scores(self.fast_path.read(self.reader, rows, plan), response_mask))
+
+    @property
+    def reader(self) -> Reader:
+        """Reads rows with the backbone in this model's layout."""
+        check_backend(self.config.layout, self.attention_backend, self.adapter.media_blocks)
+        return Reader(
+            backbone=self.backbone,
+            adapter=self.adapter,
+            readouts=self.readouts,
+            layout=self.config.layout,
+            backend=self.attention_backend,
+        )
+
+    @torch.no_grad()
+    def reads_flat(self) -> bool:
+        """Whether scoring reads rows end to end, without padding, on the device and in the dtype of now."""
+        return self.fast_path.is_flat(self.reader, self.device)
+
+    def read_scores(self, hidden: Tensor, response_mask: Tensor) -> Tensor:
+        """Hidden states (B, N, H) at the score sites -> scores (B, N) float32, 0 in empty slots."""
+        return (self.head(hidden) * self.config.score_scale).masked_fill(~response_mask, 0.0)

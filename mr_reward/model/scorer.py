@@ -1,0 +1,368 @@
+"""`GroupScorer`: groups -> scores. Used by evaluation, the GRPO adapter and the command line.
+
+Legend: N responses of a group, K orders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from mr_reward.attention.group import GROUP_ATTENTION
+from mr_reward.attention.plan import GroupPlan
+from mr_reward.checkpoint.verify import non_finite_cause
+from mr_reward.errors import ConfigurationError, NonFiniteScoreError
+from mr_reward.groups import ResponseGroup
+from mr_reward.metrics import order_flip_rate
+from mr_reward.model.chunks import score_over_prompt
+from mr_reward.model.model import MultiResponseRewardModel
+from mr_reward.model.out_of_memory import memory_advice
+from mr_reward.model.rows import PackedRow, Packer, collate, plan_batches
+from mr_reward.templates.rendered import RenderedGroup
+from mr_reward.templates.rendering import Renderer
+
+__all__ = ["GroupScorer", "GroupScores", "Scorer"]
+
+logger = logging.getLogger(__name__)
+
+_OVER_BUDGET = "over the token budget"
+# Groups are prepared in windows, each while the model runs on the one before; each has twice the groups of the one
+# before, up to so many full forward passes. Small calls are one window: on a CPU, preparing beside the model costs
+# such a call more than it hides.
+_FIRST_GROUPS, _LAST_WINDOW_PASSES = 64, 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupScores:
+    """What scoring one group gave.
+
+    Args:
+        scores: N scores in input order; None if the group was dropped.
+        truncated: N flags, True where the end of the response was cut off.
+        order_spread: standard deviation of a response's score over the K orders, averaged over the group; 0 for K = 1.
+        order_flip_rate: share of the further orders under which another response wins than under the first, see
+            `mr_reward.metrics.order_flip_rate`; 0 where the layout has no order, None where not measured (K = 1).
+        drop_reason: why the group was dropped, else None.
+    """
+
+    scores: tuple[float, ...] | None
+    truncated: tuple[bool, ...]
+    order_spread: float = 0.0
+    order_flip_rate: float | None = None
+    drop_reason: str | None = None
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """A group on its way to the model.
+
+    Args:
+        group: as given.
+        unique: its different responses.
+        rendered: those, as token ids.
+        passes: (order, row) of each pass; none if it is dropped or shares a prompt.
+        shares_with: the first of the groups that share its prompt, if they are read over it.
+        truncated: a flag for each of the different responses, if it shares a prompt.
+    """
+
+    group: ResponseGroup
+    unique: list[str]
+    rendered: RenderedGroup
+    passes: list[tuple[list[int], PackedRow]] = field(default_factory=list)
+    shares_with: _Prepared | None = None
+    truncated: tuple[bool, ...] = ()
+
+
+class Scorer(Protocol):
+    """What scores groups, here or elsewhere: `GroupScorer`, `OffloadedScorer`, `RemoteScorer`."""
+
+    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+        """As `GroupScorer.score_detailed`."""
+
+
+class GroupScorer:
+    """Scores groups with a reward model within a token budget.
+
+    Identical responses of a group are scored once and share the score bit for bit: a rounding difference between twins
+    would become a full-size advantage under GRPO's normalisation.
+
+    Args:
+        model: the reward model; it is put into evaluation mode.
+        device: where to run; None keeps the model's device.
+        dtype: of the backbone; None keeps the model's. The value head stays float32.
+        max_tokens_per_batch: largest number of tokens that one forward pass computes, padding included. A larger group
+            is read in chunks over its prompt (docs/speed.md), unless the layout is `causal` or attention dense.
+        over_length: `error`, `drop_group` or `truncate_responses`, for a group that does not fit and is not read in
+            chunks, or a response that does not fit beside its prompt.
+        num_orders: K orders of the responses over which scores are averaged. Only `causal` depends on the order; for
+            `isolated` and `set` one order gives the same scores.
+        compile: compile the backbone's layers with `torch.compile`; the first passes then take a minute or so.
+
+    Raises:
+        ConfigurationError: no processor, unknown policy, K < 1.
+
+    Example:
+        >>> scorer = GroupScorer.from_pretrained("rm")  # doctest: +SKIP
+        >>> scorer.score([ResponseGroup(prompt="2 + 2?", responses=["4", "5"])])  # doctest: +SKIP
+        [[1.7, -0.9]]
+    """
+
+    def __init__(
+        self,
+        model: MultiResponseRewardModel,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_tokens_per_batch: int = 16384,
+        over_length: str = "error",
+        num_orders: int = 1,
+        compile: bool = False,
+    ) -> None:
+        if model.processor is None:
+            raise ConfigurationError("the model has no processor; load it with from_pretrained or from_backbone")
+        if num_orders < 1:
+            raise ConfigurationError(f"num_orders is {num_orders}, expected at least 1")
+        self.model = model.eval()
+        if dtype is not None:
+            model.backbone.to(dtype)
+        if device is not None:
+            model.to(device)
+        if compile:
+            model.reads_flat()  # its check would be one more shape to compile for
+            for layer in model.backbone.get_decoder().layers:
+                layer.compile(dynamic=True)
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.num_orders = num_orders if model.config.layout == "causal" else 1
+        self.packer = Packer(
+            Renderer(model.processor, model.config.template),
+            layout=model.config.layout,
+            max_tokens=max_tokens_per_batch,
+            context_tokens=model.context_tokens,
+            over_length=over_length,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        template: str | None = None,
+        attn_implementation: str | None = None,
+        **options: Any,
+    ) -> GroupScorer:
+        """Load a reward model for scoring.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            dtype: of the backbone; None for the checkpoint's.
+            template: for a checkpoint in the paper's format, see `MultiResponseRewardModel.from_pretrained`.
+            attn_implementation: attention backend; None for the fastest that fits.
+            **options: as for the constructor.
+
+        Returns:
+            The scorer.
+
+        Raises:
+            CheckpointError: the folder is not a complete reward model.
+        """
+        given = {"dtype": dtype, "template": template, "attn_implementation": attn_implementation}
+        load_options = {key: value for key, value in given.items() if value is not None}
+        return cls(MultiResponseRewardModel.from_pretrained(pretrained_model_name_or_path, **load_options), **options)
+
+    def score(self, groups: Sequence[ResponseGroup]) -> list[list[float] | None]:
+        """Score groups.
+
+        Args:
+            groups: any number of groups of any size.
+
+        Returns:
+            For each group its N scores in input order, or None if it was dropped (policy `drop_group` only).
+
+        Raises:
+            OverLengthError: a group does not fit the budget.
+            NonFiniteScoreError: the model gave NaN or infinity.
+        """
+        return [None if result.scores is None else list(result.scores) for result in self.score_detailed(groups)]
+
+    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+        """Score groups and tell what happened to them.
+
+        Args:
+            groups: any number of groups of any size.
+
+        Returns:
+            One result per group, in input order.
+
+        Raises:
+            OverLengthError: a group does not fit the budget and the policy is `error`.
+            NonFiniteScoreError: the model gave NaN or infinity.
+        """
+        results: list[GroupScores] = []
+        self.model.reads_flat()  # checked here, not while a window is prepared
+        windows = self._prepare(groups)
+        window = next(windows, None)
+        if window is not None and len(window) == len(groups):
+            results = self._score_window(window)
+        elif window is not None:
+            # The next window is rendered, tokenized and laid out while the model runs on this one.
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="preparing") as thread:
+                while window is not None:
+                    following = thread.submit(next, windows, None)
+                    results += self._score_window(window)
+                    window = following.result()
+        num_dropped = sum(result.scores is None for result in results)
+        if num_dropped:
+            logger.warning("dropped %d of %d groups: %s", num_dropped, len(groups), _OVER_BUDGET)
+        return results
+
+    def _prepare(self, groups: Sequence[ResponseGroup]) -> Iterator[list[_Prepared]]:
+        """Windows of groups. Their sizes follow from the groups alone, so the same call gives the same scores."""
+        position, count, size = 0, _FIRST_GROUPS, _FIRST_GROUPS
+        while position < len(groups):
+            window = self._render(groups[position : position + count])
+            yield self._lay_out(window)
+            position += len(window)
+            # As many groups as have the tokens of some full passes, if they are like the ones before.
+            mean = sum(self.packer.num_tokens(item.rendered) for item in window) / len(window)
+            size *= 2
+            count = max(1, min(size, int(_LAST_WINDOW_PASSES * self.max_tokens_per_batch / mean)))
+
+    def _render(self, groups: Sequence[ResponseGroup]) -> list[_Prepared]:
+        items = []
+        for group, rendered in zip(groups, self.packer.renderer.render_all(groups), strict=True):
+            unique = list(dict.fromkeys(group.responses))
+            if len(unique) < group.num_responses:
+                rendered = rendered.select([group.responses.index(text) for text in unique])
+            items.append(_Prepared(group, unique, rendered))
+        return items
+
+    def _lay_out(self, window: list[_Prepared]) -> list[_Prepared]:
+        """Lay each group out as rows, or let it share the reading of its prompt."""
+        shares_prompts = (
+            self.packer.layout != "causal"
+            and self.model.attention_backend == GROUP_ATTENTION
+            and self.model.reads_flat()
+        )
+        same_tokens: dict[bytes, list[list[_Prepared]]] = {}
+        for item in window:
+            candidates = same_tokens.setdefault(item.rendered.prompt_ids.numpy().tobytes(), [])
+            fellows = next((found for found in candidates if found[0].rendered.has_prompt_of(item.rendered)), None)
+            candidates.append([item]) if fellows is None else fellows.append(item)
+        for fellows in (found for candidates in same_tokens.values() for found in candidates):
+            for item in fellows:
+                too_large = self.packer.num_tokens(item.rendered) > self.max_tokens_per_batch
+                if shares_prompts and len(item.rendered.prompt_ids) and (too_large or len(fellows) > 1):
+                    trimmed = self.packer.trim(item.rendered, item.group.name)
+                    if trimmed is not None:
+                        item.rendered, item.truncated = trimmed
+                        item.shares_with = fellows[0]
+                else:
+                    item.passes = self._pack(item)
+        return window
+
+    def _pack(self, item: _Prepared) -> list[tuple[list[int], PackedRow]]:
+        """One (order, row) per pass over the group's unique responses; none if the group is dropped."""
+        passes = []
+        for order in self._orders(item.group, len(item.unique)):
+            row = self.packer.lay_out(item.rendered.select(order), item.group.name)
+            if row is None:
+                return []
+            passes.append((order, row))
+        return passes
+
+    def _score_window(self, window: list[_Prepared]) -> list[GroupScores]:
+        with memory_advice(f"a pass holds up to max_tokens_per_batch={self.max_tokens_per_batch} tokens, lower that"):
+            return self._scores_of(window)
+
+    def _scores_of(self, window: list[_Prepared]) -> list[GroupScores]:
+        rows = [(item.group, row) for item in window for _, row in item.passes]
+        row_scores = iter(self._score_rows(rows))
+        found = {id(item): [(order, next(row_scores), row.truncated) for order, row in item.passes] for item in window}
+        sharing: dict[int, list[_Prepared]] = {}
+        for item in window:
+            if item.shares_with is not None:
+                sharing.setdefault(id(item.shares_with), []).append(item)
+        for fellows in sharing.values():
+            with torch.inference_mode():
+                scored = score_over_prompt(self.model, self.packer, [item.rendered for item in fellows])
+            for item, scores in zip(fellows, scored, strict=True):
+                self._check_finite(item.group, scores)
+                found[id(item)] = [(list(range(len(scores))), scores, item.truncated)]
+        return [self._combine(item.group, found[id(item)]) for item in window]
+
+    def _orders(self, group: ResponseGroup, num_unique: int) -> list[list[int]]:
+        """K orders; the same group gets the same ones on any rank and in any batch."""
+        orders = [list(range(num_unique))]
+        if self.num_orders > 1:
+            content = repr((group.messages, group.responses)).encode("utf-8", "surrogatepass")
+            generator = random.Random(hashlib.sha256(content).digest())
+            orders += [generator.sample(range(num_unique), num_unique) for _ in range(self.num_orders - 1)]
+        return orders
+
+    def _score_rows(self, rows: list[tuple[ResponseGroup, PackedRow]]) -> list[list[float]]:
+        scores: list[list[float]] = [[] for _ in rows]
+        batches = plan_batches(
+            [row.num_tokens for _, row in rows], self.max_tokens_per_batch, padded=not self.model.reads_flat()
+        )
+        with torch.inference_mode():
+            # Nothing waits for a GPU in here: scores are fetched when all passes are under way.
+            outputs = [self.model(**self._inputs([rows[i][1] for i in batch])).scores for batch in batches]
+        for batch, output in zip(batches, outputs, strict=True):
+            for i, values in zip(batch, output.tolist(), strict=True):
+                group, row = rows[i]
+                scores[i] = values[: len(row.score_sites)]
+                self._check_finite(group, scores[i])
+        return scores
+
+    def _inputs(self, rows: list[PackedRow]) -> dict[str, Any]:
+        """On the model's device. The plan is made before the tensors leave the CPU, so that no GPU is waited for."""
+        batch = collate(rows)
+        device = self.model.device
+        inputs: dict[str, Any] = {}
+        for name, tensor in batch.model_inputs().items():
+            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+            inputs[name] = pinned.to(device, non_blocking=True)
+        if self.model.reads_flat():
+            blocks = self.model.adapter.media_block_ids(batch.media)
+            inputs["plan"] = GroupPlan.of(self.packer.layout, batch.segments, batch.kinds, blocks, device)
+        return inputs
+
+    def _combine(
+        self, group: ResponseGroup, passes: list[tuple[list[int], list[float], tuple[bool, ...]]]
+    ) -> GroupScores:
+        """Undo the orders, average over them, and give twins their shared score."""
+        if not passes:
+            return GroupScores(scores=None, truncated=(False,) * group.num_responses, drop_reason=_OVER_BUDGET)
+        unique = list(dict.fromkeys(group.responses))
+        over_orders: list[list[float]] = [[] for _ in unique]
+        truncated = [False] * len(unique)
+        for order, scores, cut in passes:
+            for slot, score, was_cut in zip(order, scores, cut, strict=True):
+                over_orders[slot].append(score)
+                truncated[slot] |= was_cut
+        slots = [unique.index(response) for response in group.responses]
+        by_order = list(zip(*over_orders, strict=True))
+        flip_rate = None if self.packer.layout == "causal" else 0.0
+        if len(by_order) > 1:
+            flip_rate = order_flip_rate(by_order[1:], [by_order[0]] * (len(by_order) - 1))
+        return GroupScores(
+            scores=tuple(statistics.fmean(over_orders[slot]) for slot in slots),
+            truncated=tuple(truncated[slot] for slot in slots),
+            order_spread=statistics.fmean(map(statistics.pstdev, over_orders)),
+            order_flip_rate=flip_rate,
+        )
+
+    def _check_finite(self, group: ResponseGroup, scores: Sequence[float]) -> None:
+        if not all(map(math.isfinite, scores)):
+            raise NonFiniteScoreError(f"{group.name}: scores {scores} are not finite: {non_finite_cause(self.model)}")

@@ -1,0 +1,238 @@
+"""From judgments to one ranking per question: several methods, and how sure and how agreed it is."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import kendalltau
+from tqdm.auto import tqdm
+
+from mr_reward.errors import ConfigurationError, GroupError
+from mr_reward.groups import dense_ranks
+from mr_reward.mr2bench.bradley_terry import Strengths, bradley_terry_map
+from mr_reward.mr2bench.judgments import FullRanking, Vote, win_counts
+from mr_reward.mr2bench.preference_graph import (
+    descendant_ranks,
+    exact_order,
+    greedy_order,
+    is_cyclic,
+    net_weights,
+)
+
+__all__ = ["METHODS", "Denoised", "agreement", "consensus_ranks", "rank_counts", "rank_votes"]
+
+Floats = NDArray[np.float64]
+METHODS = ("bt_map", "pged_greedy", "pged_exact", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoised:
+    """One ranking per question.
+
+    Args:
+        method: one of `METHODS`, or `consensus`.
+        models: M names.
+        questions: Q ids.
+        ranks: Q times M ranks, 1 = best, ties share a rank.
+        strengths: in logits, whatever the method (Bradley-Terry for votes): they say how sure a comparison is.
+        judged: for each question the positions of the models that were judged there; the rest has no rank to rely on.
+        cyclic: share of questions whose votes no ranking agrees with.
+        contradicted: share of votes (ties left out) that the ranking contradicts.
+    """
+
+    method: str
+    models: Sequence[str]
+    questions: Sequence[str]
+    ranks: Sequence[Sequence[int]]
+    strengths: Strengths
+    judged: Sequence[Sequence[int]]
+    cyclic: float
+    contradicted: float
+
+
+def rank_votes(votes: Sequence[Vote], *, method: str = "bt_map", show_progress: bool = False) -> Denoised:
+    """Rank the responses to each question by pairwise votes.
+
+    Args:
+        votes: of all questions.
+        method: `bt_map` (Bradley-Terry with the models' overall strengths as prior, the strongest in tests with known
+            truth), `pged_greedy` or `pged_exact` (the paper's preference graph, with the heuristic or the least
+            feedback arc set), or `none` (share of votes won).
+        show_progress: draw a progress bar.
+
+    Returns:
+        The rankings, questions and models in alphabetical order.
+
+    Raises:
+        ConfigurationError: there is no such method.
+        GroupError: no votes.
+
+    Example:
+        >>> found = rank_votes([Vote("q", "a", "b", 1.0), Vote("q", "b", "c", 1.0)], method="pged_exact")
+        >>> found.models, found.ranks
+        (['a', 'b', 'c'], [(1, 2, 3)])
+    """
+    if method not in METHODS:
+        raise ConfigurationError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+    if not votes:
+        raise GroupError("got no votes, expected at least one; check the file")
+    models = sorted({name for vote in votes for name in (vote.model_a, vote.model_b)})
+    counts = win_counts(votes, models)
+    questions = sorted(counts)
+    wins = [counts[question] for question in questions]
+    strengths = bradley_terry_map(wins)
+    bar = tqdm(range(len(wins)), desc=method, unit="question", disable=not show_progress)
+    ranks = [rank_counts(wins[q], strengths.mean[q], method) for q in bar]
+    return describe(method, models, questions, wins, ranks, strengths)
+
+
+def describe(
+    method: str,
+    models: Sequence[str],
+    questions: Sequence[str],
+    wins: Sequence[Floats],
+    ranks: Sequence[Sequence[int]],
+    strengths: Strengths,
+) -> Denoised:
+    """Rankings with what is known about their noise.
+
+    Args:
+        method: that made them.
+        models: M names.
+        questions: Q ids.
+        wins: Q matrices (M, M).
+        ranks: Q times M.
+        strengths: of the same questions.
+
+    Returns:
+        The rankings.
+    """
+    against = total = 0.0
+    for matrix, own in zip(wins, ranks, strict=True):
+        places = np.asarray(own)
+        different = places[:, None] != places[None, :]
+        against += matrix[places[:, None] > places[None, :]].sum()
+        total += matrix[different].sum()
+    return Denoised(
+        method=method,
+        models=models,
+        questions=questions,
+        ranks=ranks,
+        strengths=strengths,
+        judged=[np.flatnonzero((matrix + matrix.T).any(axis=1)).tolist() for matrix in wins],
+        cyclic=statistics.fmean(is_cyclic(net_weights(matrix)) for matrix in wins),
+        contradicted=float(against / total) if total else 0.0,
+    )
+
+
+def rank_counts(wins: Floats, strengths: Floats, method: str) -> tuple[int, ...]:
+    """The ranking of one question.
+
+    Args:
+        wins: (M, M), how often i was preferred to j.
+        strengths: (M,) Bradley-Terry strengths, for `bt_map`.
+        method: one of `METHODS`.
+
+    Returns:
+        M ranks, 1 = best.
+    """
+    if method == "bt_map":
+        return dense_ranks((-strengths).tolist())
+    if method == "none":
+        compared = (wins + wins.T).sum(axis=1)
+        share = np.divide(wins.sum(axis=1), compared, out=np.full(len(wins), 0.5), where=compared > 0)
+        return dense_ranks((-share).tolist())
+    weights = net_weights(wins)
+    order = greedy_order(weights) if method == "pged_greedy" else exact_order(weights)
+    return descendant_ranks(weights, order)
+
+
+def consensus_ranks(rankings: Sequence[FullRanking], models: Sequence[str]) -> tuple[int, ...]:
+    """The ranking by mean rank (Borda) over annotators; equal means share a rank.
+
+    Args:
+        rankings: of one question, of the same models.
+        models: M names.
+
+    Returns:
+        M ranks, 1 = best.
+
+    Raises:
+        GroupError: a ranking leaves a model out.
+
+    Example:
+        >>> consensus_ranks([FullRanking("q", {"a": 1, "b": 2}), FullRanking("q", {"a": 1, "b": 1})], ["a", "b"])
+        (1, 2)
+    """
+    for ranking in rankings:
+        if missing := [model for model in models if model not in ranking.ranks]:
+            raise GroupError(
+                f"question {ranking.question!r}: a ranking leaves out {missing[0]!r}, expected all "
+                f"{len(models)} models; complete or remove it"
+            )
+    means = [statistics.fmean(_midranks(ranking, models)[i] for ranking in rankings) for i in range(len(models))]
+    return dense_ranks([round(mean, 9) for mean in means])
+
+
+def agreement(rankings: Iterable[FullRanking]) -> dict[str, float]:
+    """How far annotators agree about the same questions.
+
+    Args:
+        rankings: of any number of questions and annotators.
+
+    Returns:
+        `tau_b`: Kendall's tau-b between two annotators, mean over pairs and questions; `kendall_w`: coefficient of
+        concordance with the correction for ties, mean over questions; NaN where no question has two rankings.
+
+    Raises:
+        GroupError: two rankings of a question are of different models.
+    """
+    by_question: defaultdict[str, list[FullRanking]] = defaultdict(list)
+    for ranking in rankings:
+        by_question[ranking.question].append(ranking)
+    taus, concordances = [], []
+    for members in by_question.values():
+        models = sorted(members[0].ranks)
+        if len(members) < 2:
+            continue
+        if other := next((ranking for ranking in members if sorted(ranking.ranks) != models), None):
+            raise GroupError(
+                f"question {other.question!r}: one ranking is of {len(models)} models, another of {len(other.ranks)} "
+                "or of others, expected the same; complete or remove one"
+            )
+        ranks = [[ranking.ranks[model] for model in models] for ranking in members]
+        taus += [kendalltau(a, b).statistic for a, b in combinations(ranks, 2)]
+        concordances.append(_kendall_w([_midranks(ranking, models) for ranking in members]))
+    return {"tau_b": _mean(taus), "kendall_w": _mean(concordances)}
+
+
+def _kendall_w(midranks: Sequence[Sequence[float]]) -> float:
+    """12 S / (m^2 (n^3 - n) - m T), with T = sum over annotators and ties of t^3 - t."""
+    m, n = len(midranks), len(midranks[0])
+    sums = np.sum(midranks, axis=0)
+    spread = float(((sums - sums.mean()) ** 2).sum())
+    ties = sum(
+        count**3 - count for ranks in midranks for count in np.unique(ranks, return_counts=True)[1].astype(float)
+    )
+    scale = m**2 * (n**3 - n) - m * ties
+    return 12 * spread / scale if scale else float("nan")
+
+
+def _midranks(ranking: FullRanking, models: Sequence[str]) -> list[float]:
+    """Ranks from 1 on; ties get the mean of the places they take."""
+    ranks: Mapping[str, int] = ranking.ranks
+    return [
+        1 + sum(ranks[o] < ranks[m] for o in models) + (sum(ranks[o] == ranks[m] for o in models) - 1) / 2
+        for m in models
+    ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    defined = [value for value in values if not np.isnan(value)]
+    return statistics.fmean(defined) if defined else float("nan")

@@ -1,0 +1,250 @@
+"""A GRPO recipe: the fields of its YAML file beside those of TRL, and what they make.
+
+`grpo_recipes/train_policy.py` trains with it, `mr-reward doctor` looks at it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
+from trl import GRPOConfig, ModelConfig
+
+from mr_reward.errors import ConfigurationError
+from mr_reward.groups import ResponseGroup
+from mr_reward.grpo.group_log import GroupLog
+from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
+from mr_reward.grpo.rows import read_rollouts
+from mr_reward.model.rows import OVER_LENGTH_POLICIES
+from mr_reward.runs.launch import Launch
+from mr_reward.runs.plan import RunPlan
+from mr_reward.scorers.offload import PLACEMENTS
+from mr_reward.scorers.opening import DTYPES
+from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
+from mr_reward.worlds.handwriting_policy import handwriting_accuracy
+
+__all__ = ["PolicyArguments", "first_prompts", "load_prompts", "make_reward", "other_rewards", "plan_run"]
+
+
+@dataclass
+class PolicyArguments:
+    """The reward model and the prompts.
+
+    Args:
+        reward_model: folder or hub id of a reward model written by `pretrain_rm.py`.
+        reward: centred, raw, rank or win_rate.
+        reward_dtype: dtype of the reward model's backbone (bfloat16 on a GPU); None for the checkpoint's.
+        reward_max_tokens: token budget of one forward pass of the reward model.
+        reward_over_length: drop_group, truncate_responses or error.
+        reward_num_orders: response orders to average over (layout causal).
+        reward_attn_implementation: attention backend of the reward model; None for the default.
+        reward_placement: resident keeps the reward model on the device, offload in CPU memory between calls.
+        reward_server: URL of a server that `mr-reward serve` runs, in place of `reward_model`; its options are the
+            server's. The token stands in the environment variable MR_REWARD_TOKEN.
+        reward_server_hash: checksum of the model that the server has to score with; None for any.
+        log_groups_steps: write the groups with images and scores to `groups` in the output folder every so many steps,
+            for `mr-reward inspect`; 0 for never.
+        extra_reward_funcs: further reward functions by import path, as `trl.rewards.accuracy_reward`, or, where a call
+            makes them, `trl.rewards.get_repetition_penalty_reward()`; in this order after the reward model (and the
+            handwriting world's truth) in `reward_weights`.
+        dataset: a data set with `prompt` (text or messages) and optional `image(s)`, local file or hub id; or
+            "handwriting".
+        dataset_split: its split.
+        eval_dataset: held-out prompts for `eval_strategy`, named like `dataset`; None for no validation.
+        eval_dataset_split: its split.
+        num_prompts: number of handwriting prompts.
+        num_eval_prompts: number of held-out handwriting prompts.
+        num_digits: digits per image of the handwriting world.
+        skip_doctor: start without the checks of `mr-reward doctor`.
+        questions: questions of the handwriting world.
+    """
+
+    reward_model: str | None = field(default=None, metadata={"help": "Folder or hub id of the reward model"})
+    reward: str = field(default="centred", metadata={"help": "centred, raw, rank or win_rate"})
+    reward_dtype: str | None = field(default=None, metadata={"help": "dtype of the reward model's backbone"})
+    reward_max_tokens: int = field(default=16384, metadata={"help": "Token budget of one reward forward"})
+    reward_over_length: str = field(default="drop_group", metadata={"help": "drop_group, truncate_responses, error"})
+    reward_num_orders: int = field(default=1, metadata={"help": "Orders to average over (layout causal)"})
+    reward_attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the reward model"})
+    reward_placement: str = field(default="resident", metadata={"help": "resident or offload"})
+    reward_server: str | None = field(default=None, metadata={"help": "URL of a scoring server, for reward_model"})
+    reward_server_hash: str | None = field(default=None, metadata={"help": "Checksum of the server's model"})
+    log_groups_steps: int = field(default=0, metadata={"help": "Write the scored groups every so many steps"})
+    extra_reward_funcs: list[str] = field(default_factory=list, metadata={"help": "Import paths"})
+    dataset: str = field(default="handwriting", metadata={"help": "Data set with prompts, or handwriting"})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the data set"})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out prompts, or handwriting"})
+    eval_dataset_split: str = field(default="validation", metadata={"help": "Split of the held-out prompts"})
+    num_prompts: int = field(default=4096, metadata={"help": "Number of handwriting prompts"})
+    num_eval_prompts: int = field(default=32, metadata={"help": "Number of held-out handwriting prompts"})
+    num_digits: int = field(default=3, metadata={"help": "Digits per image of the handwriting world"})
+    skip_doctor: bool = field(default=False, metadata={"help": "Start without the checks of `mr-reward doctor`"})
+    questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "Handwriting questions"})
+
+    def __post_init__(self) -> None:
+        choices = {
+            "reward": REWARD_TRANSFORMS,
+            "reward_over_length": OVER_LENGTH_POLICIES,
+            "reward_placement": PLACEMENTS,
+            "reward_dtype": (None, *DTYPES),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                shown = ", ".join(map(str, allowed))
+                raise ConfigurationError(f"{name} is {getattr(self, name)!r}, expected one of {shown}")
+        for name in ("reward_max_tokens", "reward_num_orders", "num_prompts", "num_eval_prompts"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.log_groups_steps < 0:
+            raise ConfigurationError(f"log_groups_steps is {self.log_groups_steps}, expected 0 for never, or more")
+
+
+def load_prompts(arguments: PolicyArguments, name: str, split: str, num_prompts: int, seed: int) -> Dataset:
+    """Prompts as a data set that `GRPOTrainer` takes."""
+    if name == "handwriting":
+        tasks = make_tasks(
+            split, num_prompts, num_digits=arguments.num_digits, questions=arguments.questions, seed=seed
+        )
+        return Dataset.from_list(make_policy_rows(tasks))
+    try:
+        if name.endswith((".json", ".jsonl")):
+            return load_dataset("json", data_files=name, split="train")
+        return load_dataset(name, split=split)
+    except (DatasetsError, StopIteration, ValueError) as error:  # an empty file is a StopIteration
+        reason = error.__cause__ or str(error) or "nothing in it"
+        raise ConfigurationError(f"dataset {name}, split {split}, cannot be read ({reason}); mend it") from error
+
+
+def make_reward(arguments: PolicyArguments, args: GRPOConfig) -> MultiResponseReward:
+    """The reward function; a broken folder shows here, before the policy is loaded."""
+    if arguments.reward_model is None and arguments.reward_server is None:
+        raise ConfigurationError("reward_model is missing; give the folder that pretrain_rm.py wrote")
+    every = arguments.log_groups_steps
+    return MultiResponseReward(
+        arguments.reward_model,
+        num_generations=args.num_generations,
+        num_generations_eval=args.num_generations_eval,
+        reward=arguments.reward,
+        server=arguments.reward_server,
+        server_hash=arguments.reward_server_hash,
+        dtype=DTYPES.get(arguments.reward_dtype or ""),
+        max_tokens_per_batch=arguments.reward_max_tokens,
+        over_length=arguments.reward_over_length,
+        num_orders=arguments.reward_num_orders,
+        attn_implementation=arguments.reward_attn_implementation,
+        placement=arguments.reward_placement,
+        group_log=GroupLog(Path(str(args.output_dir)) / "groups", every=every) if every else None,
+        timeout=args.ddp_timeout,
+    )
+
+
+def other_rewards(arguments: PolicyArguments, args: GRPOConfig) -> list[Callable[..., Any]]:
+    """The reward functions beside the reward model; sets the weights that the recipe leaves open."""
+    extra = [import_reward(path) for path in arguments.extra_reward_funcs]
+    if arguments.dataset != "handwriting":
+        return extra
+    # The truth watches with weight 0, unless asked for more: it is logged, and the policy does not learn from it.
+    args.reward_weights = args.reward_weights or [1.0, 0.0, *(1.0 for _ in extra)]
+    return [handwriting_accuracy, *extra]
+
+
+def import_reward(path: str) -> Callable[..., Any]:
+    """The reward function that an import path names; with () at its end, what that makes."""
+    module, _, name = path.removesuffix("()").rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(
+            f"extra_reward_funcs: {path!r} cannot be imported ({error}); give module.function"
+        ) from error
+    return found() if path.endswith("()") else found
+
+
+def plan_run(
+    arguments: PolicyArguments,
+    args: GRPOConfig,
+    model_config: ModelConfig,
+    launch: Launch,
+    prompts: list[ResponseGroup],
+    *,
+    use_cpu: bool,
+) -> RunPlan:
+    """What the checks before a run look at.
+
+    Args:
+        arguments: the recipe's own fields.
+        args: TRL's.
+        model_config: of the policy.
+        launch: how the run is started.
+        prompts: see `first_prompts`.
+        use_cpu: whether the recipe asks for the CPU, whatever `args` was given to be made here.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigurationError: no policy is named, or another reward cannot be imported.
+    """
+    if not model_config.model_name_or_path:
+        raise ConfigurationError("model_name_or_path is missing; give the policy's folder or hub id")
+    return RunPlan(
+        args=args,
+        policy=model_config.model_name_or_path,
+        reward_model=arguments.reward_model,
+        reward_server=arguments.reward_server,
+        reward_server_hash=arguments.reward_server_hash,
+        reward_placement=arguments.reward_placement,
+        reward_dtype=DTYPES.get(arguments.reward_dtype or ""),
+        reward_max_tokens=arguments.reward_max_tokens,
+        reward_over_length=arguments.reward_over_length,
+        reward_attention=arguments.reward_attn_implementation,
+        num_reward_funcs=1 + len(other_rewards(arguments, args)),
+        launch=launch,
+        policy_dtype=DTYPES.get(model_config.dtype or "float32", torch.bfloat16),  # auto: most checkpoints are
+        policy_bits=4 if model_config.load_in_4bit else 8 if model_config.load_in_8bit else None,
+        lora_rank=model_config.lora_r if model_config.use_peft else None,
+        lora_targets=model_config.lora_target_modules,
+        use_cpu=use_cpu,
+        eval_dataset=arguments.eval_dataset,
+        unread=[name for name, _ in _sources(arguments) if not _is_here(name)],
+        prompts=prompts,
+    )
+
+
+def first_prompts(arguments: PolicyArguments, count: int = 64) -> list[ResponseGroup]:
+    """The first prompts of both data sets as groups, if they are on this machine."""
+    groups = []
+    for name, split in _sources(arguments):
+        if _is_here(name):
+            rows = load_prompts(arguments, name, split, count, seed=0)
+            groups += _read_groups(name, rows.select(range(min(count, len(rows)))))
+        elif name.endswith((".json", ".jsonl")):
+            raise ConfigurationError(f"dataset {name} is no file; give the file with the prompts")
+    return groups
+
+
+def _sources(arguments: PolicyArguments) -> list[tuple[str, str]]:
+    both = (arguments.dataset, arguments.dataset_split), (arguments.eval_dataset, arguments.eval_dataset_split)
+    return [(name, split) for name, split in both if name is not None]
+
+
+def _is_here(name: str) -> bool:
+    return name == "handwriting" or Path(name).exists()
+
+
+def _read_groups(name: str, rows: Dataset) -> list[ResponseGroup]:
+    if "prompt" not in rows.column_names:
+        raise ConfigurationError(f"dataset {name} has the columns {rows.column_names}, expected prompt among them")
+    for number, prompt in enumerate(rows["prompt"]):
+        if not isinstance(prompt, str | list) or not prompt:
+            raise ConfigurationError(
+                f"dataset {name}, row {number}: prompt is {prompt!r}, expected text or a list of messages"
+            )
+    columns = {column: rows[column] for column in ("image", "images") if column in rows.column_names}
+    return read_rollouts(rows["prompt"], [""] * len(rows), columns)[0]

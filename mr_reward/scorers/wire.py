@@ -1,0 +1,282 @@
+"""What client and server send each other, and groups in and out of it.
+
+JSON with every character outside ASCII escaped, so that the lone surrogates that a policy can write arrive as they
+are. Images travel as the bytes of their file, or as PNG, which loses nothing. A request holds no path and no URL that
+the server could be made to open, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import warnings
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from mr_reward.errors import MediaError
+from mr_reward.groups import ResponseGroup
+from mr_reward.templates.images import load_image
+
+__all__ = [
+    "ErrorAnswer",
+    "Health",
+    "ScoreAnswer",
+    "ScoreRequest",
+    "WireGroup",
+    "WireResult",
+    "dump",
+    "from_wire",
+    "to_wire",
+]
+
+# What the server opens; images of other kinds are sent as PNG. Pillow opens more, some through other programs.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class WireBlock(_Message):
+    """A content block; media blocks are placeholders."""
+
+    type: Literal["text", "image", "video"]
+    text: str | None = None
+
+
+class WireTurn(_Message):
+    """A chat message."""
+
+    role: str
+    content: list[WireBlock]
+
+
+class WireGroup(_Message):
+    """A group to score.
+
+    Args:
+        id: unique in its request.
+        name: what messages call it.
+        messages: the prompt.
+        responses: N texts.
+        images: base64 of image files, in the order of the placeholders.
+        videos: the same for each frame of each video.
+    """
+
+    id: str = Field(min_length=1, max_length=100)
+    name: str | None = None
+    messages: list[WireTurn]
+    responses: list[str]
+    images: list[str] = []
+    videos: list[list[str]] = []
+
+
+class ScoreRequest(_Message):
+    """Groups to score.
+
+    Args:
+        request_id: a repeated request with the same id and content is answered from memory.
+        groups: at least one.
+    """
+
+    request_id: str = Field(min_length=1, max_length=100)
+    groups: list[WireGroup] = Field(min_length=1)
+
+
+class WireResult(_Message):
+    """As `mr_reward.model.scorer.GroupScores`, with the id of the group."""
+
+    id: str
+    scores: list[float] | None
+    truncated: list[bool]
+    order_spread: float = 0.0
+    order_flip_rate: float | None = None
+    drop_reason: str | None = None
+
+
+class ScoreAnswer(_Message):
+    """Results of a request.
+
+    Args:
+        request_id: of the request.
+        model_hash: `weights_digest` of the model that scored.
+        options: of the scorer, as far as they change scores.
+        results: one for each group, in any order.
+    """
+
+    request_id: str
+    model_hash: str
+    options: dict[str, Any]
+    results: list[WireResult]
+
+
+class Health(_Message):
+    """State of a server.
+
+    Args:
+        status: `ok`.
+        version: of this package.
+        model_hash: `weights_digest` of the model.
+        layout: of the model.
+        options: of the scorer, as far as they change scores.
+        max_groups: of a request.
+        max_request_bytes: of a request.
+        pending_groups: accepted and not scored yet.
+    """
+
+    status: Literal["ok"]
+    version: str
+    model_hash: str
+    layout: str
+    options: dict[str, Any]
+    max_groups: int
+    max_request_bytes: int
+    pending_groups: int
+
+
+class ErrorAnswer(_Message):
+    """Why there are no results.
+
+    Args:
+        error: name of the error's type.
+        message: for people.
+    """
+
+    error: str
+    message: str
+
+
+def dump(message: BaseModel) -> bytes:
+    """A message as JSON.
+
+    Args:
+        message: any of this file.
+
+    Returns:
+        ASCII; `json.loads` gives back every string and number as it was.
+
+    Example:
+        >>> dump(ErrorAnswer(error="MediaError", message="é"))
+        b'{"error":"MediaError","message":"\\\\u00e9"}'
+    """
+    return json.dumps(message.model_dump(), separators=(",", ":")).encode("ascii")
+
+
+def to_wire(group: ResponseGroup, id: str) -> WireGroup:
+    """A group as it is sent; rankings and source stay here.
+
+    Args:
+        group: to be scored.
+        id: unique in its request.
+
+    Returns:
+        The message.
+
+    Raises:
+        MediaError: an image is missing or unreadable.
+
+    Example:
+        >>> to_wire(ResponseGroup(prompt="2 + 2?", responses=["4"]), "0").responses
+        ['4']
+    """
+    try:
+        images = [_encode(image) for image in group.images]
+        videos = [[_encode(frame) for frame in video] for video in group.videos]
+    except MediaError as error:
+        raise MediaError(f"{group.name}: {error}") from error
+    return WireGroup.model_validate(
+        {
+            "id": id,
+            "name": group.id,
+            "messages": group.messages,
+            "responses": list(group.responses),
+            "images": images,
+            "videos": videos,
+        }
+    )
+
+
+def from_wire(message: WireGroup, max_pixels: int) -> ResponseGroup:
+    """The group that a client sent.
+
+    Args:
+        message: the sent group.
+        max_pixels: of an image or frame; larger ones are refused before they are unpacked.
+
+    Returns:
+        The group, with images that are opened but not yet unpacked.
+
+    Raises:
+        GroupError: it contradicts itself.
+        MediaError: an image is unreadable, of an unknown type or too large.
+    """
+    name = "group (no id)" if message.name is None else f"group {message.name!r}"
+    try:
+        images = [_decode(image, max_pixels) for image in message.images]
+        videos = [[_decode(frame, max_pixels) for frame in video] for video in message.videos]
+    except MediaError as error:
+        raise MediaError(f"{name}: {error}") from error
+    return ResponseGroup(
+        prompt=[turn.model_dump(exclude_none=True) for turn in message.messages],
+        responses=message.responses,
+        images=images,
+        videos=videos,
+        id=message.name,
+    )
+
+
+def _encode(source: Any) -> str:
+    """Base64 of the image's file if the server opens its kind, else of a PNG with the same pixels."""
+    content = _file_content(source)
+    if content is None or not _is_known(content):
+        buffer = BytesIO()
+        load_image(source).save(buffer, format="PNG", compress_level=1)
+        content = buffer.getvalue()
+    return base64.b64encode(content).decode("ascii")
+
+
+def _file_content(source: Any) -> bytes | None:
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, bytes | bytearray):
+        return bytes(source)
+    if isinstance(source, str | Path) and os.path.isfile(source) and os.access(source, os.R_OK):
+        return Path(source).read_bytes()
+    return None
+
+
+def _is_known(content: bytes) -> bool:
+    try:
+        with _open(content):
+            return True
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def _open(content: bytes) -> Image.Image:
+    """Reads the header only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the server has its own limit
+        return Image.open(BytesIO(content), formats=_FORMATS)
+
+
+def _decode(text: str, max_pixels: int) -> Image.Image:
+    try:
+        image = _open(base64.b64decode(text, validate=True))
+    except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(
+            f"an image of {len(text)} characters cannot be opened ({error}), expected base64 of a file of type "
+            f"{', '.join(_FORMATS)}; replace or remove it"
+        ) from error
+    if image.width * image.height > max_pixels:
+        raise MediaError(
+            f"an image has {image.width} x {image.height} pixels, the server takes {max_pixels}; make it smaller, or "
+            "start the server with a larger --max-megapixels"
+        )
+    return image

@@ -1,0 +1,355 @@
+"""`ResponseGroup` -> token ids. The only place with a template; its hash goes into the checkpoint.
+
+`chat`: the prompt goes through the processor's own chat template with the generation prompt at its end, so that each
+response stands where the assistant would write it. No text of a response can become a special or added token. In the
+prompt, transformers' `sanitize_control_tokens` keeps text from becoming a special token, a media placeholder or a
+token that the template itself uses.
+
+`mr2rm-assistant`, `mr2rm-user`: how the public code of arXiv 2604.10966 shows the responses, for its checkpoints. They
+are one text, joined by a blank line, `<|resp_sep|>` and a blank line, and stand in the assistant's turn (its training)
+or behind the prompt in the user's turn (its README); the media of a turn come before its text.
+
+Legend: N responses, P tokens of the prompt.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from mr_reward.backbones import split_media
+from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError
+from mr_reward.groups import ResponseGroup
+from mr_reward.templates.images import load_image
+from mr_reward.templates.rendered import GLUE, Joiner, RenderedGroup
+from mr_reward.templates.tokens import TextEncoder, encodable
+
+__all__ = [
+    "JOINED_TEMPLATES",
+    "SEPARATOR",
+    "TEMPLATE",
+    "Renderer",
+    "check_template",
+    "template_hash",
+]
+
+TEMPLATE = "chat"
+JOINED_TEMPLATES = ("mr2rm-assistant", "mr2rm-user")
+SEPARATOR = "<|resp_sep|>"
+# Stands for the responses while a chat template is looked at; the line breaks tell whether it changes white space.
+_SLOT = "\n\nRESPONSES\n\n"
+# Raise it when rendering changes what a row holds: checkpoints trained before are then refused.
+_TEMPLATE_VERSION = 1
+_FRAMES_PER_SECOND = 1.0
+_PROMPT_OPTIONS = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
+
+
+def check_template(template: str, layout: str = "causal") -> None:
+    """Refuse a template that does not exist or does not go with the layout.
+
+    Args:
+        template: a name.
+        layout: name of the layout.
+
+    Raises:
+        ConfigurationError: unknown name, or responses joined by text in a layout that hides them from each other.
+    """
+    if template not in (TEMPLATE, *JOINED_TEMPLATES):
+        raise ConfigurationError(
+            f"unknown template {template!r}, expected {TEMPLATE!r}, {' or '.join(map(repr, JOINED_TEMPLATES))}"
+        )
+    if template in JOINED_TEMPLATES and layout != "causal":
+        raise ConfigurationError(
+            f"template {template!r} joins the responses to one text and has no readout tokens, which layout "
+            f"{layout!r} needs; use layout='causal', or template={TEMPLATE!r}"
+        )
+
+
+def template_hash(processor: Any, template: str = TEMPLATE) -> str:
+    """Identify everything that turns a group into text.
+
+    Args:
+        processor: processor or tokenizer.
+        template: name of the template.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        ConfigurationError: the processor has no chat template.
+    """
+    content = json.dumps([template, _TEMPLATE_VERSION, _chat_template(processor)])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _chat_template(processor: Any) -> str:
+    template = getattr(processor, "chat_template", None) or getattr(
+        getattr(processor, "tokenizer", None), "chat_template", None
+    )
+    if not template:
+        raise ConfigurationError(
+            f"{type(processor).__name__} has no chat template; set processor.chat_template before making the model"
+        )
+    return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+
+
+class Renderer:
+    """Turns groups into token ids with one processor.
+
+    Args:
+        processor: a `ProcessorMixin` (vision-language) or a tokenizer (text-only).
+        template: name of the template.
+
+    Raises:
+        ConfigurationError: unknown template, no chat template, or for `mr2rm-*` no `<|resp_sep|>` token or a chat
+            template that does not take contents as they are.
+    """
+
+    def __init__(self, processor: Any, template: str = TEMPLATE) -> None:
+        check_template(template)
+        _chat_template(processor)
+        self.template = template
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.sees_images = self.tokenizer is not processor
+        self.processor = copy.copy(processor)
+        if self.sees_images:
+            # Before it counts placeholders, it takes control tokens out of the text, and what is left of
+            # "<<|endoftext|>|image_pad|>" counts as one. A group's media were matched when it was made.
+            self.processor.validate_inputs = functools.partial(_check_media, processor.validate_inputs)
+        self.encode_text = TextEncoder(self.tokenizer)
+        if template in JOINED_TEMPLATES:
+            self._control_token = self.encode_text.pattern()
+            self._separator_id = self._find_separator()
+            self._surroundings(self._joined_messages(ResponseGroup(prompt="", responses=[""]))[0])
+
+    def render(self, group: ResponseGroup) -> RenderedGroup:
+        """Render one group.
+
+        Args:
+            group: prompt, media and responses.
+
+        Returns:
+            Its token ids and media tensors.
+
+        Raises:
+            MediaError: media for a text-only backbone, or media that cannot be read.
+            GroupError: `mr2rm-user` and a prompt whose last turn is not the user's.
+        """
+        if self.template in JOINED_TEMPLATES:
+            return self._render_joined(group)
+        prompt = self._render_messages(group, group.messages, add_generation_prompt=True)
+        return _rendered(prompt, self.encode_text.encode_all(group.responses))
+
+    def render_all(self, groups: Sequence[ResponseGroup]) -> list[RenderedGroup]:
+        """Render groups, in one call of the processor where it can: its own work for a call is that for many prompts.
+
+        Args:
+            groups: as for `render`.
+
+        Returns:
+            What `render` gives for each.
+
+        Raises:
+            MediaError: as `render`.
+            GroupError: as `render`.
+        """
+        if len(groups) == 1 or self.template in JOINED_TEMPLATES or any(group.videos for group in groups):
+            return [self.render(group) for group in groups]
+        try:
+            chats = [self._load_messages(group, group.messages) for group in groups]
+            found = self.processor.apply_chat_template(chats, **_PROMPT_OPTIONS, add_generation_prompt=True)
+        except (MRRewardError, ValueError, TemplateError):
+            return [self.render(group) for group in groups]  # the one at fault says so under its name
+        media = {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+        lengths = [group.num_responses for group in groups]
+        responses = iter(self.encode_text.encode_all([text for group in groups for text in group.responses]))
+        token_types = found.get("mm_token_type_ids", [None] * len(groups))
+        return [
+            _rendered(
+                {"input_ids": torch.tensor([ids]), **own}
+                | ({} if types is None else {"mm_token_type_ids": torch.tensor([types])}),
+                [next(responses) for _ in range(length)],
+            )
+            for ids, types, own, length in zip(
+                found["input_ids"],
+                token_types,
+                split_media(media, [len(group.images) for group in groups]),
+                lengths,
+                strict=True,
+            )
+        ]
+
+    def _render_joined(self, group: ResponseGroup) -> RenderedGroup:
+        """The prompt ends at the last control token before the responses; plain text behind it is the joiner's."""
+        messages, user_text = self._joined_messages(group)
+        before, after, after_ids = self._surroundings(messages)
+        prompt = self._render_messages(group, messages, add_generation_prompt=False)
+        token_types = prompt.pop("mm_token_type_ids", None)
+        ids = prompt.pop("input_ids")[0]
+        end = self.encode_text(before + _SLOT + after) + after_ids
+        if ids[-len(end) :].tolist() != end:
+            raise ConfigurationError(
+                f"{type(self.tokenizer).__name__} tokenizes the end of a rendered chat in another way than its parts; "
+                f"template {self.template!r} does not work with it, use {TEMPLATE!r}"
+            )
+        texts = [encodable(response) for response in group.responses]
+        joiner = Joiner(
+            encode=self.encode_text,
+            separator_id=self._separator_id,
+            before=before + user_text,
+            after=after,
+            after_ids=after_ids,
+        )
+        return RenderedGroup(
+            prompt_ids=ids[: -len(end)],
+            media=prompt,
+            mm_token_type_ids=None if token_types is None else token_types[0, : -len(end)].long(),
+            texts=texts,
+            joiner=joiner,
+            **joiner.join(texts),
+        )
+
+    def _joined_messages(self, group: ResponseGroup) -> tuple[list[dict[str, Any]], str]:
+        """The chat with a slot for the responses, and the user's text that stands right before them."""
+        messages = [_media_first(message) for message in group.messages]
+        if self.template == "mr2rm-assistant":
+            return [*messages, {"role": "assistant", "content": [{"type": "text", "text": _SLOT}]}], ""
+        if messages[-1]["role"] != "user":
+            raise GroupError(
+                f"{group.name}: the last turn is of {messages[-1]['role']!r}, but template {self.template!r} writes "
+                "the responses into the user's last turn; end the prompt with a user turn"
+            )
+        text = messages[-1]["content"].pop()["text"]
+        messages[-1]["content"].append({"type": "text", "text": _SLOT})
+        return messages, encodable(text) + GLUE
+
+    def _surroundings(self, messages: list[dict[str, Any]]) -> tuple[str, str, list[int]]:
+        """What the chat template writes around the slot: text before, text after, ids from a control token on."""
+        if not self.sees_images:
+            messages = [{**m, "content": "".join(block["text"] for block in m["content"])} for m in messages]
+        (chat,) = self.processor.apply_chat_template([messages], tokenize=False, add_generation_prompt=False)
+        head, slot, tail = chat.rpartition(_SLOT)
+        starts = [match.end() for match in self._control_token.finditer(head)]
+        if not slot or not starts:
+            raise ConfigurationError(
+                f"the chat template {'writes no control token' if slot else 'changes the white space of a turn'}; "
+                f"template {self.template!r} needs one that writes a control token and then the text as it is, use "
+                f"{TEMPLATE!r} with this processor"
+            )
+        control = self._control_token.search(tail)
+        cut = control.start() if control else len(tail)
+        after_ids = self.tokenizer(tail[cut:], add_special_tokens=False)["input_ids"]
+        return head[starts[-1] :], tail[:cut], after_ids
+
+    def _find_separator(self) -> int:
+        """The id of the separator, if it splits text as a control token does and takes no white space with it."""
+        found = self.tokenizer(f"a{GLUE}{SEPARATOR}{GLUE}b", add_special_tokens=False)["input_ids"]
+        index = {token: i for i, token in self.encode_text.control_tokens.items()}.get(SEPARATOR)
+        if index is None or found != [*self.encode_text("a" + GLUE), index, *self.encode_text(GLUE + "b")]:
+            raise ConfigurationError(
+                f"{type(self.tokenizer).__name__} has no control token {SEPARATOR} that leaves the text beside it "
+                f"alone, which template {self.template!r} needs; MultiResponseRewardModel.from_backbone adds one"
+            )
+        return index
+
+    def _load_messages(self, group: ResponseGroup, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The chat as the processor takes it, with the group's media in it."""
+        if not self.sees_images:
+            if group.images or group.videos:
+                raise MediaError(
+                    f"{group.name}: {len(group.images)} images and {len(group.videos)} videos for a text-only "
+                    "backbone; use a vision-language backbone or remove them"
+                )
+            return [
+                {**message, "content": "".join(encodable(block["text"]) for block in message["content"])}
+                for message in messages
+            ]
+        images, videos = iter(group.images), iter(group.videos)
+        return [
+            {
+                **message,
+                "content": [self._load_block(block, images, videos, group.name) for block in message["content"]],
+            }
+            for message in messages
+        ]
+
+    def _render_messages(
+        self, group: ResponseGroup, messages: list[dict[str, Any]], *, add_generation_prompt: bool
+    ) -> dict[str, Tensor]:
+        """Token ids and media tensors of a chat that holds the group's media."""
+        messages = self._load_messages(group, messages)
+        options: dict[str, Any] = {"processor_kwargs": {}} if self.sees_images else {}
+        if group.videos:
+            metadata = [
+                {"total_num_frames": len(video), "fps": _FRAMES_PER_SECOND, "frames_indices": list(range(len(video)))}
+                for video in group.videos
+            ]
+            options["processor_kwargs"] = {"do_sample_frames": False, "video_metadata": [metadata]}
+        try:
+            rendered = self.processor.apply_chat_template(
+                [messages],
+                **_PROMPT_OPTIONS,
+                return_tensors="pt",
+                add_generation_prompt=add_generation_prompt,
+                **options,
+            )
+        except TemplateError as error:  # Molmo2's takes no system turn, for instance
+            roles = ", ".join(message["role"] for message in messages)
+            raise GroupError(
+                f"{group.name}: the backbone's chat template refuses the turns ({roles}): {error}; change the prompt"
+            ) from error
+        except ValueError as error:
+            if not (group.images or group.videos):
+                raise
+            raise MediaError(
+                f"{group.name}: {type(self.processor).__name__} does not take its images or videos ({error}); "
+                "resize or remove them"
+            ) from error
+        return {
+            key: value
+            for key, value in rendered.items()
+            if isinstance(value, torch.Tensor) and key != "attention_mask"
+        }
+
+    @staticmethod
+    def _load_block(block: dict[str, Any], images: Any, videos: Any, name: str) -> dict[str, Any]:
+        if block["type"] == "text":
+            return {"type": "text", "text": encodable(block["text"])}
+        try:
+            if block["type"] == "image":
+                return {"type": "image", "image": load_image(next(images))}
+            return {"type": "video", "video": [load_image(frame) for frame in next(videos)]}
+        except MediaError as error:
+            raise MediaError(f"{name}: {error}") from error
+
+
+def _check_media(
+    validate: Callable[..., None], images: Any = None, text: Any = None, videos: Any = None, **options: Any
+) -> None:
+    """The processor's own look at its media, without the text."""
+    if images is not None or videos is not None:
+        validate(images=images, videos=videos, **options)
+
+
+def _rendered(prompt: dict[str, Tensor], response_ids: list[list[int]]) -> RenderedGroup:
+    """From what the processor makes of one prompt."""
+    token_types = prompt.pop("mm_token_type_ids", None)
+    return RenderedGroup(
+        prompt_ids=prompt.pop("input_ids")[0],
+        response_ids=response_ids,
+        media=prompt,
+        mm_token_type_ids=None if token_types is None else token_types[0].long(),
+    )
+
+
+def _media_first(message: dict[str, Any]) -> dict[str, Any]:
+    """The media of a turn, then its text as one block."""
+    media = [block for block in message["content"] if block["type"] != "text"]
+    text = "".join(block["text"] for block in message["content"] if block["type"] == "text")
+    return {**message, "content": [*media, {"type": "text", "text": text}]}

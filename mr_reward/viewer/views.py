@@ -1,0 +1,273 @@
+"""Scored groups as what a page shows: ranks, advantages, flags, images, the layout as a small matrix."""
+
+from __future__ import annotations
+
+import base64
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any
+
+from mr_reward.data.scored import ScoredGroup
+from mr_reward.groups import dense_ranks
+from mr_reward.layouts import plan_row, readout_kinds, visible
+from mr_reward.templates.images import load_image
+from mr_reward.templates.rendering import Renderer
+
+__all__ = ["FILTERS", "GroupView", "Lengths", "Matrix", "ResponseView", "make_view", "visible_text"]
+
+# Name -> the rule, as the page tells it.
+FILTERS = {
+    "zero-spread": "all scores are equal: the group teaches GRPO nothing",
+    "dropped": "the group got no scores",
+    "truncated": "a response was cut off before it was scored",
+    "suspicious": "scores follow the length: correlation of 0.9 or more, either way, over at least four lengths",
+    "duplicates": "two responses have the same text",
+}
+_SUSPICIOUS, _MIN_LENGTHS = 0.9, 4
+_MAX_PIXELS = 512  # longer side of an embedded image
+_EPSILON = 1e-4  # trl 1.16 adds it to the standard deviation
+_CONTROLS = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200b-\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff\\ufeff]"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of a row.
+
+    Args:
+        prompt: of the prompt with its media.
+        responses: N numbers.
+        layout: of the reward model.
+    """
+
+    prompt: int
+    responses: tuple[int, ...]
+    layout: str
+
+    @classmethod
+    def of(cls, scored: ScoredGroup, renderer: Renderer, layout: str) -> Lengths:
+        """Count with a reward model's own processor."""
+        rendered = renderer.render(scored.group)
+        return cls(len(rendered.prompt_ids), tuple(len(ids) for ids in rendered.response_ids), layout)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Who sees whom, one cell for each part of the row.
+
+    Args:
+        labels: P, then 1 s (c) 2 s (c) ...
+        cells: [query][key], True where it sees it.
+    """
+
+    labels: tuple[str, ...]
+    cells: tuple[tuple[bool, ...], ...]
+
+    @classmethod
+    def of(cls, layout: str, num_responses: int) -> Matrix:
+        """The layout with one token for the prompt and for each response."""
+        plan = plan_row(layout, 1, [1] * num_responses)
+        mask = visible(layout, plan.segments[None], plan.kinds[None])[0]
+        readouts = [kind.name[0].lower() for kind in readout_kinds(layout)]
+        labels = ["P"]
+        for i in range(num_responses):
+            labels += [str(i + 1), *readouts]
+        return cls(tuple(labels), tuple(tuple(row) for row in mask.tolist()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseView:
+    """A response as it is shown.
+
+    Args:
+        slot: its number in the group, from 1 on.
+        text: with control characters made visible.
+        score: None if the group was dropped.
+        rank: 1 = best.
+        share: of the way from the lowest to the highest score, for a bar.
+        advantage: None if there is none.
+        reward: None if there is none.
+        length: in `unit`.
+        flags: what is special about it.
+        true_rank: from the data, if it was ranked.
+    """
+
+    slot: int
+    text: str
+    score: float | None
+    rank: int | None
+    share: float
+    advantage: float | None
+    reward: float | None
+    length: int
+    flags: tuple[str, ...]
+    true_rank: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupView:
+    """A group as it is shown.
+
+    Args:
+        name: of the group.
+        turns: role and pieces; a piece is text, or the data URI of an image with its caption.
+        responses: best first.
+        spread: standard deviation of the scores, None without scores.
+        correlation: of score and length, None where it is not defined.
+        order_spread: see `GroupScores`.
+        drop_reason: why there are no scores.
+        advantage_note: where the advantages come from.
+        unit: tokens or characters.
+        prompt_length: in tokens, None if they were not counted.
+        matrix: of the layout, None if that is not known.
+        layout: its name, or None.
+        filters: the names of `FILTERS` that apply.
+        step: of the run, or None.
+    """
+
+    name: str
+    turns: tuple[tuple[str, tuple[dict[str, str], ...]], ...]
+    responses: tuple[ResponseView, ...]
+    spread: float | None
+    correlation: float | None
+    order_spread: float
+    drop_reason: str | None
+    advantage_note: str
+    unit: str
+    prompt_length: int | None
+    matrix: Matrix | None
+    layout: str | None
+    filters: tuple[str, ...] = field(default=())
+    step: int | None = None
+
+
+def make_view(scored: ScoredGroup, advantages: Sequence[float] | None, lengths: Lengths | None) -> GroupView:
+    """Prepare a group for a page.
+
+    Args:
+        scored: the group and its scores.
+        advantages: N numbers that the trainer logged; None computes them from the rewards, or from the scores.
+        lengths: token counts; None counts characters.
+
+    Returns:
+        The view.
+
+    Raises:
+        MediaError: an image that cannot be read.
+    """
+    group, scores = scored.group, scored.scores
+    note = "as the trainer logged it" if advantages is not None else "from this reward alone, scaled by the group"
+    if advantages is None:
+        advantages = _advantages(scored.rewards if scored.rewards is not None else scores)
+    counts = lengths.responses if lengths is not None else tuple(len(text) for text in group.responses)
+    ranks = None if scores is None else dense_ranks([-score for score in scores])
+    low, high = (min(scores), max(scores)) if scores else (0.0, 0.0)
+    views = []
+    for i, text in enumerate(group.responses):
+        flags = [flag for flag, holds in (("cut off", scored.truncated[i]), ("empty", not text.strip())) if holds]
+        if text in group.responses[:i]:
+            flags.append(f"same as {group.responses.index(text) + 1}")
+        score = None if scores is None else scores[i]
+        views.append(
+            ResponseView(
+                slot=i + 1,
+                text=visible_text(text),
+                score=score,
+                rank=None if ranks is None else ranks[i],
+                share=1.0 if high == low or score is None else (score - low) / (high - low),
+                advantage=None if advantages is None else advantages[i],
+                reward=None if scored.rewards is None else scored.rewards[i],
+                length=counts[i],
+                flags=tuple(flags),
+                true_rank=None if group.rankings is None else group.rankings[i],
+            )
+        )
+    correlation = _correlation(scores, counts)
+    holds = {
+        "zero-spread": scores is not None and len(scores) > 1 and low == high,
+        "dropped": scores is None,
+        "truncated": any(scored.truncated),
+        "suspicious": correlation is not None and abs(correlation) >= _SUSPICIOUS and len(set(counts)) >= _MIN_LENGTHS,
+        "duplicates": len(set(group.responses)) < group.num_responses,
+    }
+    layout = None if lengths is None else lengths.layout
+    return GroupView(
+        name=visible_text(group.id or "group"),
+        turns=_turns(scored),
+        responses=tuple(sorted(views, key=lambda view: (-(view.score or 0.0), view.slot))),
+        spread=None if scores is None else (statistics.stdev(scores) if len(scores) > 1 else 0.0),
+        correlation=correlation,
+        order_spread=scored.order_spread,
+        drop_reason=scored.drop_reason,
+        advantage_note=note,
+        unit="characters" if lengths is None else "tokens",
+        prompt_length=None if lengths is None else lengths.prompt,
+        matrix=None if layout is None else Matrix.of(layout, group.num_responses),
+        layout=layout,
+        filters=tuple(name for name in FILTERS if holds[name]),
+        step=scored.step,
+    )
+
+
+def visible_text(text: str) -> str:
+    """Text in which nothing is hidden: control, zero-width and direction characters and lone surrogates by number.
+
+    Args:
+        text: anything.
+
+    Returns:
+        Text that has a UTF-8 form.
+
+    Example:
+        >>> visible_text("a\\u202eb")
+        'a⟨U+202E⟩b'
+    """
+    return _CONTROLS.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
+
+
+def _advantages(rewards: Sequence[float | None] | None) -> list[float] | None:
+    """(r - mean) / (std + eps), as GRPO with `scale_rewards="group"`."""
+    if rewards is None or any(reward is None for reward in rewards):
+        return None
+    values = [reward for reward in rewards if reward is not None]
+    mean = statistics.fmean(values)
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return [(value - mean) / (spread + _EPSILON) for value in values]
+
+
+def _correlation(scores: Sequence[float] | None, lengths: Sequence[int]) -> float | None:
+    if scores is None or min(scores) == max(scores) or min(lengths) == max(lengths):
+        return None
+    return statistics.correlation(scores, lengths)
+
+
+def _turns(scored: ScoredGroup) -> tuple[tuple[str, tuple[dict[str, str], ...]], ...]:
+    images, videos = iter(scored.group.images), iter(scored.group.videos)
+    turns = []
+    for message in scored.group.messages:
+        pieces: list[dict[str, str]] = []
+        for block in message["content"]:
+            if block["type"] == "text":
+                pieces.append({"text": visible_text(block["text"])})
+            elif block["type"] == "image":
+                pieces.append(_embedded(next(images), "image"))
+            else:
+                frames = next(videos)
+                pieces += [_embedded(frame, f"frame {i} of {len(frames)}") for i, frame in enumerate(frames, start=1)]
+        turns.append((visible_text(message["role"]), tuple(pieces)))
+    return tuple(turns)
+
+
+def _embedded(medium: Any, name: str) -> dict[str, str]:
+    image = load_image(medium).convert("RGB")
+    caption = f"{name}, {image.width} x {image.height}"
+    if max(image.size) > _MAX_PIXELS:
+        image.thumbnail((_MAX_PIXELS, _MAX_PIXELS))
+        caption += f", shown at {image.width} x {image.height}"
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return {"uri": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), "caption": caption}

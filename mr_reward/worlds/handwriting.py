@@ -1,0 +1,392 @@
+"""The handwriting world: real scanned digits, questions about them, and responses whose quality is known exactly.
+
+The 1,797 scans (8 x 8 pixels, 17 grey levels) come with scikit-learn, so nothing is downloaded. A prompt shows k
+digits side by side in one image, or one at a time as the frames of a video, and asks one of `QUESTIONS`. Train,
+validation and test never share a scan; the split is a property of the data and does not depend on any seed.
+
+The candidate answers of a group are drawn so that they do not give the truth away. Their numbers are a random subset
+of a set in which no member stands out (a grid of digit choices, or a window of whole numbers), so the truth is not the
+one in the middle; wording is drawn independently of being right, so neither is it the longest or the shortest. Only
+the picture tells. What stays is what anybody knows without looking: that a response without a number is seldom the
+best, and that the largest of three digits is often 9.
+
+Example:
+    >>> group = make_groups("train", 1, num_responses=4, seed=0)[0]
+    >>> group.num_responses, min(group.rankings)
+    (4, 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any, Literal, get_args
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from mr_reward.errors import ConfigurationError
+from mr_reward.groups import Message, ResponseGroup, dense_ranks
+from mr_reward.worlds.handwriting_grading import QUESTIONS, correct_answer, grade, is_correct
+
+__all__ = [
+    "QUESTIONS",
+    "SPLITS",
+    "TILE_SIZE",
+    "HandwritingTask",
+    "correct_answer",
+    "grade",
+    "is_correct",
+    "make_groups",
+    "make_policy_rows",
+    "make_sft_rows",
+    "make_tasks",
+    "split_scans",
+]
+
+Media = Literal["image", "video"]
+
+SPLITS = {"train": 0.75, "validation": 0.10, "test": 0.15}  # shares of each digit's scans
+TILE_SIZE = 32  # pixels; one image token of the tiny VLMs shows one digit
+MIN_RESPONSES, MAX_RESPONSES = 2, 64
+
+# How groups are drawn. Chances are per response unless they say otherwise.
+_NO_RIGHT_ANSWER = 0.10  # per group: nobody is right, the best is the nearest
+_NO_NUMBER = 0.15  # a response without a single number: one of _EMPTY_HANDED
+_REPEAT = 0.12  # a number that an earlier response of the group gave already
+_SLIP = 0.3  # for "read": a wrong number that is a slip of another one, see `_slip`
+_SENTENCES = ("It is {}.", "I see {}.", "Answer: {}")
+_RAMBLINGS = ("Well, let me think about it again, it is {}.", "So many lines here, but I would say {} I guess.")
+_WORDINGS = (("{}",), _SENTENCES, _RAMBLINGS)
+_WORDING_CHANCES = (0.8, 0.15, 0.05)
+_REFUSALS = ("I cannot tell.", "Not sure.", "I can't read it.", "No idea.")
+_WAFFLE = ("Digits are a lovely thing to look at, are they not?", "Some lines are curved and some are not so curved.")
+_EMPTY_HANDED = ("refusal", "waffle", "hedge", "silence")
+_EMPTY_HANDED_CHANCES = (0.35, 0.25, 0.15, 0.25)
+
+
+@dataclass(frozen=True)
+class HandwritingTask:
+    """One question about k handwritten digits.
+
+    Args:
+        id: a name such as "handwriting-test-00012".
+        question: a key of `QUESTIONS`.
+        digits: the k digits shown, each 0..9.
+        scans: k indices into scikit-learn's `load_digits`.
+        media: "image" (side by side) or "video" (one a frame).
+    """
+
+    id: str
+    question: str
+    digits: tuple[int, ...]
+    scans: tuple[int, ...]
+    media: Media = "image"
+
+    @property
+    def text(self) -> str:
+        """The question as it is asked."""
+        return QUESTIONS[self.question]
+
+    @property
+    def answer(self) -> str:
+        """The right answer."""
+        return correct_answer(self.question, self.digits)
+
+    @property
+    def messages(self) -> list[Message]:
+        """The prompt: one user turn with a block for the medium (which carries none) and the question."""
+        return [{"role": "user", "content": [{"type": self.media}, {"type": "text", "text": self.text}]}]
+
+    def image(self) -> Image.Image:
+        """The digits side by side, `(k * TILE_SIZE) x TILE_SIZE` pixels, RGB."""
+        return Image.fromarray(np.concatenate([_tile(scan) for scan in self.scans], axis=1))
+
+    def frames(self) -> list[Image.Image]:
+        """The digits one at a time: k frames of `TILE_SIZE x TILE_SIZE` pixels, RGB, one frame a second."""
+        return [Image.fromarray(_tile(scan)) for scan in self.scans]
+
+
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Scans uint8 [1797, 8, 8], 0 = paper, 255 = ink; labels int64 [1797]."""
+    data = load_digits()
+    return np.rint(data.images * (255 / 16)).astype(np.uint8), data.target
+
+
+@cache
+def _tile(scan: int) -> np.ndarray:
+    """One digit, white on black, uint8 [TILE_SIZE, TILE_SIZE, 3]. Cached: 3 kB each."""
+    image = Image.fromarray(_digits()[0][scan]).resize((TILE_SIZE, TILE_SIZE), Image.Resampling.BILINEAR)
+    return np.repeat(np.asarray(image)[:, :, None], 3, axis=2)
+
+
+@cache
+def split_scans(split: str) -> np.ndarray:
+    """The scans of a split; disjoint from those of the others, the same for every user seed.
+
+    Args:
+        split: a key of `SPLITS`.
+
+    Returns:
+        Sorted indices into `load_digits`, int64 [about 1348, 180 or 269]; every digit has the same share of its scans.
+    """
+    if split not in SPLITS:
+        raise ConfigurationError(f"got split {split!r}, expected one of {list(SPLITS)}")
+    labels = _digits()[1]
+    rng = np.random.default_rng(20_260_410)  # part of the data: changing it changes every reported number
+    chosen = []
+    for digit in range(10):
+        scans = rng.permutation(np.flatnonzero(labels == digit))
+        ends = np.rint(np.cumsum([0.0, *SPLITS.values()]) * len(scans)).astype(int)
+        index = list(SPLITS).index(split)
+        chosen.append(scans[ends[index] : ends[index + 1]])
+    result = np.sort(np.concatenate(chosen))
+    result.flags.writeable = False  # the cache hands out the same array
+    return result
+
+
+def make_tasks(
+    split: str,
+    num_tasks: int,
+    *,
+    num_digits: int = 3,
+    questions: Sequence[str] = ("read",),
+    media: Media = "image",
+    seed: int = 0,
+) -> list[HandwritingTask]:
+    """Draw questions about random digits of a split.
+
+    Task i depends on the seed, the split and i alone, so a longer list begins with the shorter one.
+
+    Args:
+        split: "train", "validation" or "test".
+        num_tasks: how many.
+        num_digits: k, digits shown per task; 1 to 16, for a video 2 at least (two frames make one temporal patch).
+        questions: keys of `QUESTIONS`; each task asks one of them, all equally often in the mean.
+        media: "image" or "video".
+        seed: non-negative.
+
+    Returns:
+        `num_tasks` tasks.
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
+    """
+    scans = split_scans(split)
+    _check_task_arguments(num_tasks, num_digits, questions, media, seed)
+    labels = _digits()[1]
+    tasks = []
+    for i in range(num_tasks):
+        rng = _rng(seed, split, i, 0)
+        chosen = rng.choice(scans, size=num_digits, replace=len(scans) < num_digits)
+        tasks.append(
+            HandwritingTask(
+                id=f"handwriting-{split}-{i:05d}",
+                question=questions[int(rng.integers(len(questions)))],
+                digits=tuple(int(labels[scan]) for scan in chosen),
+                scans=tuple(int(scan) for scan in chosen),
+                media=media,
+            )
+        )
+    return tasks
+
+
+def make_groups(
+    split: str,
+    num_groups: int,
+    *,
+    num_responses: int = 4,
+    num_digits: int = 3,
+    questions: Sequence[str] = ("read",),
+    media: Media = "image",
+    seed: int = 0,
+) -> list[ResponseGroup]:
+    """Draw ranked groups: the tasks of `make_tasks` with N graded responses each.
+
+    One response in nine groups of ten is right (seldom more), the others are near misses, worded answers, refusals,
+    hedges, waffle or empty, in random order. Rankings follow `grade`; at least two differ within a group.
+
+    Args:
+        split: "train", "validation" or "test".
+        num_groups: how many.
+        num_responses: N, 2 to 64.
+        num_digits: k, digits shown per task.
+        questions: keys of `QUESTIONS`.
+        media: "image" or "video".
+        seed: non-negative; the same seed gives the same tasks as `make_tasks`.
+
+    Returns:
+        `num_groups` groups with rankings and media.
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
+    """
+    if not MIN_RESPONSES <= num_responses <= MAX_RESPONSES:
+        raise ConfigurationError(
+            f"got num_responses={num_responses}, expected {MIN_RESPONSES} to {MAX_RESPONSES}; "
+            "merge groups for more candidates"
+        )
+    tasks = make_tasks(split, num_groups, num_digits=num_digits, questions=questions, media=media, seed=seed)
+    groups = []
+    for i, task in enumerate(tasks):
+        responses = _draw_responses(task, num_responses, _rng(seed, split, i, 1))
+        qualities = [grade(task.question, task.digits, response) for response in responses]
+        groups.append(
+            ResponseGroup(
+                prompt=task.messages,
+                responses=responses,
+                images=[task.image()] if media == "image" else (),
+                videos=[task.frames()] if media == "video" else (),
+                rankings=dense_ranks([-quality for quality in qualities]),
+                id=task.id,
+            )
+        )
+    return groups
+
+
+def make_policy_rows(tasks: Sequence[HandwritingTask]) -> list[dict[str, Any]]:
+    """Rows of a dataset for TRL's GRPOTrainer or RLOOTrainer.
+
+    Args:
+        tasks: image tasks; TRL 1.16 passes no videos to its online trainers.
+
+    Returns:
+        Rows with `prompt` (one user turn with the question as a string: TRL itself puts the image in front), `image`
+        (PIL), and for reward functions `solution` (str), `question` (key of `QUESTIONS`), `digits` (list of int).
+
+    Raises:
+        ConfigurationError: a task is a video.
+    """
+    rows = []
+    for task in tasks:
+        if task.media != "image":
+            raise ConfigurationError(
+                f"task {task.id!r} is a {task.media}, expected an image: TRL's trainers take no videos; "
+                "make the tasks with media='image'"
+            )
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": task.text}],
+                "image": task.image(),
+                "solution": task.answer,
+                "question": task.question,
+                "digits": list(task.digits),
+            }
+        )
+    return rows
+
+
+def make_sft_rows(tasks: Sequence[HandwritingTask]) -> list[dict[str, Any]]:
+    """Rows of a dataset for TRL's SFTTrainer: `prompt`, `completion` (one assistant turn) and `image`.
+
+    Args:
+        tasks: image tasks.
+
+    Returns:
+        One row for each task.
+    """
+    return [
+        {
+            "prompt": row["prompt"],
+            "completion": [{"role": "assistant", "content": row["solution"]}],
+            "image": row["image"],
+        }
+        for row in make_policy_rows(tasks)
+    ]
+
+
+def _rng(seed: int, split: str, index: int, purpose: int) -> np.random.Generator:
+    """A stream of its own for every item, so that no item depends on how many there are."""
+    return np.random.default_rng([seed, list(SPLITS).index(split), index, purpose])
+
+
+def _check_task_arguments(num_tasks: int, num_digits: int, questions: Sequence[str], media: str, seed: int) -> None:
+    if isinstance(questions, str) or not questions or any(question not in QUESTIONS for question in questions):
+        raise ConfigurationError(f"got questions={questions!r}, expected a non-empty list out of {list(QUESTIONS)}")
+    if media not in get_args(Media):
+        raise ConfigurationError(f"got media={media!r}, expected one of {list(get_args(Media))}")
+    least = 2 if media == "video" else 1
+    if not least <= num_digits <= 16:
+        raise ConfigurationError(f"got num_digits={num_digits}, expected {least} to 16 for media={media!r}")
+    if num_tasks < 0 or seed < 0:
+        raise ConfigurationError(f"got {num_tasks} items and seed={seed}, expected numbers that are not negative")
+
+
+def _draw_responses(task: HandwritingTask, count: int, rng: np.random.Generator) -> list[str]:
+    """N responses in random order, of at least two different qualities."""
+    while True:
+        right = int(rng.random() >= _NO_RIGHT_ANSWER)
+        num_claims = max(right, int(rng.binomial(count - right, 1 - _NO_NUMBER)) + right)
+        repeats = int(rng.binomial(max(num_claims - 1, 0), _REPEAT))
+        numbers = [task.answer] * right + _wrong_numbers(task, num_claims - repeats - right, rng)
+        # Every number is as likely to be repeated as the others, the right one included.
+        claims = numbers + [numbers[i] for i in rng.integers(len(numbers) or 1, size=num_claims - len(numbers))]
+        responses = [_worded(claim, rng) for claim in claims]
+        responses += [_empty_handed(numbers, rng) for _ in range(count - num_claims)]
+        if len({grade(task.question, task.digits, response) for response in responses}) > 1:
+            return [responses[i] for i in rng.permutation(count)]
+
+
+def _wrong_numbers(task: HandwritingTask, count: int, rng: np.random.Generator) -> list[str]:
+    """At most `count` distinct wrong answers; together with the right one no member of the set stands out."""
+    if task.question == "read":
+        # At most three places change, each between a few digits: a grid, and the right answer is any of its nodes.
+        places = rng.permutation(len(task.digits))[:3]
+        choices = next((m for m in range(2, 10) if m ** len(places) > count), 10)
+        shifts = [np.concatenate([[0], 1 + rng.permutation(9)[: choices - 1]]) for _ in places]
+        pool = []
+        for shift in list(product(*shifts))[1:]:
+            digits = np.array(task.digits)
+            digits[places] = (digits[places] + shift) % 10
+            pool.append("".join(map(str, digits)))
+        chosen = [pool[i] for i in rng.permutation(len(pool))[:count]]
+        for i in np.flatnonzero(rng.random(len(chosen)) < _SLIP):
+            # Of any number of the group, so that being slipped from does not give the right one away.
+            slip = _slip([task.answer, *chosen][rng.integers(len(chosen) + 1)], rng)
+            if slip not in (task.answer, *chosen):
+                chosen[i] = slip
+        return chosen
+    # A window of whole numbers with the right one anywhere in it, within what the question allows.
+    k = len(task.digits)
+    highest = {"sum": 9 * k, "largest": 9, "even": k}[task.question]
+    width = min(max(count + 1, 6), highest + 1)
+    start = int(np.clip(int(task.answer) - rng.integers(width), 0, highest + 1 - width))
+    pool = [str(value) for value in range(start, start + width) if str(value) != task.answer]
+    return [pool[i] for i in rng.permutation(len(pool))[:count]]
+
+
+def _slip(number: str, rng: np.random.Generator) -> str:
+    """A digit moved one place on, left out, or repeated.
+
+    Policies write such numbers, and a model that only checks which digits occur does not see them.
+    """
+    place = int(rng.integers(len(number)))
+    kind = rng.choice(["move", "drop", "repeat"], p=[0.6, 0.2, 0.2]) if len(number) > 1 else "repeat"
+    digits = list(number)
+    digit = digits.pop(place)
+    if kind == "move":
+        digits.insert((place + 1) % len(number), digit)
+    elif kind == "repeat":
+        digits.insert(place, digit * int(rng.integers(2, 8)))
+    return "".join(digits)
+
+
+def _worded(claim: str, rng: np.random.Generator) -> str:
+    """A number alone, in a sentence, or in a rambling one; independent of the number."""
+    templates = _WORDINGS[rng.choice(len(_WORDINGS), p=_WORDING_CHANCES)]
+    return templates[rng.integers(len(templates))].format(claim)
+
+
+def _empty_handed(numbers: Sequence[str], rng: np.random.Generator) -> str:
+    """A response that makes no single claim: a refusal, waffle, two numbers, or nothing."""
+    kind = rng.choice(_EMPTY_HANDED, p=_EMPTY_HANDED_CHANCES)
+    if kind == "silence":
+        return ""
+    if kind == "hedge" and len(numbers) > 1:
+        return " or ".join(numbers[i] for i in rng.permutation(len(numbers))[:2])
+    texts = _REFUSALS if kind == "refusal" else _WAFFLE
+    return texts[rng.integers(len(texts))]

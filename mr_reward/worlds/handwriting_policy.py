@@ -1,0 +1,76 @@
+"""The truth of the handwriting world: how often a policy answers right on scans it has never seen."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from mr_reward.worlds.handwriting import HandwritingTask, is_correct
+
+__all__ = ["handwriting_accuracy", "policy_answers"]
+
+
+def policy_answers(
+    model: PreTrainedModel,
+    processor: Any,
+    tasks: Sequence[HandwritingTask],
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = 16,
+    show_progress: bool = True,
+) -> list[str]:
+    """Greedy answers of a vision-language policy to image tasks.
+
+    Args:
+        model: the policy.
+        processor: its processor.
+        tasks: image tasks.
+        batch_size: tasks in one call of `generate`.
+        max_new_tokens: answers are cut there.
+        show_progress: show a bar.
+
+    Returns:
+        One answer per task.
+    """
+    was_training = model.training
+    model.eval()
+    answers: list[str] = []
+    for start in tqdm(range(0, len(tasks), batch_size), desc="answering", disable=not show_progress):
+        prompts = [_with_image(task) for task in tasks[start : start + batch_size]]
+        inputs = processor.apply_chat_template(
+            prompts,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        ).to(model.device)
+        with torch.inference_mode():
+            generated = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        answers += processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    model.train(was_training)
+    return answers
+
+
+def _with_image(task: HandwritingTask) -> list[dict[str, Any]]:
+    blocks = [{"type": "image", "image": task.image()}, {"type": "text", "text": task.text}]
+    return [{"role": "user", "content": blocks}]
+
+
+def handwriting_accuracy(completions: Sequence[Any], question: Sequence[str], digits: Any, **_: Any) -> list[float]:
+    """A TRL reward function that is the truth: 1 for a right answer, 0 otherwise.
+
+    With weight 0 beside a reward model it shows in the logs whether the policy gets better in fact.
+
+    Args:
+        completions: texts or chat messages, as TRL passes them.
+        question: the column of `make_policy_rows`.
+        digits: the column of `make_policy_rows`.
+
+    Returns:
+        One reward per completion.
+    """
+    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    return [float(is_correct(*row)) for row in zip(question, digits, texts, strict=True)]

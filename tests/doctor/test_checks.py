@@ -1,0 +1,245 @@
+"""The parts of `mr-reward doctor`, each against what it looks at."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, LAYOUTS, reward_model
+from transformers import LlamaConfig, Molmo2Config, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers.utils import is_flash_attn_2_available
+
+from mr_reward import MultiResponseRewardConfig, MultiResponseRewardModel, ResponseGroup
+from mr_reward.doctor.findings import Finding
+from mr_reward.doctor.group_map import group_map
+from mr_reward.doctor.machine import (
+    check_devices,
+    check_needed,
+    check_output_folder,
+    check_versions,
+    device_memory,
+)
+from mr_reward.doctor.reward_model import check_weights, score_tiny, score_whole, shrink
+from mr_reward.model.scorer import GroupScorer
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
+@settings(deadline=None)
+def test_the_map_holds_every_rollout_once_and_every_group_has_one_scorer(ranks: int, size: int, groups: int) -> None:
+    rows = groups * size
+    if rows % ranks or rows // ranks > 6 * size:
+        return
+    held: dict[int, list[int]] = {}
+    scorers: dict[int, int] = {}
+    for rank, line in enumerate(group_map(ranks, rows // ranks, size)):
+        found = re.fullmatch(rf"rank {rank}: groups? (.*), scores (.*)", line)
+        assert found is not None, line
+        mine = set()
+        for index, slots in re.findall(r"(\d+) \((all|\d+-\d+)\)", found[1]):
+            first, last = (1, size) if slots == "all" else map(int, slots.split("-"))
+            held.setdefault(int(index), []).extend(range(first, last + 1))
+            mine.add(int(index))
+        for index in re.findall(r"\d+", found[2]):
+            assert int(index) in mine and scorers.setdefault(int(index), rank) == rank
+    assert held == {index: list(range(1, size + 1)) for index in range(groups)}
+    assert sorted(scorers) == list(range(groups))
+
+
+def test_a_long_map_is_cut_and_says_so() -> None:
+    lines = group_map(64, 128, 8)
+    assert len(lines) == 9 and lines[4] == "... 56 more ranks ..."
+    assert lines[0] == "rank 0: groups 0 (all) 1 (all) 2 (all) 3 (all) 4 (all) ... 15 (all), scores 0 1 2 3 4 ... 15"
+
+
+def found(findings: object) -> list[tuple[str, str]]:
+    return [(finding.level, finding.what) for finding in findings]  # type: ignore[attr-defined]
+
+
+def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found(check_versions()) == [("green", "versions"), ("green", "extras")]
+    wanted = ["torch>=99", "no-such-package>=1", 'numpy>=99; extra == "x"', 'matplotlib<1; extra == "eval"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: wanted)
+    versions, extras = check_versions()
+    assert versions.level == "red" and extras.level == "yellow"
+    assert f"torch {torch.__version__.split('+')[0]}" in versions.text and "expected >=99" in versions.text
+    assert "no-such-package is missing, expected >=1" in versions.text and "numpy" not in versions.text
+    assert "expected <1" in extras.text
+
+
+def test_needed_packages() -> None:
+    needed = {"json": "a", "no_such_module": "report_to: it"}
+    (here,) = check_needed(needed, here=True)
+    (elsewhere,) = check_needed(needed, here=False)
+    assert (here.level, elsewhere.level) == ("red", "yellow")
+    assert "report_to: it needs no_such_module, which is not installed; pip install 'no_such_module'" in here.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_devices() -> None:
+    assert [check_devices(use_cpu=use_cpu, bf16=True).level for use_cpu in (True, None, False)] == [
+        "green",
+        "green",
+        "yellow",
+    ]
+
+
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of 80 and 40 GB, which no machine of the tests has: what torch says of them is made up."""
+    sizes = [80_000_000_000, 40_000_000_000]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=f"GPU {i}", total_memory=sizes[i])
+    )
+    levels = [check_devices(use_cpu=False, bf16=False, num_local_processes=number).level for number in (1, 2, 3)]
+    assert levels == ["green", "green", "yellow"]
+    assert check_devices(use_cpu=False, bf16=True).level == "red"
+    assert [device_memory(use_cpu=False, num_local_processes=number) for number in (1, 2, 3)] == [
+        sum(sizes),
+        sizes[1],
+        None,
+    ]
+
+
+def test_memory_of_the_host_is_shared_by_its_processes() -> None:
+    whole = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024  # type: ignore[index]
+    shares = [device_memory(use_cpu=True, num_local_processes=number) or 0 for number in (1, 4)]
+    assert shares[0] == pytest.approx(whole, rel=0.02) and shares[1] == shares[0] // 4
+
+
+def test_output_folder(tmp_path: Path) -> None:
+    assert found(check_output_folder(tmp_path / "new" / "run", resume=True))[0] == ("green", "output folder")
+    (tmp_path / "file").write_text("")
+    assert found(check_output_folder(tmp_path / "file" / "run", resume=False)) == [("red", "output folder")]
+    run = tmp_path / "run"
+    for step in (5, 10):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+    state = run / "checkpoint-5" / "trainer_state.json"
+    state.write_text(json.dumps({"global_step": 5}))
+    (run / "checkpoint-5" / "rng_state.pth").write_bytes(b"")
+    levels = {resume: next(iter(check_output_folder(run, resume=resume))) for resume in (True, False)}
+    assert levels[False].level == "yellow" and "checkpoint-10 of an earlier run" in levels[False].text
+    assert levels[True].level == "yellow" and "checkpoint-10, which is not whole" in levels[True].text
+    torch.save({}, run / "checkpoint-5" / "rng_state.pth")
+    whole = next(iter(check_output_folder(run, resume=True)))
+    assert (whole.level, whole.text) == ("green", f"{run}: goes on from checkpoint-5")
+    for step, level in ((5, "green"), (10, "red"), (15, "red")):
+        (named,) = check_output_folder(tmp_path / "other", resume=str(run / f"checkpoint-{step}"))
+        assert named.level == level and f"checkpoint-{step}" in named.text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rm")
+    reward_model("qwen3_vl", "set").save_pretrained(folder)
+    return folder
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 8)
+
+
+def _garbage(path: Path) -> None:
+    path.write_bytes(b"\xff" * 1000)
+
+
+def _without_head(path: Path) -> None:
+    save_file({name: value for name, value in load_file(path).items() if not name.startswith("head.")}, path)
+
+
+def _with_more(path: Path) -> None:
+    save_file({**load_file(path), "lm_head.weight": torch.zeros(2)}, path)
+
+
+def _other_shape(path: Path) -> None:
+    save_file({**load_file(path), "readouts.summary": torch.zeros(3)}, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (None, None),
+        (_cut, "model.safetensors is cut off or no safetensors file"),
+        (_garbage, "model.safetensors is cut off or no safetensors file"),
+        (Path.unlink, "model.safetensors is missing"),
+        (_without_head, r"3 missing \(head.dense.bias, head.dense.weight, head.out.weight\)"),
+        (_with_more, r"1 unknown \(lm_head.weight\)"),
+        (_other_shape, r"1 of another shape \(readouts.summary\)"),
+    ],
+)
+def test_weights(spoil: Callable[[Path], None] | None, message: str | None, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "rm"
+    shutil.copytree(folder, copy)
+    if spoil is not None:
+        spoil(copy / "model.safetensors")
+    finding = check_weights(copy, MultiResponseRewardConfig.from_pretrained(copy))
+    assert finding.level == ("green" if message is None else "red")
+    assert message is None or re.search(message, finding.text), finding.text
+
+
+def test_weights_in_shards(folder: Path, tmp_path: Path) -> None:
+    model = reward_model("qwen3_vl", "set")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    config = MultiResponseRewardConfig.from_pretrained(tmp_path)
+    assert check_weights(tmp_path, config).level == "green"
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    shards[1].unlink()
+    assert f"{shards[1]} is missing" in check_weights(tmp_path, config).text
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
+    (tmp_path.parent / "elsewhere.safetensors").write_bytes(b"")
+    assert "is missing" in check_weights(tmp_path, config).text, "a path out of the folder is not followed"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tiny_scores(name: str, layout: str, tmp_path: Path) -> None:
+    """Green for what works; the global random state stays."""
+    model = reward_model(name, layout)
+    model.save_pretrained(tmp_path)
+    config = MultiResponseRewardConfig.from_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    finding = score_tiny(str(tmp_path), config, None, ())
+    assert finding.level == "green", finding.text
+    assert torch.equal(state, torch.get_rng_state())
+    assert config.to_dict() == MultiResponseRewardConfig.from_pretrained(tmp_path).to_dict(), "made tiny as a copy"
+    if layout == "causal" and not is_flash_attn_2_available():
+        missing = score_tiny(str(tmp_path), config, "flash_attention_2", ())
+        assert missing.level != "green" and "attention flash_attention_2 cannot run here" in missing.text
+
+
+def test_scores_with_the_weights(folder: Path) -> None:
+    scorer = GroupScorer.from_pretrained(folder)
+    finding = score_whole(scorer, ())
+    expected = scorer.score([ResponseGroup(prompt="Is it?", responses=["Yes.", "No.", "Yes."])])[0] or []
+    assert finding.level == "green" and ", ".join(f"{score:+.3f}" for score in expected) in finding.text
+    with torch.no_grad():
+        scorer.model.head.out.weight.fill_(float("nan"))
+    broken: Finding = score_whole(scorer, ())
+    assert broken.level == "red" and "are not finite" in broken.text
+
+
+@pytest.mark.parametrize("backbone", [Qwen3VLConfig, Qwen2_5_VLConfig, Molmo2Config, LlamaConfig])
+def test_models_of_full_size_are_made_tiny(backbone: type) -> None:
+    config = MultiResponseRewardConfig(backbone_config=backbone())
+    small = shrink(config)
+    assert small is not None
+    model = MultiResponseRewardModel(small)
+    with torch.device("meta"):
+        full = MultiResponseRewardModel(config)
+    sizes = [sum(weight.numel() for weight in one.parameters()) for one in (model, full)]
+    vocabulary = small.get_text_config().vocab_size * small.get_text_config().hidden_size
+    assert sizes[0] - vocabulary < 10e6 < sizes[1] / 10

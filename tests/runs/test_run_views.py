@@ -1,0 +1,147 @@
+"""What a real GRPO run leaves to look at: columns of TRL's completions table, logged groups, a figure."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+from datasets import Dataset
+from PIL import Image
+from tiny_models import ROUNDING
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOConfig, GRPOTrainer
+
+from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel, ResponseGroup
+from mr_reward.data.scored import ScoredGroup, read_scored
+from mr_reward.errors import ConfigurationError
+from mr_reward.grpo.group_log import GroupLog
+from mr_reward.grpo.telemetry import COLUMN_KEYS
+from mr_reward.runs.figure import RunFigure, plot_run
+from mr_reward.worlds import tiny
+from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of 8 rollouts in groups of 4, read in one order and another (layout causal), with an evaluation."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny.build_qwen3_vl(0, hidden_size=64, num_layers=2).save_pretrained(folder / "policy")
+    tiny.build_qwen3_vl_processor().save_pretrained(folder / "policy")
+    MultiResponseRewardModel.from_backbone(folder / "policy", layout="causal").save_pretrained(folder / "rm")
+    rows = Dataset.from_list(make_policy_rows(make_tasks("train", 8, num_digits=2)))
+    trainer = GRPOTrainer(
+        model=str(folder / "policy"),
+        reward_funcs=[
+            MultiResponseReward(folder / "rm", 4, num_orders=3, group_log=GroupLog(folder / "out" / "groups", every=2))
+        ],
+        args=GRPOConfig(
+            str(folder / "out"),
+            num_generations=4,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            per_device_eval_batch_size=8,
+            max_completion_length=4,
+            max_steps=3,
+            logging_steps=1,
+            log_completions=True,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(2)),
+        callbacks=[RunFigure(folder / "out")],
+    )
+    trainer.train()
+    trainer.evaluate()
+    (entry,) = [entry for entry in trainer.state.log_history if entry["step"] == 3 and "mr_reward/score_mean" in entry]
+    assert 0.0 <= entry["mr_reward/order_flip_rate"] <= 1.0
+    return folder
+
+
+def test_the_completions_table_tells_what_the_reward_model_did(run: Path) -> None:
+    table = pandas.read_parquet(run / "out" / "completions" / "completions_00001.parquet")
+    assert set(COLUMN_KEYS) <= set(table.columns) and len(table) == 8
+    assert table["mr_reward_group"].tolist() == [0] * 4 + [1] * 4
+    for _, group in table.groupby("mr_reward_group"):
+        texts = [completion[-1]["content"] for completion in group["completion"]]
+        scores = group["mr_reward_score"].to_numpy()
+        assert group["mr_reward_rank"].tolist() == [1 + len({s for s in scores if s > score}) for score in scores]
+        for i, (text, slot, again) in enumerate(
+            zip(texts, group["mr_reward_slot"], group["mr_reward_duplicate_of"], strict=True)
+        ):
+            first = texts.index(text)
+            assert slot == len(set(texts[:first])) and again == (slot if first < i else -1)
+        rewards = group["multi_response_reward"].to_numpy()
+        assert np.allclose(rewards, scores - scores.mean(), atol=1e-6)
+
+
+def test_logged_groups_are_those_of_the_table_and_can_be_scored_again(run: Path) -> None:
+    folder = run / "out" / "groups"
+    files = sorted(path.name for path in folder.glob("*.jsonl"))
+    assert files == ["eval_step_00003.rank0.jsonl", "step_00000.rank0.jsonl", "step_00002.rank0.jsonl"]
+    table = pandas.read_parquet(run / "out" / "completions" / "completions_00001.parquet")
+    logged = read_scored(folder / "step_00000.rank0.jsonl")
+    assert [scored.step for scored in logged] == [0, 0]
+    assert [list(scored.group.responses) for scored in logged] == [
+        [completion[-1]["content"] for completion in group["completion"]]
+        for _, group in table.groupby("mr_reward_group")
+    ]
+    assert all(len(scored.group.images) == 1 for scored in logged)
+    for column, values in (
+        ("mr_reward_score", [score for scored in logged for score in scored.scores or ()]),
+        ("multi_response_reward", [reward for scored in logged for reward in scored.rewards or ()]),
+    ):
+        assert table[column].tolist() == pytest.approx(values, abs=1e-6), column
+    replayed = GroupScorer.from_pretrained(run / "rm", num_orders=3).score_detailed([one.group for one in logged])
+    for found, expected in zip(replayed, logged, strict=True):
+        assert found.scores == pytest.approx(expected.scores, abs=ROUNDING)
+        assert found.order_spread == pytest.approx(expected.order_spread, abs=ROUNDING)
+
+
+def test_the_figure_at_the_end(run: Path) -> None:
+    with Image.open(run / "out" / "training.png") as figure:
+        assert 1.5 < figure.width / figure.height < 2.5  # five panels in two rows
+        assert len(figure.convert("RGB").getcolors(1 << 20) or ()) > 100
+
+
+def test_a_figure_shows_what_there_is(tmp_path: Path) -> None:
+    history = [{"step": i, "rewards/mine/mean": 0.1 * i, "mr_reward/score_spread": None} for i in range(3)]
+    assert not plot_run([{"step": 1, "loss": 0.1}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    assert plot_run(history, tmp_path / "deep" / "one.png")
+    with Image.open(tmp_path / "deep" / "one.png") as figure:
+        assert figure.width < 2 * figure.height  # a panel of the rewards alone
+    other_rank = TrainerState(is_world_process_zero=False, log_history=history)
+    RunFigure(tmp_path).on_train_end(TrainingArguments(str(tmp_path), use_cpu=True), other_rank, TrainerControl())
+    assert not (tmp_path / "training.png").exists()
+
+
+def _scored(text: str) -> ScoredGroup:
+    return ScoredGroup(
+        group=ResponseGroup(prompt="?", responses=[text, "b"]), scores=(1.0, 2.0), truncated=(False, False)
+    )
+
+
+def test_group_log_keeps_all_calls_of_a_step_and_replaces_older_runs(tmp_path: Path) -> None:
+    log = GroupLog(tmp_path, every=5)
+    for step, text in ((0, "a"), (0, "b"), (3, "c"), (5, "d")):
+        log.write([_scored(text)], step=step, rank=1, evaluating=False)
+    log.write([_scored("e")], step=3, rank=1, evaluating=True)
+    log.write([], step=10, rank=1, evaluating=False)
+    found = {path.name: [s.group.responses[0] for s in read_scored(path)] for path in tmp_path.iterdir()}
+    assert found == {
+        "step_00000.rank1.jsonl": ["a", "b"],
+        "step_00005.rank1.jsonl": ["d"],
+        "eval_step_00003.rank1.jsonl": ["e"],
+    }
+    pickle.loads(pickle.dumps(GroupLog(tmp_path))).write([_scored("f")], step=0, rank=1, evaluating=False)
+    assert [s.group.responses[0] for s in read_scored(tmp_path / "step_00000.rank1.jsonl")] == ["f"]
+    for every in (0, -1, True, 1.5):
+        with pytest.raises(ConfigurationError, match="expected a whole number from 1 on"):
+            GroupLog(tmp_path, every=every)  # type: ignore[arg-type]

@@ -1,0 +1,142 @@
+"""Validation during real GRPO training: what is written at each evaluation, and what a resumed run keeps."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+from rich.console import Console
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_callback import TrainerControl
+from trl import GRPOConfig, GRPOTrainer
+
+from mr_reward import MultiResponseReward, MultiResponseRewardModel, ResponseGroup
+from mr_reward.runs.validation import PolicyValidation
+from mr_reward.runs.warning_signs import WarningSigns
+from mr_reward.worlds import tiny
+from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
+from mr_reward.worlds.handwriting_policy import handwriting_accuracy
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny.build_qwen3_vl(0, hidden_size=64, num_layers=2).save_pretrained(folder / "policy")
+    tiny.build_qwen3_vl_processor().save_pretrained(folder / "policy")
+    MultiResponseRewardModel.from_backbone(folder / "policy").save_pretrained(folder / "rm")
+    return folder
+
+
+def train(
+    models: Path, out: Path, max_steps: int, *, resume: bool = False
+) -> tuple[GRPOTrainer, PolicyValidation, str]:
+    reward = MultiResponseReward(models / "rm", num_generations=4)
+    terminal = io.StringIO()
+    validation = PolicyValidation(
+        reward,
+        out,
+        num_samples=2,
+        # Any share is too much: a sign at the first log. A random reward model may follow length: no sign.
+        signs=WarningSigns(window=1, zero_spread=-1.0, length_correlation=2.0),
+        console=Console(file=terminal, width=120),
+    )
+    trainer = GRPOTrainer(
+        model=str(models / "policy"),
+        reward_funcs=[reward, handwriting_accuracy],
+        args=GRPOConfig(
+            str(out),
+            num_generations=4,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=16,
+            max_completion_length=4,
+            max_steps=max_steps,
+            eval_strategy="steps",
+            eval_steps=2,
+            eval_on_start=not resume,
+            save_strategy="steps",
+            save_steps=2,
+            logging_steps=1,
+            reward_weights=[1.0, 0.0],
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(make_policy_rows(make_tasks("train", 16, num_digits=2))),
+        eval_dataset=Dataset.from_list(make_policy_rows(make_tasks("validation", 6, num_digits=2))),
+        callbacks=[validation],
+    )
+    trainer.train(resume_from_checkpoint=resume or None)
+    return trainer, validation, terminal.getvalue()
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+
+
+def test_each_evaluation_is_written_with_samples_figure_and_signs(models: Path, tmp_path: Path) -> None:
+    trainer, validation, terminal = train(models, tmp_path, 4)
+    found = records(tmp_path)
+    assert [record["step"] for record in found] == [0, 2, 4]
+    logged = {
+        entry["step"]: entry
+        for entry in trainer.state.log_history
+        if "eval_rewards/handwriting_accuracy/mean" in entry
+    }
+    for record in found:
+        for key in ("eval_mr_reward/score_mean", "eval_rewards/handwriting_accuracy/mean"):
+            assert record[key] == logged[record["step"]][key]
+    assert found[0]["warning_signs"] == []
+    assert "of the groups have equal scores" in found[1]["warning_signs"][0]
+    assert found[2]["warning_signs"] == []  # told once
+
+    # the samples are rollouts for held-out prompts, with their scores, best first
+    sampled = validation.reward.last_scored[:2]
+    text = (tmp_path / "samples.md").read_text()
+    for found_group in sampled:
+        group, scores = found_group.group, found_group.scores or ()
+        held_out = [task.image().tobytes() for task in make_tasks("validation", 6, num_digits=2)]
+        assert group.images[0].tobytes() in held_out
+        shown = [
+            f"{score:+9.3f}  {json.dumps(response, ensure_ascii=False)}"
+            for score, response in zip(scores, group.responses, strict=True)
+        ]
+        assert all(line in text for line in shown)
+        positions = [text.index(f"{score:+9.3f}  ") for score in sorted(scores, reverse=True)]
+        assert positions == sorted(positions) or len(set(scores)) < len(scores)
+    assert text.startswith("# Step 4")
+    assert "step 0: rollouts for held-out prompts" in terminal
+    with Image.open(tmp_path / "validation.png") as figure:
+        assert figure.width > 1000
+
+
+def test_a_resumed_run_goes_on_with_its_files(models: Path, tmp_path: Path) -> None:
+    train(models, tmp_path, 2)
+    first = records(tmp_path)
+    assert [record["step"] for record in first] == [0, 2]
+    # what an interrupted run wrote after its last checkpoint is of a future that did not happen
+    with open(tmp_path / "validation.jsonl", "a") as file:
+        file.write(json.dumps({"step": 3, "eval_mr_reward/score_mean": 99.0, "warning_signs": []}) + "\n")
+    train(models, tmp_path, 4, resume=True)
+    found = records(tmp_path)
+    assert [record["step"] for record in found] == [0, 2, 4]
+    assert found[:2] == first
+    train(models, tmp_path, 2)  # a new run in the same folder starts anew
+    assert [record["step"] for record in records(tmp_path)] == [0, 2]
+
+
+def test_samples_survive_what_a_policy_can_write(models: Path, tmp_path: Path) -> None:
+    hostile = ["```\n# heading", "[red]not markup[/red]", "\x1b[31mred\x1b[0m", "lone \ud800 surrogate", ""]
+    reward = MultiResponseReward(models / "rm", num_generations=5)
+    terminal = io.StringIO()
+    validation = PolicyValidation(reward, tmp_path, console=Console(file=terminal, width=120))
+    reward(["Say ```\n[bold]x"] * 5, hostile)
+    state = TrainerState(global_step=3, log_history=[{"step": 3, "eval_mr_reward/score_mean": 0.0}])
+    validation.on_evaluate(TrainingArguments(str(tmp_path), use_cpu=True), state, TrainerControl())
+    text = (tmp_path / "samples.md").read_text(encoding="utf-8")
+    assert text.count("\n```") == 2  # the fence is opened and closed once
+    assert "[red]not markup[/red]" in terminal.getvalue()
+    assert "\x1b[31m" not in terminal.getvalue()
+    assert isinstance(reward.last_scored[0].group, ResponseGroup)

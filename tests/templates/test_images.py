@@ -1,0 +1,233 @@
+"""Any image becomes an upright RGB one or a `MediaError` that says which and why."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tiny_models import family, random_image, reward_model
+
+from mr_reward import GroupScorer, ResponseGroup
+from mr_reward.errors import MediaError
+from mr_reward.templates.images import load_image
+from mr_reward.templates.rendering import Renderer
+
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "F")
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image)
+
+
+# --- forms ---
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb_and_gets_a_score(mode: str) -> None:
+    image = Image.new(mode, (40, 33))
+    loaded = load_image(image)
+    assert loaded.mode == "RGB" and loaded.size == (40, 33)
+    assert image.mode == mode, "the caller's image is left alone"
+    group = ResponseGroup(prompt="p", responses=["a", "b"], images=[image])
+    scores = GroupScorer(reward_model("qwen3_vl")).score([group])[0]
+    assert scores is not None and torch.tensor(scores).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_colours_are_kept(mode: str) -> None:
+    image = random_image(random.Random(0)).convert(mode)
+    assert np.array_equal(pixels(load_image(image)), pixels(image.convert("RGB")))
+
+
+def test_sixteen_bits_are_scaled_and_not_cut_off() -> None:
+    """Above 255 everything would be white: a medical image or a depth map, silently lost."""
+    values = np.array([[0, 256, 30_000, 65_535]], dtype=np.uint16)
+    for source in (
+        Image.fromarray(values),
+        encoded(Image.fromarray(values)),
+        encoded(Image.fromarray(values), "TIFF"),
+    ):
+        assert pixels(load_image(source))[0, :, 0].tolist() == [0, 1, 117, 255]
+
+
+def test_transparent_pixels_become_white() -> None:
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 255, 255))
+    assert pixels(load_image(image)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+    palette = Image.new("P", (2, 1), 0)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    data = encoded(palette, transparency=0)
+    assert pixels(load_image(data)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_undone(orientation: int) -> None:
+    upright = random_image(random.Random(orientation)).resize((32, 64), Image.Resampling.NEAREST)
+    stored = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    turned = upright.transpose(stored[orientation]) if orientation in stored else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    loaded = load_image(encoded(turned, exif=exif))
+    assert loaded.size == (32, 64)
+    assert np.array_equal(pixels(loaded), pixels(upright))
+
+
+def test_paths_bytes_and_rows_of_datasets(tmp_path: Path) -> None:
+    image = random_image(random.Random(1))
+    data = encoded(image)
+    path = tmp_path / "a b ü.png"
+    path.write_bytes(data)
+    sources = [
+        image,
+        data,
+        bytearray(data),
+        path,
+        str(path),
+        {"bytes": data, "path": None},
+        {"bytes": None, "path": str(path)},
+        {"bytes": data, "path": "/nowhere.png"},
+        {"path": str(path)},
+    ]
+    for source in sources:
+        assert np.array_equal(pixels(load_image(source)), pixels(image))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP", "TIFF", "PNG"])
+def test_formats(kind: str) -> None:
+    assert load_image(encoded(random_image(random.Random(2)), kind)).mode == "RGB"
+
+
+def test_the_first_frame_of_an_animation_is_shown() -> None:
+    first, second = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    data = encoded(first, "GIF", save_all=True, append_images=[second])
+    assert pixels(load_image(data))[0, 0].tolist() == [255, 0, 0]
+
+
+# --- sizes, through the processor ---
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 100), (31, 33), (1600, 8), (8, 1600), (1024, 1024), (3000, 2000)])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
+def test_small_long_and_large_images_get_tokens(name: str, size: tuple[int, int]) -> None:
+    renderer = Renderer(family(name).processor)
+    rendered = renderer.render(ResponseGroup(prompt="p", responses=["a"], images=[Image.new("RGB", size, "red")]))
+    tokens = int((rendered.prompt_ids == renderer.tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum())
+    assert 1 <= tokens <= 256
+    assert tokens * 4 == rendered.media["image_grid_thw"].prod(-1).sum() == len(rendered.media["pixel_values"])
+
+
+@pytest.mark.parametrize("size", [(2000, 8), (8, 2000), (1, 1000)])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
+def test_an_image_that_the_processor_refuses_names_the_group(name: str, size: tuple[int, int]) -> None:
+    """Qwen's processors take no image more than 200 times as long as it is wide."""
+    group = ResponseGroup(prompt="p", responses=["a"], images=[Image.new("RGB", size)], id="strip")
+    with pytest.raises(MediaError, match="group 'strip': .*aspect ratio"):
+        Renderer(family(name).processor).render(group)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/nowhere/four.png", "'/nowhere/four.png' does not exist or is not a file; check the path"),
+        (Path("/nowhere/four.png"), "does not exist"),
+        ("/", "is not a file"),
+        ("", "is not a file"),
+        ("a\0b.png", "does not exist"),
+        ("iVBORw0KGgo" * 1000, "does not exist"),
+        ("http://localhost/four.png", "is a URL and nothing is fetched; download it"),
+        ("https://localhost/four.png", "is a URL"),
+        (b"", "0 bytes cannot be opened"),
+        (b"not an image", "12 bytes cannot be opened.*replace or remove"),
+        (None, "an image is NoneType, expected a PIL image, a path or encoded bytes"),
+        (4, "an image is int"),
+        ({}, "an image is dict"),
+        ({"bytes": None, "path": None}, "an image is dict"),
+        (np.zeros((4, 4, 3), dtype=np.uint8), "an image is ndarray"),
+        (Image.new("RGB", (0, 3)), "has no pixels"),
+    ],
+    ids=lambda value: str(value)[:30].replace("\0", "NUL") if isinstance(value, (str, bytes, Path)) else None,
+)
+def test_not_an_image(source: Any, message: str) -> None:
+    with pytest.raises(MediaError, match=message):
+        load_image(source)
+
+
+def test_text_with_an_image_name(tmp_path: Path) -> None:
+    path = tmp_path / "four.png"
+    path.write_text("This is not an image.")
+    with pytest.raises(MediaError, match="four.png' cannot be opened"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7])
+def test_truncated_file(tmp_path: Path, kind: str, share: float) -> None:
+    data = encoded(random_image(random.Random(3)), kind)
+    cut = data[: int(len(data) * share)]
+    path = tmp_path / f"cut.{kind.lower()}"
+    path.write_bytes(cut)
+    for source in (cut, path):
+        with warnings.catch_warnings(), pytest.raises(MediaError, match="cannot be (opened|read)"):
+            warnings.simplefilter("ignore", UserWarning)  # Pillow warns of TIFF tags that it then refuses
+            load_image(source)
+
+
+def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("L", (300, 300)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(MediaError, match="cannot be opened .*decompression bomb"):
+        load_image(data)
+
+
+def test_text_chunk_bomb() -> None:
+    """A few kilobytes of PNG text that unpack to many megabytes: Pillow's own limit, as our error."""
+    info = PngInfo()
+    info.add_text("bomb", "x" * 3_000_000, zip=True)
+    with pytest.raises(MediaError, match="cannot be opened .*too large"):
+        load_image(encoded(Image.new("L", (4, 4)), pnginfo=info))
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "ICO"]))
+def test_damaged_files_give_an_image_or_a_media_error(data: st.DataObject, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"exif": exif} if kind in ("PNG", "JPEG", "WEBP") else {}
+    content = bytearray(encoded(Image.new("RGB", (16, 16), "red"), kind, **options))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    del content[data.draw(st.integers(len(content) // 2, len(content))) :]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about damaged metadata and large sizes
+        try:
+            assert load_image(bytes(content)).mode == "RGB"
+        except MediaError:
+            pass

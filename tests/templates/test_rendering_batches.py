@@ -1,0 +1,68 @@
+"""Many prompts in one call of the processor give what each gives alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import fields
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import FAMILIES, family, random_group, random_text
+
+from mr_reward import ResponseGroup
+from mr_reward.errors import MediaError
+from mr_reward.templates.rendered import RenderedGroup
+from mr_reward.templates.rendering import Renderer
+from mr_reward.templates.tokens import TextEncoder
+
+
+def assert_same(found: RenderedGroup, expected: RenderedGroup) -> None:
+    for field in fields(RenderedGroup):
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one, other) and one.dtype == other.dtype, field.name
+        elif field.name == "media":
+            assert one.keys() == other.keys()
+            for name in one:
+                assert torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype, name
+        else:
+            assert one == other, field.name
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rendering_together_equals_rendering_alone(name: str, seed: int) -> None:
+    rng = random.Random(seed)
+    sees = family(name).sees_images
+    groups = [random_group(rng, rng.randint(1, 4), images=rng.choice([0, 1, 1, 2, 3]) * sees) for _ in range(7)]
+    if seed == 0:
+        groups = [group for group in groups if not group.images] or groups[:2]
+    if seed == 1 and sees:
+        groups[3] = random_group(rng, 2, videos=1)  # a video among them: one by one
+    renderer = Renderer(family(name).processor, "chat")
+    found = renderer.render_all(groups)
+    assert len(found) == len(groups)
+    for one, group in zip(found, groups, strict=True):
+        assert_same(one, renderer.render(group))
+
+
+def test_the_group_at_fault_is_named() -> None:
+    rng = random.Random(0)
+    groups = [random_group(rng, 2, images=1) for _ in range(3)]
+    broken = ResponseGroup(prompt=groups[1].messages, responses=["a"], images=[Image.new("RGB", (4000, 2))], id="thin")
+    with pytest.raises(MediaError, match="thin"):
+        Renderer(family("qwen3_vl").processor, "chat").render_all([groups[0], broken, groups[2]])
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "molmo2"])
+def test_encoding_together_equals_encoding_alone(name: str) -> None:
+    """Control tokens as text in some of the texts do not change the others."""
+    encode = TextEncoder(family(name).tokenizer)
+    rng = random.Random(1)
+    controls = list(encode.control_tokens.values())
+    texts = ["", *(random_text(rng, 30) for _ in range(20)), *controls, "a" + controls[0] + "b", "x" + chr(0xD800)]
+    rng.shuffle(texts)
+    assert encode.encode_all(texts) == [encode(text) for text in texts]
+    assert encode.encode_all([]) == []
+    assert not any(index in encode.control_tokens for ids in encode.encode_all(texts) for index in ids)
