@@ -1,6 +1,6 @@
-"""`ResponseGroup`: one prompt, its media and N responses. The one currency of the package.
+"""The two records of the package: `ResponseGroup`, a prompt with N responses, and `GroupScores`, what scoring it gave.
 
-Data loaders and benchmarks make groups, the GRPO adapter makes them, the packer eats them.
+Files, benchmarks and trainers are read as groups; a `Scorer` turns groups into scores, here, elsewhere or over HTTP.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 from mr_reward.errors import GroupError, MediaError
 
-__all__ = ["ResponseGroup", "dense_ranks"]
+__all__ = ["GroupScores", "ResponseGroup", "Scorer", "dense_ranks"]
 
 _MEDIA_TYPES = ("image", "video")
 Message = dict[str, Any]
@@ -151,6 +151,81 @@ class ResponseGroup:
                 f"{list(competition)}; turn scores into ranks with mr_reward.groups.dense_ranks (smallest is best)"
             )
         return tuple(int(rank) for rank in ranks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupScores:
+    """What scoring one group gave: from the scorer to the server, the log, the viewer and JSON Lines.
+
+    Args:
+        scores: N scores in input order; None if the group was dropped.
+        truncated: N flags, True where the end of the response was cut off.
+        order_spread: standard deviation of a response's score over the K orders, averaged over the group; 0 for K = 1.
+        order_flip_rate: share of the further orders under which another response wins than under the first, see
+            `mr_reward.metrics.order_flip_rate`; 0 where the layout has no order, None where not measured (K = 1).
+        drop_reason: why the group was dropped, else None.
+
+    Example:
+        >>> GroupScores(scores=(1.7, -0.9), truncated=(False, False)).to_dict()["scores"]
+        [1.7, -0.9]
+    """
+
+    scores: tuple[float, ...] | None
+    truncated: tuple[bool, ...]
+    order_spread: float = 0.0
+    order_flip_rate: float | None = None
+    drop_reason: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values; `from_dict` reads them."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        scores = None if self.scores is None else list(self.scores)
+        return {**fields, "scores": scores, "truncated": list(self.truncated)}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any], group: ResponseGroup) -> GroupScores:
+        """The result of `group` as JSON values.
+
+        Args:
+            row: what `to_dict` gave, other keys beside it ignored; all but `scores` may be missing.
+            group: what was scored.
+
+        Returns:
+            The result.
+
+        Raises:
+            GroupError: no scores, a value of another kind, or another number of them than there are responses.
+        """
+        if "scores" not in row:
+            raise GroupError(f"{group.name}: has no scores; give a file that `mr-reward score` has written")
+        truncated = row.get("truncated")
+        return cls(
+            scores=_one_each(row["scores"], "scores", (int, float), group),
+            truncated=_one_each(truncated, "truncated", (bool,), group) or (False,) * group.num_responses,
+            order_spread=row.get("order_spread") or 0.0,
+            order_flip_rate=row.get("order_flip_rate"),
+            drop_reason=row.get("drop_reason"),
+        )
+
+
+class Scorer(Protocol):
+    """What scores groups, here or elsewhere: `GroupScorer`, `OffloadedScorer`, `RemoteScorer`."""
+
+    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+        """One result for each group, in input order."""
+
+
+def _one_each(values: Any, name: str, kinds: tuple[type, ...], group: ResponseGroup) -> tuple[Any, ...] | None:
+    """A list with a value of these kinds for each response; None stays None."""
+    if values is None:
+        return None
+    if not isinstance(values, list) or not all(isinstance(value, kinds) for value in values):
+        raise GroupError(f"{group.name}: {name} is {values!r:.80}, expected a list with a value for each response")
+    if len(values) != group.num_responses:
+        raise GroupError(
+            f"{group.name}: got {len(values)} {name} for {group.num_responses} responses, expected one each"
+        )
+    return tuple(values)
 
 
 def _normalise_messages(

@@ -22,8 +22,7 @@ from mr_reward.cli.options import Device, Dtype, MaxTokens, NumOrders, OverLengt
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 
 if TYPE_CHECKING:
-    from mr_reward.groups import ResponseGroup
-    from mr_reward.model.scorer import GroupScores, Scorer
+    from mr_reward.groups import GroupScores, ResponseGroup, Scorer
 
 __all__ = ["score"]
 

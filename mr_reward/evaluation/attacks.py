@@ -18,8 +18,7 @@ import numpy as np
 
 from mr_reward.data.degenerate import MASTER_KEYS
 from mr_reward.errors import ConfigurationError, GroupError
-from mr_reward.groups import ResponseGroup
-from mr_reward.model.scorer import Scorer
+from mr_reward.groups import ResponseGroup, Scorer
 
 __all__ = ["ATTACKS", "AttackResult", "attack_items", "run_attacks"]
 

@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 
 from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.items import EvaluationItem, ItemRecord
-from mr_reward.groups import ResponseGroup
-from mr_reward.model.scorer import GroupScores
+from mr_reward.groups import GroupScores, ResponseGroup
 
 __all__ = ["ALL_ORDERS", "BenchmarkScorer", "draw_orders", "read_records", "score_benchmark"]
 

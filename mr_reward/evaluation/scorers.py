@@ -14,8 +14,8 @@ from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.data.preferences import json_lines
 from mr_reward.errors import ConfigurationError, GroupError, NonFiniteScoreError
 from mr_reward.evaluation.protocol import BenchmarkScorer
-from mr_reward.groups import ResponseGroup
-from mr_reward.model.scorer import GroupScorer, GroupScores
+from mr_reward.groups import GroupScores, ResponseGroup
+from mr_reward.model.scorer import GroupScorer
 
 __all__ = ["BASELINES", "Alone", "Baseline", "ClassifierScorer", "RewardModel", "ScoresFile", "load_scorer"]
 

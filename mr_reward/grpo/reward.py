@@ -29,8 +29,8 @@ from mr_reward.scorers.opening import build_scorer, connect_scorer
 if TYPE_CHECKING:
     import torch
 
+    from mr_reward.groups import Scorer
     from mr_reward.model.model import MultiResponseRewardModel
-    from mr_reward.model.scorer import Scorer
 
 __all__ = ["REWARD_TRANSFORMS", "MultiResponseReward"]
 

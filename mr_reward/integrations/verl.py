@@ -19,9 +19,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mr_reward.errors import GroupAssemblyError, GroupError, ScoringServerError
-from mr_reward.groups import ResponseGroup
+from mr_reward.groups import ResponseGroup, Scorer
 from mr_reward.grpo.reward import REWARD_TRANSFORMS
-from mr_reward.model.scorer import Scorer
 from mr_reward.scorers.opening import build_scorer, connect_scorer
 
 __all__ = ["compute_score", "compute_score_single"]

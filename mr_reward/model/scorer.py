@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from mr_reward.attention.group import GROUP_ATTENTION
 from mr_reward.attention.plan import GroupPlan
 from mr_reward.checkpoint.verify import non_finite_cause
 from mr_reward.errors import ConfigurationError, NonFiniteScoreError
-from mr_reward.groups import ResponseGroup
+from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.metrics import order_flip_rate
 from mr_reward.model.chunks import score_over_prompt
 from mr_reward.model.model import MultiResponseRewardModel
@@ -31,7 +31,7 @@ from mr_reward.model.rows import PackedRow, Packer, collate, plan_batches
 from mr_reward.templates.rendered import RenderedGroup
 from mr_reward.templates.rendering import Renderer
 
-__all__ = ["GroupScorer", "GroupScores", "Scorer"]
+__all__ = ["GroupScorer"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,26 +40,6 @@ _OVER_BUDGET = "over the token budget"
 # before, up to so many full forward passes. Small calls are one window: on a CPU, preparing beside the model costs
 # such a call more than it hides.
 _FIRST_GROUPS, _LAST_WINDOW_PASSES = 64, 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupScores:
-    """What scoring one group gave.
-
-    Args:
-        scores: N scores in input order; None if the group was dropped.
-        truncated: N flags, True where the end of the response was cut off.
-        order_spread: standard deviation of a response's score over the K orders, averaged over the group; 0 for K = 1.
-        order_flip_rate: share of the further orders under which another response wins than under the first, see
-            `mr_reward.metrics.order_flip_rate`; 0 where the layout has no order, None where not measured (K = 1).
-        drop_reason: why the group was dropped, else None.
-    """
-
-    scores: tuple[float, ...] | None
-    truncated: tuple[bool, ...]
-    order_spread: float = 0.0
-    order_flip_rate: float | None = None
-    drop_reason: str | None = None
 
 
 @dataclass(slots=True)
@@ -81,13 +61,6 @@ class _Prepared:
     passes: list[tuple[list[int], PackedRow]] = field(default_factory=list)
     shares_with: _Prepared | None = None
     truncated: tuple[bool, ...] = ()
-
-
-class Scorer(Protocol):
-    """What scores groups, here or elsewhere: `GroupScorer`, `OffloadedScorer`, `RemoteScorer`."""
-
-    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
-        """As `GroupScorer.score_detailed`."""
 
 
 class GroupScorer:

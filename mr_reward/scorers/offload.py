@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import torch
 
-from mr_reward.groups import ResponseGroup
+from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.model.model import MultiResponseRewardModel
-from mr_reward.model.scorer import GroupScorer, GroupScores
+from mr_reward.model.scorer import GroupScorer
 
 __all__ = ["PLACEMENTS", "OffloadedScorer"]
 

@@ -141,6 +141,6 @@ def _refuse_partitioned(model: nn.Module) -> None:
     if names:
         raise CheckpointError(
             f"{len(names)} weights of the reward model are partitioned over the ranks ({names[0]}, ...): it was "
-            "loaded while a DeepSpeed ZeRO-3 configuration was alive, expected whole weights on every rank; give "
-            "MultiResponseReward the folder itself, or load the model inside outside_zero3() of mr_reward.checkpoint.zero3"
+            "loaded while a DeepSpeed ZeRO-3 configuration was alive, expected whole weights on every rank; "
+            "pass the folder itself, or load the model inside mr_reward.checkpoint.zero3.outside_zero3()"
         )

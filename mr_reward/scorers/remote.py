@@ -14,8 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mr_reward.errors import CheckpointError, ConfigurationError, NonFiniteScoreError, ScoringServerError
-from mr_reward.groups import ResponseGroup
-from mr_reward.model.scorer import GroupScores
+from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.scorers.transport import Outgoing, Transport, TransportSettings
 from mr_reward.scorers.wire import Health, ScoreAnswer, dump, to_wire
 

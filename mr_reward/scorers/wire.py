@@ -90,7 +90,7 @@ class ScoreRequest(_Message):
 
 
 class WireResult(_Message):
-    """As `mr_reward.model.scorer.GroupScores`, with the id of the group."""
+    """As `mr_reward.groups.GroupScores`, with the id of the group."""
 
     id: str
     scores: list[float] | None

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from mr_reward.groups import ResponseGroup
-from mr_reward.model.scorer import GroupScores
+from mr_reward.groups import GroupScores, ResponseGroup
 
 __all__ = ["Batcher", "Job"]
 

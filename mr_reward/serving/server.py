@@ -21,8 +21,8 @@ from starlette.concurrency import run_in_threadpool
 
 from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.errors import ConfigurationError, MRRewardError
-from mr_reward.groups import ResponseGroup
-from mr_reward.model.scorer import GroupScorer, GroupScores
+from mr_reward.groups import GroupScores, ResponseGroup
+from mr_reward.model.scorer import GroupScorer
 from mr_reward.scorers.wire import (
     ErrorAnswer,
     Health,

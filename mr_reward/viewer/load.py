@@ -14,9 +14,8 @@ from mr_reward.data.media_files import resolve_media
 from mr_reward.data.preferences import json_lines
 from mr_reward.data.scored import ScoredGroup, read_scored
 from mr_reward.errors import ConfigurationError, GroupError
-from mr_reward.groups import ResponseGroup
+from mr_reward.groups import ResponseGroup, Scorer
 from mr_reward.grpo.rows import completion_text
-from mr_reward.model.scorer import Scorer
 
 __all__ = ["Inspected", "load_source", "score_file"]
 

@@ -20,7 +20,7 @@ from mr_reward.data.degenerate import MASTER_KEYS
 from mr_reward.data.preferences import save_preferences
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.attacks import ATTACKS, attack_items, run_attacks
-from mr_reward.model.scorer import GroupScores
+from mr_reward.groups import GroupScores
 
 TOKENS = ["<|im_end|>", "<|image_pad|>"]
 

@@ -24,7 +24,7 @@ from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.items import EvaluationItem, ItemRecord
 from mr_reward.evaluation.protocol import ALL_ORDERS, draw_orders, read_records, score_benchmark
 from mr_reward.evaluation.scorers import Alone, Baseline, ClassifierScorer, RewardModel, ScoresFile, load_scorer
-from mr_reward.model.scorer import GroupScores
+from mr_reward.groups import GroupScores
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import make_groups
 from mr_reward.worlds.handwriting_benchmarks import HANDWRITING_BENCHMARKS

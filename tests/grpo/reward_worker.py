@@ -23,11 +23,10 @@ from PIL import Image
 
 import mr_reward.grpo.reward as reward_module
 from mr_reward.errors import MRRewardError
-from mr_reward.groups import ResponseGroup
+from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.grpo.reward import MultiResponseReward
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.out_of_memory import memory_advice
-from mr_reward.model.scorer import GroupScores
 from mr_reward.worlds.tiny import build_llama, build_tokenizer
 
 ROWS_PER_RANK = (2, 3, 4, 6)

@@ -17,10 +17,10 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 import mr_reward.grpo.reward as reward_module
 from mr_reward.errors import ConfigurationError, GroupAssemblyError, PeerRankError
+from mr_reward.groups import GroupScores
 from mr_reward.grpo.exchange import Exchange
 from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
 from mr_reward.grpo.telemetry import COLUMN_KEYS, METRIC_KEYS
-from mr_reward.model.scorer import GroupScores
 from mr_reward.scorers.opening import build_scorer, default_device, outside_zero3
 
 

@@ -25,7 +25,7 @@ from mr_reward.errors import (
     OverLengthError,
     ScoringServerError,
 )
-from mr_reward.model.scorer import GroupScores
+from mr_reward.groups import GroupScores
 from mr_reward.scorers import RemoteScorer
 from mr_reward.scorers.remote import batches
 from mr_reward.serving import ServerLimits, build_app
