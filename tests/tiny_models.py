@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 
 from mr_reward import MultiResponseRewardModel, ResponseGroup
 from mr_reward.attention.group import GROUP_ATTENTION
-from mr_reward.data import tiny, tiny_molmo2
 from mr_reward.model.fast_path import choose_attention
 from mr_reward.model.rows import PackedBatch, PackedRow, Packer, collate
 from mr_reward.templates.rendering import Renderer
+from mr_reward.worlds import tiny, tiny_molmo2
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "molmo2", "llama")
 LAYOUTS = ("causal", "isolated", "set")

@@ -19,8 +19,8 @@ from transformers import (
     Qwen3VLProcessor,
 )
 
-from mr_reward.data import handwriting, tiny
 from mr_reward.errors import ConfigurationError
+from mr_reward.worlds import handwriting, tiny
 
 IMAGE_PROMPT = (
     "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>"

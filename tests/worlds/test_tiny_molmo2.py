@@ -13,8 +13,8 @@ from transformers import (
     Molmo2Processor,
 )
 
-from mr_reward.data import handwriting, tiny, tiny_molmo2
 from mr_reward.errors import ConfigurationError
+from mr_reward.worlds import handwriting, tiny, tiny_molmo2
 
 LOW_RES = "<low_res_im_start><im_patch><im_col><im_end>"
 THREE_DIGITS = "<im_start><im_patch><im_patch><im_patch><im_col><im_end>"
