@@ -14,8 +14,8 @@ from tiny_models import LAYOUTS, ROUNDING, assert_close, mixed_batch, random_gro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mr_reward.attention.backends import group as module
-from mr_reward.attention.backends import varlen as ragged_attention
+from mr_reward.attention import group as module
+from mr_reward.attention import varlen as ragged_attention
 from mr_reward.attention.group import group_attention
 from mr_reward.attention.plan import GroupPlan
 from mr_reward.errors import BackendError, ConfigurationError

@@ -24,7 +24,7 @@ from tiny_models import (
     score,
 )
 
-from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup, fast_path
+from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.errors import OverLengthError
 
 
