@@ -26,6 +26,7 @@ from tiny_models import (
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.errors import OverLengthError
+from mr_reward.model import fast_path
 
 
 @pytest.fixture
