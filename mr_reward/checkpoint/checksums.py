@@ -10,17 +10,36 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers.utils import cached_file
-
-from mr_reward.checkpoint.verify import has_file
-from mr_reward.errors import CheckpointError
-
-__all__ = ["CHECKSUM_FILE", "changed_file", "check_checksums", "write_checksums", "written_whole"]
+__all__ = ["CHECKSUM_FILE", "changed_file", "write_checksums", "written_whole", "written_whole_file"]
 
 CHECKSUM_FILE = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` reads it too
 # For people, who may edit it.
 _CARD = "README.md"
 _PARTIAL = ".partial-"
+
+
+@contextmanager
+def written_whole_file(path: str | Path) -> Iterator[Path]:
+    """Write a file under another name first; it gets its own name when the block has ended well.
+
+    Args:
+        path: the file; its folder is made if needed.
+
+    Yields:
+        The name to write to, in the same folder.
+
+    Example:
+        >>> with written_whole_file("scores.json") as unfinished:  # doctest: +SKIP
+        ...     unfinished.write_text("{}")
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -104,31 +123,6 @@ def changed_file(folder: Path) -> str | None:
         if _sha256(folder / name) != digest:
             return name
     return None
-
-
-def check_checksums(name: str, revision: str | None = None) -> None:
-    """Refuse a checkpoint with a file that is not the one that was saved.
-
-    Damage that leaves a file readable, and a file of another run, would otherwise only show as other scores.
-
-    Args:
-        name: folder or hub id.
-        revision: of the hub repository.
-
-    Raises:
-        CheckpointError: a file has changed.
-
-    Example:
-        >>> check_checksums("rm")  # doctest: +SKIP
-    """
-    if not has_file(name, CHECKSUM_FILE, revision):
-        return
-    changed = changed_file(Path(str(cached_file(name, CHECKSUM_FILE, revision=revision))).parent)
-    if changed is not None:
-        raise CheckpointError(
-            f"{name}: {changed} is missing or not the file that was saved (by {CHECKSUM_FILE}), so scores would not "
-            f"be this model's; copy the folder again, or, if you changed it on purpose, delete {CHECKSUM_FILE}"
-        )
 
 
 def _sha256(path: Path, *, flush: bool = False) -> str:

@@ -16,10 +16,12 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from mr_reward.checkpoint.checksums import CHECKSUM_FILE, changed_file
 from mr_reward.errors import CheckpointError, MRRewardError
 
 __all__ = [
     "align_weights",
+    "check_checksums",
     "check_config_keys",
     "check_loading_info",
     "check_shards",
@@ -86,6 +88,31 @@ class reading:  # used as a verb, like `contextlib.suppress`
                 f"{self._name}: could not be loaded ({type(exc).__name__}: {str(exc)[:500]}). If the options are "
                 "right, a file in it is damaged; copy it again"
             ) from exc
+
+
+def check_checksums(name: str, revision: str | None = None) -> None:
+    """Refuse a checkpoint with a file that is not the one that was saved.
+
+    Damage that leaves a file readable, and a file of another run, would otherwise only show as other scores.
+
+    Args:
+        name: folder or hub id.
+        revision: of the hub repository.
+
+    Raises:
+        CheckpointError: a file has changed.
+
+    Example:
+        >>> check_checksums("rm")  # doctest: +SKIP
+    """
+    if not has_file(name, CHECKSUM_FILE, revision):
+        return
+    changed = changed_file(Path(str(cached_file(name, CHECKSUM_FILE, revision=revision))).parent)
+    if changed is not None:
+        raise CheckpointError(
+            f"{name}: {changed} is missing or not the file that was saved (by {CHECKSUM_FILE}), so scores would not "
+            f"be this model's; copy the folder again, or, if you changed it on purpose, delete {CHECKSUM_FILE}"
+        )
 
 
 def check_shards(name: str, revision: str | None = None) -> None:

@@ -21,7 +21,7 @@ from mr_reward.attention.backends import check_backend
 from mr_reward.attention.plan import GroupPlan
 from mr_reward.backbones import get_adapter
 from mr_reward.checkpoint.card import CARD_FILE, name_in_card, read_card, write_model_card
-from mr_reward.checkpoint.checksums import check_checksums, written_whole
+from mr_reward.checkpoint.checksums import written_whole
 from mr_reward.checkpoint.lora import is_lora, lora_backbone, merge_lora
 from mr_reward.checkpoint.paper_format import (
     is_paper_format,
@@ -32,6 +32,7 @@ from mr_reward.checkpoint.paper_format import (
 )
 from mr_reward.checkpoint.verify import (
     align_weights,
+    check_checksums,
     check_config_keys,
     check_loading_info,
     check_shards,

@@ -16,7 +16,8 @@ import torch
 from tiny_models import checkpoint_groups, reward_model
 
 from mr_reward import GroupScorer
-from mr_reward.checkpoint.checksums import CHECKSUM_FILE, changed_file, check_checksums, written_whole
+from mr_reward.checkpoint.checksums import CHECKSUM_FILE, changed_file, written_whole, written_whole_file
+from mr_reward.checkpoint.verify import check_checksums
 from mr_reward.errors import CheckpointError
 from mr_reward.training.resume import incomplete_reason
 
@@ -117,6 +118,17 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
         (unfinished / "a").write_text("new")
         raise ZeroDivisionError
     assert content(tmp_path) == {"a": b"old"}
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a"
+    with written_whole_file(path) as unfinished:
+        unfinished.write_text("old")
+        assert not path.exists()
+    with pytest.raises(ZeroDivisionError), written_whole_file(path) as unfinished:
+        unfinished.write_text("new")
+        raise ZeroDivisionError
+    assert content(tmp_path) == {"new/a": b"old"}
 
 
 def test_weights_of_an_earlier_save_do_not_stay_beside_the_new_ones(tmp_path: Path) -> None:
