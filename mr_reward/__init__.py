@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mr_reward.exports import lazy_exports
 from mr_reward.groups import ResponseGroup
+from mr_reward.moved import Finder
 
 if TYPE_CHECKING:
     from mr_reward.grpo.reward import MultiResponseReward
@@ -33,3 +34,5 @@ __getattr__ = lazy_exports(
         "MultiResponseRewardModel": "model.model",
     },
 )
+
+Finder.install()

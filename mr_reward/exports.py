@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from mr_reward.errors import ConfigurationError
+from mr_reward.moved import moved_name
 
 __all__ = ["lazy_exports"]
 
@@ -38,7 +39,7 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]
 
     def load(name: str) -> Any:
         if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            return moved_name(package, name)
         try:
             return getattr(import_module(f"{package}.{homes[name]}"), name)
         except ModuleNotFoundError as error:

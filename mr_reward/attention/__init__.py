@@ -1,0 +1,7 @@
+"""Who computes which of the visible pairs: the backends, and ours, which computes no others."""
+
+from mr_reward.exports import lazy_exports
+
+__all__: list[str] = []
+
+__getattr__ = lazy_exports(__name__, {})

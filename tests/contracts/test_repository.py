@@ -19,7 +19,7 @@ import mr_reward
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = sorted((ROOT / "mr_reward").rglob("*.py"))
 SOURCES = LIBRARY + sorted((ROOT / "grpo_recipes").rglob("*.py"))
-MAX_LINES = 400
+MAX_LINES = 500
 MAX_IMPORT_SECONDS = 2.0
 COLLECTIVES = "mr_reward/grpo/exchange.py"
 PUBLIC_NAMES = [
@@ -139,7 +139,7 @@ def test_version_is_the_same_everywhere() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_file_is_short(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_LINES, f"{relative(path)} has {lines} lines: split it, a longer file is two things"
+    assert lines <= MAX_LINES, f"{relative(path)} has {lines} lines: a file of this length is usually two concepts"
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=relative)
