@@ -17,7 +17,7 @@ from typing import Any
 
 __all__ = ["MOVED", "Finder", "moved_name"]
 
-# Old -> new, both below `mr_reward`: a module, or (with a colon) one name that went elsewhere than the rest of its module.
+# Old -> new, both below `mr_reward`: a module, or (with a colon) one name that went elsewhere than its module did.
 MOVED = MappingProxyType(
     {
         "attention:BACKENDS": "attention.backends:BACKENDS",
