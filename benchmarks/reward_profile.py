@@ -80,7 +80,7 @@ def main() -> None:
         command = ["--config", str(RECIPES / "policy_tiny_handwriting_cpu.yaml"), "--output_dir", folder]
         command += ["--model_name_or_path", str(options.policy), "--reward_model", str(options.reward_model)]
         command += ["--max_steps", str(options.steps), "--disable_tqdm", "true", "--seed", str(options.seed)]
-        arguments = TrlParser((train_policy.PolicyArguments, GRPOConfig, ModelConfig))
+        arguments = TrlParser((train_policy.HandwritingArguments, GRPOConfig, ModelConfig))
         undo = watch(seconds)
         try:
             train_policy.train_policy(*arguments.parse_args_and_config(args=command))

@@ -34,7 +34,7 @@ def run(size: int, options: argparse.Namespace, folder: str) -> dict[str, float]
     command += ["--model_name_or_path", str(options.policy), "--reward_model", str(options.reward_model)]
     command += ["--num_generations", str(size), "--max_steps", str(options.steps), "--disable_tqdm", "true"]
     command += ["--max_completion_length", str(options.max_completion_length), "--seed", str(options.seed)]
-    parser = TrlParser((train_policy.PolicyArguments, GRPOConfig, ModelConfig))
+    parser = TrlParser((train_policy.HandwritingArguments, GRPOConfig, ModelConfig))
     trainer = train_policy.train_policy(*parser.parse_args_and_config(args=command))
     rollouts = trainer.args.per_device_train_batch_size
     steps = [entry for entry in trainer.state.log_history if "step_time" in entry][1:]

@@ -132,7 +132,7 @@ def run_grpo(options: QuickstartArguments, policy: Path, reward_model: Path, fol
     """GRPO with the reward model; returns the log."""
     recipe = read_recipe(
         "policy_tiny_handwriting_cpu.yaml",
-        (train_policy.PolicyArguments, GRPOConfig, ModelConfig),
+        (train_policy.HandwritingArguments, GRPOConfig, ModelConfig),
         output_dir=folder,
         model_name_or_path=policy,
         reward_model=reward_model,

@@ -3,7 +3,8 @@
     accelerate launch grpo_recipes/train_policy.py --config grpo_recipes/policy_tiny_handwriting_cpu.yaml
 
 Every field of TRL's `GRPOConfig` and `ModelConfig` can stand in the YAML file or on the command line. With
-`resume_from_checkpoint: true` the same command starts a run and goes on with it after an interruption.
+`resume_from_checkpoint: true` the same command starts a run and resumes it after an interruption. The fields of the
+handwriting world come from `HandwritingArguments`; a data set of your own can come in the same way.
 
 Before anything is loaded the run is checked, and does not start if something would fail. The same on any machine:
 
@@ -26,7 +27,7 @@ from mr_reward.doctor.findings import may_start, show_findings
 from mr_reward.errors import ConfigurationError
 from mr_reward.runs.arguments import PolicyTrainingArguments
 from mr_reward.runs.figure import RunFigure
-from mr_reward.runs.recipe import PolicyArguments, load_prompts, make_reward, other_rewards
+from mr_reward.runs.recipe import PolicyArguments, load_prompts, make_reward, other_rewards, truths
 from mr_reward.runs.resume import ContinuedEpochs, checkpoint_to_resume
 from mr_reward.runs.validation import PolicyValidation
 from mr_reward.runs.vllm_cpu import prepare_vllm_on_cpu
@@ -34,7 +35,7 @@ from mr_reward.runs.vllm_images import send_single_placeholders
 from mr_reward.runs.vllm_server import check_vllm_server
 from mr_reward.runs.warning_signs import WarningSigns
 from mr_reward.training.saving import naming_a_full_disk
-from mr_reward.worlds.handwriting_policy import handwriting_accuracy
+from mr_reward.worlds.handwriting_policy import HandwritingArguments
 
 
 def dry_run(argv: list[str]) -> bool:
@@ -43,7 +44,7 @@ def dry_run(argv: list[str]) -> bool:
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--accelerate_config")
     options, rest = parser.parse_known_args(argv)
-    findings = examine_recipe(rest, accelerate_config=options.accelerate_config)
+    findings = examine_recipe(rest, accelerate_config=options.accelerate_config, recipe_type=HandwritingArguments)
     show_findings(findings, Console(), title="dry run: nothing was loaded")
     return may_start(findings)
 
@@ -65,17 +66,13 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         **{key: value for key, value in load_options.items() if value is not None},
         **(args.model_init_kwargs or {}),
     }
-    train_dataset = load_prompts(
-        arguments, arguments.dataset, arguments.dataset_split, arguments.num_prompts, args.seed
-    )
+    train_dataset = load_prompts(arguments, seed=args.seed)
     eval_dataset = None
     callbacks: list[TrainerCallback] = [ContinuedEpochs(), RunFigure(str(args.output_dir))]
     if arguments.eval_dataset is not None:
-        eval_dataset = load_prompts(  # the same prompts for every seed
-            arguments, arguments.eval_dataset, arguments.eval_dataset_split, arguments.num_eval_prompts, seed=0
-        )
-        truths = ["rewards/handwriting_accuracy/mean"] if handwriting_accuracy in reward_funcs else []
-        callbacks.append(PolicyValidation(reward, str(args.output_dir), signs=WarningSigns(truths=truths)))
+        eval_dataset = load_prompts(arguments, evaluation=True, seed=0)  # the same prompts for every seed
+        signs = WarningSigns(truths=[f"rewards/{truth.__name__}/mean" for truth in truths(arguments)])
+        callbacks.append(PolicyValidation(reward, str(args.output_dir), signs=signs))
     if args.use_vllm and args.vllm_mode == "colocate":
         prepare_vllm_on_cpu()
     trainer = GRPOTrainer(
@@ -100,7 +97,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO)
     if "--dry_run" in sys.argv:
         return int(not dry_run(sys.argv[1:]))
-    recipe = TrlParser((PolicyArguments, PolicyTrainingArguments, ModelConfig)).parse_args_and_config()
+    recipe = TrlParser((HandwritingArguments, PolicyTrainingArguments, ModelConfig)).parse_args_and_config()
     if not check_before_start(*recipe):
         return 1
     trainer = train_policy(*recipe)

@@ -26,10 +26,10 @@ from trl import GRPOConfig, ModelConfig
 from typer.testing import CliRunner
 
 from mr_reward.cli.app import app
-from mr_reward.runs.recipe import PolicyArguments
 from mr_reward.training.arguments import RewardTrainingArguments
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
+from mr_reward.worlds.handwriting_policy import HandwritingArguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -115,7 +115,9 @@ def test_yaml_blocks_name_fields(block: Block) -> None:
     if block.page.name == "other-trainers.md":  # those trainers' own
         assert set(keys) == {"reward"}
         return
-    fields = {field.name for kind in (PolicyArguments, GRPOConfig, ModelConfig) for field in dataclasses.fields(kind)}
+    fields = {
+        field.name for kind in (HandwritingArguments, GRPOConfig, ModelConfig) for field in dataclasses.fields(kind)
+    }
     assert set(keys) <= fields
 
 
@@ -130,7 +132,7 @@ def commands() -> Iterator[tuple[str, str]]:
 
 
 FIELDS = {
-    "train_policy.py": (PolicyArguments, GRPOConfig, ModelConfig),
+    "train_policy.py": (HandwritingArguments, GRPOConfig, ModelConfig),
     "pretrain_rm.py": (RewardTrainingArguments, ModelConfig),
 }
 OTHERS = ("pip ", "export ", "curl ", "trl ", '"messages"', "pytest ", "git ", ".ci/run")

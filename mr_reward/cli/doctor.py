@@ -37,6 +37,7 @@ def doctor(
     """
     from mr_reward.doctor.doctor import examine_machine, examine_recipe
     from mr_reward.doctor.findings import may_start, show_findings
+    from mr_reward.worlds.handwriting_policy import HandwritingArguments
 
     if config is not None:
         if model is not None:
@@ -46,6 +47,7 @@ def doctor(
             accelerate_config=None if accelerate_config is None else str(accelerate_config),
             num_processes=num_processes,
             score=score,
+            recipe_type=HandwritingArguments,
         )
     else:
         if context.args:

@@ -35,6 +35,7 @@ def examine_recipe(
     accelerate_config: str | None = None,
     num_processes: int | None = None,
     score: bool = False,
+    recipe_type: type[PolicyArguments] = PolicyArguments,
 ) -> list[Finding]:
     """Check a recipe as if it ran on so many processes, on any machine.
 
@@ -43,6 +44,7 @@ def examine_recipe(
         accelerate_config: file that `accelerate launch` will get.
         num_processes: of the run; None for that of the file, or one.
         score: score a prompt with the reward model itself too, for which its weights are loaded.
+        recipe_type: with the fields of the recipe's own data sets.
 
     Returns:
         The findings. A recipe that cannot be read is one red finding.
@@ -56,7 +58,7 @@ def examine_recipe(
         if num_processes is not None:
             launch = replace(launch, num_processes=num_processes)
         parser = TrlParser(
-            (PolicyArguments, planned_arguments(PolicyTrainingArguments, launch.num_processes), ModelConfig)
+            (recipe_type, planned_arguments(PolicyTrainingArguments, launch.num_processes), ModelConfig)
         )
         parser.error = _refuse  # argparse would end the process
         # On a machine without a GPU the trainer's configuration refuses bf16 unless it is told to use the CPU.

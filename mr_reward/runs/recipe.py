@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, load_dataset
@@ -26,15 +26,40 @@ from mr_reward.runs.launch import Launch
 from mr_reward.runs.plan import RunPlan
 from mr_reward.scorers.offload import PLACEMENTS
 from mr_reward.scorers.opening import DTYPES
-from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
-from mr_reward.worlds.handwriting_policy import handwriting_accuracy
 
-__all__ = ["PolicyArguments", "first_prompts", "load_prompts", "make_reward", "other_rewards", "plan_run"]
+__all__ = [
+    "PolicyArguments",
+    "PromptSource",
+    "first_prompts",
+    "load_prompts",
+    "make_reward",
+    "other_rewards",
+    "plan_run",
+    "truths",
+]
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """A data set that a recipe makes itself.
+
+    Args:
+        load: gets the recipe's arguments and, by name, `split`, `evaluation` (whether these are the held-out prompts),
+            `seed` and `limit` (at most so many, or None); gives what `GRPOTrainer` takes.
+        truths: reward functions that know what is right. They are logged with weight 0, unless `reward_weights` says
+            otherwise: the policy does not learn from them.
+    """
+
+    load: Callable[..., Dataset]
+    truths: Sequence[Callable[..., Any]] = ()
 
 
 @dataclass
 class PolicyArguments:
     """The reward model and the prompts.
+
+    A recipe with a data set of its own is a subclass that adds the fields and names the data set in `sources`; see
+    `mr_reward.worlds.handwriting_policy.HandwritingArguments`.
 
     Args:
         reward_model: folder or hub id of a reward model written by `pretrain_rm.py`.
@@ -52,18 +77,19 @@ class PolicyArguments:
             for `mr-reward inspect`; 0 for never.
         extra_reward_funcs: further reward functions by import path, as `trl.rewards.accuracy_reward`, or, where a call
             makes them, `trl.rewards.get_repetition_penalty_reward()`; in this order after the reward model (and the
-            handwriting world's truth) in `reward_weights`.
-        dataset: a data set with `prompt` (text or messages) and optional `image(s)`, local file or hub id; or
-            "handwriting".
+            truths of a `PromptSource`) in `reward_weights`.
+        dataset: a data set with `prompt` (text or messages) and optional `image(s)`, local file or hub id; or a name
+            in `sources`.
         dataset_split: its split.
         eval_dataset: held-out prompts for `eval_strategy`, named like `dataset`; None for no validation.
         eval_dataset_split: its split.
-        num_prompts: number of handwriting prompts.
-        num_eval_prompts: number of held-out handwriting prompts.
-        num_digits: digits per image of the handwriting world.
         skip_doctor: start without the checks of `mr-reward doctor`.
-        questions: questions of the handwriting world.
+
+    Attributes:
+        sources: the data sets that this recipe makes itself, by the name that `dataset` and `eval_dataset` give.
     """
+
+    sources: ClassVar[Mapping[str, PromptSource]] = {}
 
     reward_model: str | None = field(default=None, metadata={"help": "Folder or hub id of the reward model"})
     reward: str = field(default="centred", metadata={"help": "centred, raw, rank or win_rate"})
@@ -77,15 +103,11 @@ class PolicyArguments:
     reward_server_hash: str | None = field(default=None, metadata={"help": "Checksum of the server's model"})
     log_groups_steps: int = field(default=0, metadata={"help": "Write the scored groups every so many steps"})
     extra_reward_funcs: list[str] = field(default_factory=list, metadata={"help": "Import paths"})
-    dataset: str = field(default="handwriting", metadata={"help": "Data set with prompts, or handwriting"})
+    dataset: str | None = field(default=None, metadata={"help": "Data set with prompts"})
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set"})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out prompts, or handwriting"})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out prompts"})
     eval_dataset_split: str = field(default="validation", metadata={"help": "Split of the held-out prompts"})
-    num_prompts: int = field(default=4096, metadata={"help": "Number of handwriting prompts"})
-    num_eval_prompts: int = field(default=32, metadata={"help": "Number of held-out handwriting prompts"})
-    num_digits: int = field(default=3, metadata={"help": "Digits per image of the handwriting world"})
     skip_doctor: bool = field(default=False, metadata={"help": "Start without the checks of `mr-reward doctor`"})
-    questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "Handwriting questions"})
 
     def __post_init__(self) -> None:
         choices = {
@@ -98,27 +120,35 @@ class PolicyArguments:
             if getattr(self, name) not in allowed:
                 shown = ", ".join(map(str, allowed))
                 raise ConfigurationError(f"{name} is {getattr(self, name)!r}, expected one of {shown}")
-        for name in ("reward_max_tokens", "reward_num_orders", "num_prompts", "num_eval_prompts"):
+        for name in ("reward_max_tokens", "reward_num_orders"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.log_groups_steps < 0:
             raise ConfigurationError(f"log_groups_steps is {self.log_groups_steps}, expected 0 for never, or more")
 
 
-def load_prompts(arguments: PolicyArguments, name: str, split: str, num_prompts: int, seed: int) -> Dataset:
-    """Prompts as a data set that `GRPOTrainer` takes."""
-    if name == "handwriting":
-        tasks = make_tasks(
-            split, num_prompts, num_digits=arguments.num_digits, questions=arguments.questions, seed=seed
-        )
-        return Dataset.from_list(make_policy_rows(tasks))
+def load_prompts(
+    arguments: PolicyArguments, *, evaluation: bool = False, seed: int = 0, limit: int | None = None
+) -> Dataset:
+    """The prompts to train on, or the held-out ones, as a data set that `GRPOTrainer` takes."""
+    name, split = arguments.dataset, arguments.dataset_split
+    if evaluation:
+        name, split = arguments.eval_dataset, arguments.eval_dataset_split
+    if name is None:
+        raise ConfigurationError(f"{'eval_' if evaluation else ''}dataset is missing; give the data set with prompts")
+    if name in arguments.sources:
+        return arguments.sources[name].load(arguments, split=split, evaluation=evaluation, seed=seed, limit=limit)
+    if not Path(name).exists() and name.endswith((".json", ".jsonl")):
+        raise ConfigurationError(f"dataset {name} is no file; give the file with the prompts")
     try:
         if name.endswith((".json", ".jsonl")):
-            return load_dataset("json", data_files=name, split="train")
-        return load_dataset(name, split=split)
+            rows = load_dataset("json", data_files=name, split="train")
+        else:
+            rows = load_dataset(name, split=split)
     except (DatasetsError, StopIteration, ValueError) as error:  # an empty file is a StopIteration
         reason = error.__cause__ or str(error) or "nothing in it"
-        raise ConfigurationError(f"dataset {name}, split {split}, cannot be read ({reason}); mend it") from error
+        raise ConfigurationError(f"dataset {name}, split {split}, cannot be read ({reason}); fix it") from error
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
 def make_reward(arguments: PolicyArguments, args: GRPOConfig) -> MultiResponseReward:
@@ -144,14 +174,19 @@ def make_reward(arguments: PolicyArguments, args: GRPOConfig) -> MultiResponseRe
     )
 
 
+def truths(arguments: PolicyArguments) -> list[Callable[..., Any]]:
+    """The reward functions that come with the data set."""
+    source = arguments.sources.get(arguments.dataset or "")
+    return [] if source is None else list(source.truths)
+
+
 def other_rewards(arguments: PolicyArguments, args: GRPOConfig) -> list[Callable[..., Any]]:
     """The reward functions beside the reward model; sets the weights that the recipe leaves open."""
     extra = [import_reward(path) for path in arguments.extra_reward_funcs]
-    if arguments.dataset != "handwriting":
-        return extra
-    # The truth watches with weight 0, unless asked for more: it is logged, and the policy does not learn from it.
-    args.reward_weights = args.reward_weights or [1.0, 0.0, *(1.0 for _ in extra)]
-    return [handwriting_accuracy, *extra]
+    known = truths(arguments)
+    if known:
+        args.reward_weights = args.reward_weights or [1.0, *(0.0 for _ in known), *(1.0 for _ in extra)]
+    return [*known, *extra]
 
 
 def import_reward(path: str) -> Callable[..., Any]:
@@ -212,7 +247,7 @@ def plan_run(
         lora_targets=model_config.lora_target_modules,
         use_cpu=use_cpu,
         eval_dataset=arguments.eval_dataset,
-        unread=[name for name, _ in _sources(arguments) if not _is_here(name)],
+        unread=[name for name, _ in _named(arguments) if not _is_here(arguments, name)],
         prompts=prompts,
     )
 
@@ -220,22 +255,19 @@ def plan_run(
 def first_prompts(arguments: PolicyArguments, count: int = 64) -> list[ResponseGroup]:
     """The first prompts of both data sets as groups, if they are on this machine."""
     groups = []
-    for name, split in _sources(arguments):
-        if _is_here(name):
-            rows = load_prompts(arguments, name, split, count, seed=0)
-            groups += _read_groups(name, rows.select(range(min(count, len(rows)))))
-        elif name.endswith((".json", ".jsonl")):
-            raise ConfigurationError(f"dataset {name} is no file; give the file with the prompts")
+    for name, evaluation in _named(arguments):
+        if _is_here(arguments, name) or name.endswith((".json", ".jsonl")):
+            groups += _read_groups(name, load_prompts(arguments, evaluation=evaluation, limit=count))
     return groups
 
 
-def _sources(arguments: PolicyArguments) -> list[tuple[str, str]]:
-    both = (arguments.dataset, arguments.dataset_split), (arguments.eval_dataset, arguments.eval_dataset_split)
-    return [(name, split) for name, split in both if name is not None]
+def _named(arguments: PolicyArguments) -> list[tuple[str, bool]]:
+    both = (arguments.dataset, False), (arguments.eval_dataset, True)
+    return [(name, evaluation) for name, evaluation in both if name is not None]
 
 
-def _is_here(name: str) -> bool:
-    return name == "handwriting" or Path(name).exists()
+def _is_here(arguments: PolicyArguments, name: str) -> bool:
+    return name in arguments.sources or Path(name).exists()
 
 
 def _read_groups(name: str, rows: Dataset) -> list[ResponseGroup]:

@@ -1,15 +1,19 @@
-"""The truth of the handwriting world: how often a policy answers right on scans it has never seen."""
+"""A policy in the handwriting world: the prompts of a GRPO recipe, and how often it answers right on unseen scans."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from mr_reward.worlds.handwriting import HandwritingTask, is_correct
+from mr_reward.errors import ConfigurationError
+from mr_reward.runs.recipe import PolicyArguments, PromptSource
+from mr_reward.worlds.handwriting import HandwritingTask, is_correct, make_policy_rows, make_tasks
 
-__all__ = ["handwriting_accuracy", "policy_answers"]
+__all__ = ["HandwritingArguments", "handwriting_accuracy", "policy_answers"]
 
 
 def policy_answers(
@@ -74,3 +78,49 @@ def handwriting_accuracy(completions: Sequence[Any], question: Sequence[str], di
     """
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     return [float(is_correct(*row)) for row in zip(question, digits, texts, strict=True)]
+
+
+def _load_prompts(
+    arguments: "HandwritingArguments", *, split: str, evaluation: bool, seed: int, limit: int | None
+) -> Dataset:
+    count = arguments.num_eval_prompts if evaluation else arguments.num_prompts
+    tasks = make_tasks(
+        split,
+        count if limit is None else min(count, limit),
+        num_digits=arguments.num_digits,
+        questions=arguments.questions,
+        seed=seed,
+    )
+    return Dataset.from_list(make_policy_rows(tasks))
+
+
+@dataclass
+class HandwritingArguments(PolicyArguments):
+    """The fields of a GRPO recipe, and those of the data set `handwriting`.
+
+    Args:
+        num_prompts: number of handwriting prompts.
+        num_eval_prompts: number of held-out handwriting prompts.
+        num_digits: digits in each image.
+        questions: keys of `QUESTIONS`.
+
+    Example:
+        >>> HandwritingArguments(reward_model="rm", num_digits=2).dataset
+        'handwriting'
+    """
+
+    sources: ClassVar[Mapping[str, PromptSource]] = {
+        "handwriting": PromptSource(_load_prompts, [handwriting_accuracy])
+    }
+
+    dataset: str | None = field(default="handwriting", metadata={"help": "Data set with prompts, or handwriting"})
+    num_prompts: int = field(default=4096, metadata={"help": "Number of handwriting prompts"})
+    num_eval_prompts: int = field(default=32, metadata={"help": "Number of held-out handwriting prompts"})
+    num_digits: int = field(default=3, metadata={"help": "Digits per image of the handwriting world"})
+    questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "Handwriting questions"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_prompts", "num_eval_prompts"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected at least 1")

@@ -32,6 +32,7 @@ from mr_reward.runs.launch import Launch, read_environment, read_launch
 from mr_reward.runs.recipe import PolicyArguments, first_prompts
 from mr_reward.serving import build_app
 from mr_reward.worlds import tiny
+from mr_reward.worlds.handwriting_policy import HandwritingArguments
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "grpo_recipes"
@@ -264,7 +265,7 @@ def test_memory_is_held_against_that_of_the_machine(check: Check, folder: Path, 
 def test_each_rank_shows_what_is_red_and_the_first_shows_all(
     folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    recipe = PolicyArguments(reward_model=str(folder / "outputs" / "rm"), num_digits=1)
+    recipe = HandwritingArguments(reward_model=str(folder / "outputs" / "rm"), num_digits=1)
     common = {"num_generations": 8, "bf16": False, "use_cpu": True, "report_to": "none"}
     for rank, output, good, titles in (
         (0, tmp_path, True, ["rank 0: may start", "who holds what"]),

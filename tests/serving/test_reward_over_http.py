@@ -135,14 +135,14 @@ def test_refusals(server: str, folder: Path) -> None:
 def test_the_recipe_trains_with_a_server(server: str, folder: Path, tmp_path: Path) -> None:
     recipes = Path(__file__).parents[2] / "grpo_recipes"
     sys.path.insert(0, str(recipes))
-    from train_policy import PolicyArguments, train_policy
+    from train_policy import HandwritingArguments, train_policy
     from trl import GRPOConfig, ModelConfig
 
     from mr_reward.worlds import tiny
 
     tiny.build_qwen3_vl(0, hidden_size=64, num_layers=2).save_pretrained(tmp_path / "policy")
     tiny.build_qwen3_vl_processor().save_pretrained(tmp_path / "policy")
-    arguments = PolicyArguments(reward_server=server, num_prompts=8, num_digits=2)
+    arguments = HandwritingArguments(reward_server=server, num_prompts=8, num_digits=2)
     args = GRPOConfig(
         str(tmp_path / "out"),
         num_generations=4,
