@@ -169,10 +169,10 @@ def _checksum(*parts: Any) -> str:
 
 def _parse(stream: BinaryIO, name: str, root: Path, target: Path | None) -> Iterator[_Line]:
     from mr_reward.data.group_rows import group_from_row
+    from mr_reward.data.jsonl import read_json_lines
     from mr_reward.data.media_files import resolve_media
-    from mr_reward.data.preferences import parse_lines
 
-    for number, value in parse_lines(stream):
+    for number, value in read_json_lines(stream):
         where = f"{name}, line {number}"
         if isinstance(value, GroupError) or not isinstance(value, dict):
             error = value if isinstance(value, GroupError) else GroupError(f"the row is no object: {value!r:.60}")

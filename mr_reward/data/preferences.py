@@ -7,19 +7,18 @@ video`, arXiv 2604.10966) reads as it is.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mr_reward.data.group_rows import group_from_row, row_from_group
+from mr_reward.data.jsonl import read_json_lines, write_json_lines
 from mr_reward.data.media_files import resolve_media
 from mr_reward.errors import GroupError, MRRewardError
 from mr_reward.groups import ResponseGroup
 
-__all__ = ["json_lines", "load_preferences", "parse_lines", "save_preferences"]
+__all__ = ["load_preferences", "save_preferences"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def load_preferences(
         raise GroupError(f"{path}: is not a file; give a .jsonl file with one ranked group per line")
     groups, bad = [], []
     within = None if media_within is None else Path(media_within)
-    for number, row in json_lines(path):
+    for number, row in read_json_lines(path):
         try:
             if isinstance(row, GroupError):
                 raise row
@@ -91,52 +90,17 @@ def save_preferences(groups: Iterable[ResponseGroup], path: str | Path) -> int:
         1234
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    count = 0
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as lines:
-            for group in groups:
-                if group.rankings is None:
-                    raise GroupError(
-                        f"{group.name}: has no rankings, expected 1 = best, ties share a rank; rank it or leave it out"
-                    )
-                # ASCII: a lone surrogate in a response would be no UTF-8.
-                lines.write(json.dumps(row_from_group(group, path)) + "\n")
-                count += 1
+
+    def rows() -> Iterator[dict[str, Any]]:
+        count = 0
+        for group in groups:
+            if group.rankings is None:
+                raise GroupError(
+                    f"{group.name}: has no rankings, expected 1 = best, ties share a rank; rank it or leave it out"
+                )
+            yield row_from_group(group, path)
+            count += 1
         if not count:
             raise GroupError(f"{path}: there is no group to write; check the source and what was skipped")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
 
-
-def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """The lines of a JSON Lines file with their numbers from 1 on; blank ones are left out.
-
-    Args:
-        path: the file.
-
-    Yields:
-        Number and value; the value is a `GroupError` for a line that is no JSON.
-    """
-    with path.open("rb") as lines:
-        yield from parse_lines(lines)
-
-
-def parse_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    """As `json_lines`, for lines that come from anywhere.
-
-    Args:
-        lines: encoded lines.
-
-    Yields:
-        Number and value; the value is a `GroupError` for a line that is no JSON.
-    """
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested thousands of times
-                yield number, GroupError(f"the line is no JSON ({error})")
+    return write_json_lines(path, rows())

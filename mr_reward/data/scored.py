@@ -5,16 +5,14 @@ A line is a line of ranked groups (`mr_reward.data.preferences`), rankings optio
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mr_reward.data.group_rows import group_from_row, row_from_group
+from mr_reward.data.jsonl import read_json_lines, write_json_lines
 from mr_reward.data.media_files import resolve_media
-from mr_reward.data.preferences import json_lines
 from mr_reward.errors import GroupError, MRRewardError
 from mr_reward.groups import ResponseGroup
 
@@ -83,7 +81,7 @@ def read_scored(path: str | Path, *, media_within: str | Path | None = None) -> 
         raise GroupError(f"{path}: is not a file; give a .jsonl file that `mr-reward score` or a GRPO run has written")
     groups = []
     within = None if media_within is None else Path(media_within)
-    for number, row in json_lines(path):
+    for number, row in read_json_lines(path):
         try:
             if isinstance(row, GroupError):
                 raise row
@@ -109,15 +107,7 @@ def write_scored(groups: Iterable[ScoredGroup], path: str | Path) -> None:
         >>> write_scored(groups, "out/groups/step_00005.rank0.jsonl")  # doctest: +SKIP
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as lines:
-            for scored in groups:
-                lines.write(json.dumps({**row_from_group(scored.group, path), **_results(scored)}) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json_lines(path, ({**row_from_group(scored.group, path), **_results(scored)} for scored in groups))
 
 
 def _results(scored: ScoredGroup) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mr_reward.checkpoint.digest import weights_digest
-from mr_reward.data.preferences import json_lines
+from mr_reward.data.jsonl import read_json_lines
 from mr_reward.errors import ConfigurationError, GroupError, NonFiniteScoreError
 from mr_reward.evaluation.protocol import BenchmarkScorer
 from mr_reward.groups import GroupScores, ResponseGroup
@@ -110,7 +110,7 @@ class ScoresFile:
         self.name = f"scores of {path}"
         self.order_free = True
         self._scores: dict[str, list[float]] = {}
-        for number, row in json_lines(Path(path)):
+        for number, row in read_json_lines(path):
             uid, scores = (row.get(key) if isinstance(row, dict) else None for key in ("uid", "scores"))
             if not isinstance(uid, str) or not isinstance(scores, list) or not all(map(_is_number, scores)):
                 raise GroupError(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mr_reward.data.preferences import json_lines
+from mr_reward.data.jsonl import read_json_lines
 from mr_reward.errors import GroupError
 
 __all__ = [
@@ -95,7 +95,7 @@ def read_votes(path: str | Path) -> list[Vote]:
         GroupError: a line is something else; the message names it.
     """
     found = []
-    for number, row in json_lines(Path(path)):
+    for number, row in read_json_lines(path):
         keys = ("question_id", "model_a", "model_b", "winner")
         texts = [row.get(key) for key in keys] if isinstance(row, dict) else [None]
         if not all(isinstance(text, str) for text in texts) or row["winner"] not in _WINNERS:
@@ -123,7 +123,7 @@ def read_rankings(path: str | Path) -> list[FullRanking]:
         GroupError: a line is something else; the message names it.
     """
     found = []
-    for number, row in json_lines(Path(path)):
+    for number, row in read_json_lines(path):
         ranks: Any = row.get("ranking") if isinstance(row, dict) else None
         whole = isinstance(ranks, dict) and all(type(rank) is int and rank >= 1 for rank in ranks.values())
         if not whole or len(ranks) < 2 or not isinstance(row.get("question_id"), str):
@@ -148,7 +148,7 @@ def read_questions(path: str | Path) -> dict[str, Question]:
         GroupError: a line is something else, or an id occurs twice; the message names it.
     """
     found: dict[str, Question] = {}
-    for number, row in json_lines(Path(path)):
+    for number, row in read_json_lines(path):
         responses: Any = row.get("responses") if isinstance(row, dict) else None
         texts = isinstance(responses, dict) and all(isinstance(text, str) for text in responses.values())
         if not texts or not isinstance(row.get("id"), str) or not isinstance(row.get("prompt"), (str, list)):

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow.parquet
 
 from mr_reward.data.group_rows import group_from_row
+from mr_reward.data.jsonl import read_json_lines
 from mr_reward.data.media_files import resolve_media
-from mr_reward.data.preferences import json_lines
 from mr_reward.data.scored import ScoredGroup, read_scored
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import ResponseGroup, Scorer
@@ -63,7 +63,7 @@ def score_file(path: Path, scorer: Scorer) -> list[Inspected]:
         GroupError: a line that is no group.
     """
     groups: list[ResponseGroup] = []
-    for number, row in json_lines(path):
+    for number, row in read_json_lines(path):
         if isinstance(row, GroupError):
             raise GroupError(f"{path}, line {number}: {row}") from row
         groups.append(resolve_media(group_from_row(row, f"line {number}", ranked=False), path.parent))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mr_reward.data.preferences import json_lines
+from mr_reward.data.jsonl import read_json_lines
 from mr_reward.errors import ConfigurationError, GroupError
 
 __all__ = ["Rows", "read_rows"]
@@ -91,7 +91,7 @@ def _files(folder: Path, split: str | None, config: str | None) -> list[Path]:
 
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".jsonl":
-        yield from ((f"{path}, line {number}", row) for number, row in json_lines(path))
+        yield from ((f"{path}, line {number}", row) for number, row in read_json_lines(path))
     elif path.suffix == ".json":
         yield from ((f"{path}, item {number}", row) for number, row in enumerate(_json_list(path), start=1))
     elif path.suffix == ".parquet":

@@ -1,0 +1,115 @@
+"""JSON Lines: one reader, a writer of whole files, and a writer of files that grow and are resumed after a kill."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from io import FileIO
+from pathlib import Path
+from typing import Any, Self
+
+from mr_reward.checkpoint.checksums import written_whole_file
+from mr_reward.errors import ConfigurationError, GroupError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["ResumableJsonLines", "read_json_lines", "write_json_lines"]
+
+logger = logging.getLogger(__name__)
+
+
+def read_json_lines(source: str | Path | Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    """The values of a file, or of encoded lines from anywhere, with their line numbers from 1 on; blank lines not.
+
+    A line that is no JSON comes as a `GroupError`, so that the caller decides whether it stops.
+    """
+    if isinstance(source, (str, Path)):
+        with Path(source).open("rb") as lines:
+            yield from read_json_lines(lines)
+        return
+    for number, line in enumerate(source, start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested thousands of times
+                yield number, GroupError(f"the line is no JSON ({error})")
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Any]) -> int:
+    """Write one value a line and return their number. The file appears, or is replaced, when it is whole."""
+    count = 0
+    with written_whole_file(path) as unfinished, unfinished.open("wb") as file:
+        for row in rows:
+            file.write(_line(row))
+            count += 1
+    return count
+
+
+class ResumableJsonLines:
+    """A file that grows by whole lines; a run that was killed is resumed behind the last of them.
+
+    As a context: look through `rows()`, what earlier runs have written, then `write()`. Nothing changes in a file that
+    is there before the first `write()`, so a caller can refuse to resume a file of something else.
+
+    Raises ConfigurationError where another process writes to the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._size = 0  # of the whole lines, in bytes
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = FileIO(self.path, "a")
+        try:
+            self._lock()
+            self._size = sum(map(len, self._whole_lines()))
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """As `read_json_lines`; a torn last line, which has no line feed, is left out."""
+        return read_json_lines(self._whole_lines())
+
+    def write(self, rows: Iterable[Any]) -> None:
+        """Append values. What is torn at the end of the file is cut off first, and again where the disk is full."""
+        content = b"".join(map(_line, rows))
+        self._file.truncate(self._size)
+        left = memoryview(content)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            self._file.truncate(self._size)
+            raise
+        self._size += len(content)
+
+    def _whole_lines(self) -> Iterator[bytes]:
+        with self.path.open("rb") as lines:
+            yield from (line for line in lines if line.endswith(b"\n"))
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(
+                f"{self.path}: another process writes to this file; wait for it, or name another one"
+            ) from error
+        except OSError:
+            logger.debug("%s: no locks on this disk", self.path)
+
+
+def _line(row: Any) -> bytes:
+    # ASCII: a lone surrogate in a response would be no UTF-8.
+    return json.dumps(row).encode("ascii") + b"\n"
