@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,10 @@ CHECKSUM_FILE = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` reads it too
 # For people, who may edit it.
 _CARD = "README.md"
 _PARTIAL = ".partial-"
+_WEIGHTS = ".safetensors"
+_SMALL = 1 << 20  # bytes: up to here a file is read whole at every load
+_TENSOR_BYTES = 64  # of each tensor in a sketch
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
 @contextmanager
@@ -82,6 +87,8 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
 def write_checksums(folder: str | Path, *, leave_out: Sequence[str] = ()) -> None:
     """Write `SHA256SUMS` for the files of a folder, and wait until they are on the disk.
 
+    A large file has a comment line besides, `# bytes sketch  name`, so that a load need not read the whole file.
+
     Args:
         folder: of a checkpoint.
         leave_out: names of files that may change, beside the model card.
@@ -93,15 +100,24 @@ def write_checksums(folder: str | Path, *, leave_out: Sequence[str] = ()) -> Non
     lines = []
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in {_CARD, CHECKSUM_FILE, *leave_out}:
-            lines.append(f"{_sha256(path, flush=True)}  {path.relative_to(folder).as_posix()}\n")
+            name = path.relative_to(folder).as_posix()
+            size = path.stat().st_size
+            lines.append(f"{_sha256(path, flush=True)}  {name}\n")
+            if path.suffix == _WEIGHTS or size > _SMALL:
+                lines.append(f"# {size} {_sketch(path)}  {name}\n")
     (folder / CHECKSUM_FILE).write_text("".join(lines))
 
 
-def changed_file(folder: Path) -> str | None:
+def changed_file(
+    folder: Path, *, verify: bool = True, find: Callable[[str], str | Path | None] | None = None
+) -> str | None:
     """The first file of a folder that is not what was saved.
 
     Args:
         folder: of a checkpoint; without `SHA256SUMS` nothing is known, and nothing is found.
+        verify: read every byte. Otherwise of large files the size and a sketch: the header of weights and the first
+            bytes of each tensor, which tells another model or half a file, but not one wrong bit.
+        find: where a listed file is, None if nowhere; by default below the folder.
 
     Returns:
         Its name; None if all are as they were.
@@ -115,12 +131,22 @@ def changed_file(folder: Path) -> str | None:
         return None
     except (OSError, ValueError):
         return CHECKSUM_FILE
-    for line in lines:
-        digest, _, name = line.partition("  ")
+    entries = [line.partition("  ")[::2] for line in lines]
+    sketches = {name: known.removeprefix("# ") for known, name in entries if known.startswith("# ")}
+    for digest, name in entries:
+        if digest.startswith("# "):
+            continue
         # A name that leads elsewhere is not looked at.
-        if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).is_file():
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            return name or CHECKSUM_FILE
+        path = Path((folder / name if find is None else find(name)) or folder)
+        if not path.is_file():
             return name
-        if _sha256(folder / name) != digest:
+        if verify or (name not in sketches and path.suffix != _WEIGHTS):
+            if _sha256(path) != digest:
+                return name
+        # A list of an earlier release has no sketches: the header says at loading whether weights are whole.
+        elif name in sketches and sketches[name] != f"{path.stat().st_size} {_sketch(path)}":
             return name
     return None
 
@@ -130,3 +156,21 @@ def _sha256(path: Path, *, flush: bool = False) -> str:
         if flush:
             os.fsync(content.fileno())
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _sketch(path: Path) -> str:
+    """Checksum of the beginning of a file, or of a safetensors header and the first bytes of each tensor."""
+    with path.open("rb", buffering=0) as content:
+        if path.suffix != _WEIGHTS:
+            return hashlib.sha256(content.read(_SMALL)).hexdigest()
+        length = content.read(8)
+        header = content.read(min(int.from_bytes(length, "little"), _LONGEST_HEADER))
+        sketch = hashlib.sha256(length + header)
+        try:
+            tensors = [value for key, value in json.loads(header).items() if key != "__metadata__"]
+            for start in sorted(tensor["data_offsets"][0] for tensor in tensors):
+                content.seek(8 + len(header) + start)
+                sketch.update(content.read(_TENSOR_BYTES))
+        except (AttributeError, LookupError, OSError, OverflowError, RecursionError, TypeError, ValueError):
+            pass  # no header, so not the one that was written
+        return sketch.hexdigest()

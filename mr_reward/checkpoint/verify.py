@@ -90,24 +90,19 @@ class reading:  # used as a verb, like `contextlib.suppress`
             ) from exc
 
 
-def check_checksums(name: str, revision: str | None = None) -> None:
-    """Refuse a checkpoint with a file that is not the one that was saved.
+def check_checksums(name: str, revision: str | None = None, *, verify: bool = False) -> None:
+    """Refuse a checkpoint with a file that is not the one that was saved, so far as `changed_file` can tell.
 
-    Damage that leaves a file readable, and a file of another run, would otherwise only show as other scores.
-
-    Args:
-        name: folder or hub id.
-        revision: of the hub repository.
-
-    Raises:
-        CheckpointError: a file has changed.
-
-    Example:
-        >>> check_checksums("rm")  # doctest: +SKIP
+    Half a file, and a file of another run, would otherwise only show as other scores.
     """
     if not has_file(name, CHECKSUM_FILE, revision):
         return
-    changed = changed_file(Path(str(cached_file(name, CHECKSUM_FILE, revision=revision))).parent)
+    folder = Path(str(cached_file(name, CHECKSUM_FILE, revision=revision))).parent
+
+    def find(file: str) -> str | None:  # of a hub repository only files that were asked for are on this machine
+        return str(cached_file(name, file, revision=revision)) if has_file(name, file, revision) else None
+
+    changed = changed_file(folder, verify=verify, find=None if Path(name).is_dir() else find)
     if changed is not None:
         raise CheckpointError(
             f"{name}: {changed} is missing or not the file that was saved (by {CHECKSUM_FILE}), so scores would not "

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mr_reward import __version__
 from mr_reward.cli.attack import attack
-from mr_reward.cli.checkpoints import card, export, merge
+from mr_reward.cli.checkpoints import card, export, merge, verify
 from mr_reward.cli.data import data
 from mr_reward.cli.doctor import doctor
 from mr_reward.cli.evaluate import compare, evaluate
@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(data, name="data")
 app.add_typer(mr2bench, name="mr2bench")
-for command in (score, inspect, evaluate, compare, attack, merge, export, card, serve):
+for command in (score, inspect, evaluate, compare, attack, merge, export, card, verify, serve):
     app.command()(command)
 # Any field of a recipe may follow.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(doctor)

@@ -1,4 +1,4 @@
-"""`mr-reward merge | export | card`."""
+"""`mr-reward merge | export | card | verify`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mr_reward.errors import ConfigurationError
+from mr_reward.errors import CheckpointError, ConfigurationError
 
-__all__ = ["card", "export", "merge"]
+__all__ = ["card", "export", "merge", "verify"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,20 @@ def card(
         repo_id=repo_id,
     )
     logger.info("wrote %s", path)
+
+
+def verify(model: Annotated[str, typer.Argument(help="Reward model: a folder or hub id")]) -> None:
+    """Compare every byte of a reward model with its list of checksums; a load compares sizes and samples only.
+
+    Example: mr-reward verify rm
+    """
+    from mr_reward.checkpoint.checksums import CHECKSUM_FILE
+    from mr_reward.checkpoint.verify import check_checksums, has_file
+
+    if not has_file(model, CHECKSUM_FILE):
+        raise CheckpointError(f"{model}: no {CHECKSUM_FILE} there; pass a folder that save_pretrained has written")
+    check_checksums(model, verify=True)
+    logger.info("%s: every file is the one that was saved", model)
 
 
 def _read_json(path: Path | None, kind: type[list] | type[dict]) -> Any:

@@ -208,7 +208,8 @@ class MultiResponseRewardModel(PreTrainedModel):
             *args: as transformers' `from_pretrained`.
             **kwargs: as transformers' `from_pretrained` (`dtype`, `attn_implementation`, `revision`, `device_map`);
                 for the paper's format also `template`, `mr2rm-assistant` (default, how it trains) or `mr2rm-user`
-                (how its README scores).
+                (how its README scores). `verify=True` compares every byte with `SHA256SUMS`, about a second a GB;
+                without it sizes, headers and samples of the weights are compared.
 
         Returns:
             The model in evaluation mode; its value head is float32 whatever `dtype` is.
@@ -225,7 +226,7 @@ class MultiResponseRewardModel(PreTrainedModel):
         attention = kwargs.pop("attn_implementation", None)
         kwargs |= load_attention(attention)
         info: dict[str, Any] = {}
-        check_checksums(name, revision)
+        check_checksums(name, revision, verify=kwargs.pop("verify", False))
         check_shards(name, revision)
         with reading(name):
             if is_paper_format(name, revision):

@@ -132,6 +132,7 @@ class GroupScorer:
         dtype: torch.dtype | None = None,
         template: str | None = None,
         attn_implementation: str | None = None,
+        verify: bool = False,
         **options: Any,
     ) -> GroupScorer:
         """Load a reward model for scoring.
@@ -141,6 +142,7 @@ class GroupScorer:
             dtype: of the backbone; None for the checkpoint's.
             template: for a checkpoint in the paper's format, see `MultiResponseRewardModel.from_pretrained`.
             attn_implementation: attention backend; None for the fastest that fits.
+            verify: compare every byte with `SHA256SUMS` first.
             **options: as for the constructor.
 
         Returns:
@@ -150,7 +152,7 @@ class GroupScorer:
             CheckpointError: the folder is not a complete reward model.
         """
         given = {"dtype": dtype, "template": template, "attn_implementation": attn_implementation}
-        load_options = {key: value for key, value in given.items() if value is not None}
+        load_options = {key: value for key, value in given.items() if value is not None} | {"verify": verify}
         return cls(MultiResponseRewardModel.from_pretrained(pretrained_model_name_or_path, **load_options), **options)
 
     def score(self, groups: Sequence[ResponseGroup]) -> list[list[float] | None]:

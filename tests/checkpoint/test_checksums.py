@@ -10,13 +10,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import checkpoint_groups, reward_model
 
-from mr_reward import GroupScorer
-from mr_reward.checkpoint.checksums import CHECKSUM_FILE, changed_file, written_whole, written_whole_file
+from mr_reward import GroupScorer, MultiResponseRewardModel
+from mr_reward.checkpoint.checksums import (
+    CHECKSUM_FILE,
+    changed_file,
+    write_checksums,
+    written_whole,
+    written_whole_file,
+)
 from mr_reward.checkpoint.verify import check_checksums
 from mr_reward.errors import CheckpointError
 from mr_reward.training.resume import incomplete_reason
@@ -63,7 +71,8 @@ def test_the_file_is_what_the_usual_tool_reads(folders: tuple[Path, Path]) -> No
         pytest.skip("needs sha256sum")
     done = subprocess.run(["sha256sum", "--check", "--strict", CHECKSUM_FILE], cwd=folders[0], capture_output=True)
     assert done.returncode == 0, done.stderr
-    listed = {line.split("  ")[1] for line in (folders[0] / CHECKSUM_FILE).read_text().splitlines()}
+    lines = (folders[0] / CHECKSUM_FILE).read_text().splitlines()
+    listed = {line.split("  ")[1] for line in lines}
     assert listed == content(folders[0]).keys() - {"README.md", CHECKSUM_FILE}
 
 
@@ -78,7 +87,126 @@ def test_one_flipped_bit_is_noticed(folders: tuple[Path, Path], tmp_path: Path, 
     path.write_bytes(data)
     assert changed_file(copy) == path.name
     with pytest.raises(CheckpointError):
-        GroupScorer.from_pretrained(copy)
+        GroupScorer.from_pretrained(copy, verify=True)
+    with pytest.raises(CheckpointError):
+        MultiResponseRewardModel.from_pretrained(copy, verify=True)
+    if path.suffix != ".safetensors":  # read whole at every load
+        with pytest.raises(CheckpointError, match=f"{path.name} is missing or not the file that was saved"):
+            GroupScorer.from_pretrained(copy)
+
+
+def bytes_read() -> int:
+    """By this process so far, as the system counts; mapped files, as weights are loaded, do not count."""
+    io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(io["rchar"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux")
+def test_a_load_does_not_read_the_weights_to_check_them(tmp_path: Path) -> None:
+    reward_model("llama", head_hidden_size=100_000).save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size > 25_000_000
+    MultiResponseRewardModel.from_pretrained(tmp_path)  # loads modules
+    counts = []
+    for options in ({}, {"verify": False}, {"verify": True}):
+        before = bytes_read()
+        MultiResponseRewardModel.from_pretrained(tmp_path, **options)
+        counts.append(bytes_read() - before)
+    assert max(counts[:2]) < size / 10, counts
+    assert counts[2] >= size
+
+
+def edit_weights(path: Path, how: str) -> None:
+    """Damage that keeps a part of the file as it was."""
+    data = bytearray(path.read_bytes())
+    end = 8 + int.from_bytes(data[:8], "little")
+    if how == "cut off":
+        data = data[:-64]
+    elif how == "longer":
+        data += bytes(64)
+    elif how == "another header":  # of the same length: two weights of one shape change places
+        first, second = b"layers.0.mlp.up_proj", b"layers.1.mlp.up_proj"
+        assert first in data[8:end] and second in data[8:end]
+        data[8:end] = data[8:end].replace(first, b"swapped").replace(second, first).replace(b"swapped", second)
+    elif how == "no header":
+        data[:8] = bytes(8)
+    elif how == "last weights":  # a run that trained only the last ones
+        data[-4096:] = bytes(4096)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["cut off", "longer", "another header", "no header", "last weights"])
+def test_another_file_is_refused_at_every_load(folders: tuple[Path, Path], tmp_path: Path, how: str) -> None:
+    copy = Path(shutil.copytree(folders[0], tmp_path / "copy"))
+    edit_weights(copy / "model.safetensors", how)
+    with pytest.raises(CheckpointError, match="model.safetensors is missing or not the file that was saved"):
+        MultiResponseRewardModel.from_pretrained(copy)
+
+
+def test_one_wrong_bit_of_the_weights_is_found_by_verify(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folders[0], tmp_path / "copy"))
+    path = copy / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    first = load_file(path)["head.dense.weight"].numpy().tobytes()
+    data[data.index(first) + 200] ^= 1  # past what a load looks at
+    path.write_bytes(data)
+    assert changed_file(copy, verify=False) is None and changed_file(copy) == path.name
+    MultiResponseRewardModel.from_pretrained(copy)
+    with pytest.raises(CheckpointError, match="model.safetensors is missing or not the file that was saved"):
+        MultiResponseRewardModel.from_pretrained(copy, verify=True)
+
+
+def without_sketches(folder: Path) -> None:
+    """The list as the release before wrote it."""
+    lines = (folder / CHECKSUM_FILE).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith("#")]
+    assert len(kept) < len(lines)
+    (folder / CHECKSUM_FILE).write_text("".join(kept))
+
+
+def test_lists_without_sizes_still_load(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folders[0], tmp_path / "copy"))
+    without_sketches(copy)
+    assert scores(copy) == scores(folders[0]) and changed_file(copy) is None
+    for how in ("cut off", "longer", "no header"):
+        edit_weights(copy / "model.safetensors", how)
+        assert changed_file(copy) == "model.safetensors"
+        with pytest.raises(CheckpointError):
+            MultiResponseRewardModel.from_pretrained(copy)
+        shutil.copy(folders[0] / "model.safetensors", copy)
+
+
+def test_other_large_files_are_not_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(bytes(3_000_000))
+    write_checksums(tmp_path)
+    assert changed_file(tmp_path, verify=False) is None
+    with (tmp_path / "tokenizer.json").open("r+b") as file:
+        file.seek(2_000_000)
+        file.write(b"x")
+    assert changed_file(tmp_path, verify=False) is None and changed_file(tmp_path) == "tokenizer.json"
+    os.truncate(tmp_path / "tokenizer.json", 2_999_999)
+    assert changed_file(tmp_path, verify=False) == "tokenizer.json"
+
+
+def test_a_hub_repository_is_fetched_to_be_checked(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the files that were asked for lie on this machine; the others are not missing."""
+
+    def download(name: str, file: str, **options: Any) -> str | None:
+        assert name == "someone/rm"
+        if not (folders[0] / file).is_file():
+            return None
+        if not (tmp_path / file).exists():
+            shutil.copy(folders[0] / file, tmp_path / file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("mr_reward.checkpoint.verify.cached_file", download)
+    check_checksums("someone/rm", verify=True)
+    assert (tmp_path / "model.safetensors").exists()
+    edit_weights(tmp_path / "model.safetensors", "cut off")
+    with pytest.raises(CheckpointError, match="model.safetensors is missing or not the file that was saved"):
+        check_checksums("someone/rm")
 
 
 def test_weights_of_another_run_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`mr-reward merge | export | card` through their entry point."""
+"""`mr-reward merge | export | card | verify` through their entry point."""
 
 from __future__ import annotations
 
@@ -46,6 +46,18 @@ def test_merge_export_and_card(tmp_path: Path) -> None:
     assert card.data.license == "mit" and 'from_pretrained("a/b")' in card.text
     for line in ("| test | 0.5 |", "| sums | 3 |", "- Sums only.", "- English."):
         assert line in card.text.splitlines()
+
+
+def test_verify_reads_every_byte(tmp_path: Path) -> None:
+    reward_model("llama", "set").save_pretrained(tmp_path / "rm")
+    run("verify", tmp_path / "rm")
+    with (tmp_path / "rm" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match="model.safetensors is missing or not the file that was saved"):
+        run("verify", tmp_path / "rm")
+    with pytest.raises(CheckpointError, match="no SHA256SUMS there"):
+        run("verify", tmp_path)
 
 
 def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
