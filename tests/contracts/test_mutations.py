@@ -1,0 +1,24 @@
+"""The deliberate bugs are still bugs of this code: each has one place, and what comes out is Python."""
+
+import ast
+
+import pytest
+from mutation_check import ROOT, pieces, with_bug
+from mutations import MUTATIONS, Mutation
+
+
+def test_none_is_lost() -> None:
+    assert len(MUTATIONS) == len({one.name for one in MUTATIONS}) == 47
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda one: one.name)
+def test_a_deliberate_bug_has_its_place(mutation: Mutation) -> None:
+    path, changed = with_bug(mutation)
+    assert changed != (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_places_are_found_by_syntax() -> None:
+    tree = ast.parse("f(a, key='x')\nfor i in b:\n    f(  a,\n      key=\"x\")  # twice\nc = {'key': 2}")
+    assert len(pieces(tree, "f(a, key='x')")) == 2
+    assert [node.lineno for node in pieces(tree, "key=2")] == [5]
+    assert not pieces(tree, "f(a)")
