@@ -90,41 +90,46 @@ class FastPath:
         """
         if self.is_flat(reader, rows.input_ids.device):
             return reader.flat(rows, plan)
-        self.num_fallbacks += self._passed.get(_place(reader, rows.input_ids.device)) is False
+        device, dtype = _place(reader, rows.input_ids.device)
+        self.num_fallbacks += self._passed.get((device.type, dtype)) is False
         return reader.padded(rows)
 
     def is_flat(self, reader: Reader, device: torch.device) -> bool:
-        """Whether rows are read end to end; checks it if it was not yet.
+        """Whether rows are read end to end; checks it if it was not yet."""
+        return is_flat(self.attention(reader, *_place(reader, device), training=torch.is_grad_enabled()))
 
-        Args:
-            reader: what reads.
-            device: where.
+    def attention(self, reader: Reader, device: torch.device, dtype: torch.dtype, *, training: bool) -> str | None:
+        """The name of what computes attention there: the backend, or `sdpa` where `mr_group` cannot be used.
 
-        Returns:
-            False if the dense mask is used.
+        A model that is on that device is checked if it was not yet; of any other the check is taken to pass.
         """
         if reader.backend != GROUP_ATTENTION:
-            return is_flat(reader.backend)
-        place = _place(reader, device)
-        if not _has_kernel(*place):
-            return False
-        if place not in self._passed:
-            self._passed[place] = _passes_check(reader, device, place[1])
-        return self._passed[place]
+            return reader.backend
+        if not _has_kernel(device.type, dtype, training=training):
+            return "sdpa"
+        place = device.type, dtype
+        found = _place(reader, device)
+        if place not in self._passed and place == (found[0].type, found[1]) and _is_on(reader, device):
+            self._passed[place] = _passes_check(reader, device, dtype)
+        return GROUP_ATTENTION if self._passed.get(place, True) else "sdpa"
 
 
-def _place(reader: Reader, device: torch.device) -> tuple[str, torch.dtype]:
-    """Type of the device, and the dtype that attention gets to see there."""
+def _place(reader: Reader, device: torch.device) -> tuple[torch.device, torch.dtype]:
+    """The device, and the dtype that attention gets to see there."""
     dtype = reader.backbone.get_input_embeddings().weight.dtype  # type: ignore[operator]
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    return device.type, dtype
+    return device, dtype
 
 
-def _has_kernel(device_type: str, dtype: torch.dtype) -> bool:
+def _is_on(reader: Reader, device: torch.device) -> bool:
+    return reader.backbone.get_input_embeddings().weight.device.type == device.type  # type: ignore[operator]
+
+
+def _has_kernel(device_type: str, dtype: torch.dtype, *, training: bool) -> bool:
     """On CUDA there is one for half precision without gradients."""
     if device_type == "cuda":
-        return dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled()
+        return dtype in (torch.bfloat16, torch.float16) and not training
     return device_type == "cpu"
 
 

@@ -22,7 +22,14 @@ from transformers import (
 
 from mr_reward.checkpoint.zero3 import outside_zero3
 
-__all__ = ["PolicyMemory", "RewardMemory", "estimate_policy_memory", "estimate_reward_memory", "measure_reward_memory"]
+__all__ = [
+    "PolicyMemory",
+    "RewardMemory",
+    "activation_bytes",
+    "estimate_policy_memory",
+    "estimate_reward_memory",
+    "measure_reward_memory",
+]
 
 _IMAGE_TEXT = AutoModelForImageTextToText._model_mapping
 
@@ -83,7 +90,7 @@ def estimate_reward_memory(
     backbone = getattr(config, "backbone_config", None) or config
     return RewardMemory(
         weights=_count(_on_meta(AutoModel, backbone)) * dtype.itemsize,
-        activations=_activations(backbone.get_text_config(), dtype, max_tokens, dense_mask),
+        activations=activation_bytes(backbone.get_text_config(), dtype, max_tokens, dense_mask),
     )
 
 
@@ -103,7 +110,7 @@ def measure_reward_memory(
     """
     return RewardMemory(
         weights=sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters()),
-        activations=_activations(backbone.config.get_text_config(), dtype, max_tokens, dense_mask),
+        activations=activation_bytes(backbone.config.get_text_config(), dtype, max_tokens, dense_mask),
     )
 
 
@@ -164,7 +171,8 @@ def estimate_policy_memory(
     )
 
 
-def _activations(text: PreTrainedConfig, dtype: torch.dtype, max_tokens: int, dense_mask: bool) -> int:
+def activation_bytes(text: PreTrainedConfig, dtype: torch.dtype, max_tokens: int, dense_mask: bool) -> int:
+    """Of a forward pass, see `estimate_reward_memory`."""
     layer = max_tokens * (6 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
     return layer + (3 * max_tokens**2 if dense_mask else 0)
 

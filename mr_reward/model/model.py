@@ -5,6 +5,7 @@ Legend: B rows (one group each), N responses, L tokens, H width of the backbone.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mr_reward.attention.backends import check_backend
+from mr_reward.attention.backends import check_backend, is_flat
 from mr_reward.attention.plan import GroupPlan
 from mr_reward.backbones import get_adapter
 from mr_reward.checkpoint.card import CARD_FILE, name_in_card, read_card, write_model_card
@@ -42,11 +43,13 @@ from mr_reward.checkpoint.verify import (
     reading,
     safe_options,
 )
+from mr_reward.checkpoint.zero3 import outside_zero3
 from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.layouts import check_layout
 from mr_reward.model.configuration import MultiResponseRewardConfig, check_layers, context_tokens
 from mr_reward.model.fast_path import FastPath, choose_attention, load_attention
 from mr_reward.model.head import ReadoutVectors, ValueHead
+from mr_reward.model.memory import RewardMemory, activation_bytes
 from mr_reward.model.reader import Reader, Rows, check_arguments
 from mr_reward.templates.rendering import JOINED_TEMPLATES, TEMPLATE, check_template, template_hash
 
@@ -397,6 +400,59 @@ class MultiResponseRewardModel(PreTrainedModel):
             layout=self.config.layout,
             backend=self.attention_backend,
         )
+
+    def attention_for(self, device: torch.device | str, dtype: torch.dtype, training: bool = False) -> str:
+        """The name of what computes attention there, as forward itself decides it; no weights are needed to ask.
+
+        Args:
+            device: type of the device.
+            dtype: in which the backbone computes.
+            training: with gradients.
+
+        Returns:
+            `mr_group` if it has a kernel there and its self-check did not fail, `sdpa` if not; another backend's name
+            if the model has that.
+        """
+        return str(self.fast_path.attention(self.reader, torch.device(device), dtype, training=training))
+
+    def memory(
+        self, max_tokens: int, *, device: torch.device | str, dtype: torch.dtype, training: bool = False
+    ) -> RewardMemory:
+        """Bytes of the weights in `dtype`, and of a forward pass of `max_tokens` tokens on a device.
+
+        The mask counts where attention there is dense and the layout needs one.
+        """
+        dense = not is_flat(self.attention_for(device, dtype, training)) and self.config.layout != "causal"
+        return RewardMemory(
+            weights=sum(parameter.numel() for parameter in self.parameters()) * dtype.itemsize,
+            activations=activation_bytes(self.config.get_text_config(), dtype, max_tokens, dense),
+        )
+
+    @classmethod
+    def without_weights(
+        cls, config: MultiResponseRewardConfig, attn_implementation: str | None = None
+    ) -> MultiResponseRewardModel:
+        """A model on the meta device, to be asked what a loaded one would do.
+
+        Args:
+            config: the configuration.
+            attn_implementation: attention backend; None for the fastest that fits.
+
+        Returns:
+            The model.
+
+        Raises:
+            BackendError: the attention backend or the backbone's layers cannot express the layout.
+        """
+        config = copy.deepcopy(config)
+        # In a run under ZeRO-3 transformers would partition and initialise it.
+        with torch.device("meta"), outside_zero3():
+            model = cls(config)
+        choose_attention(model.backbone, None)
+        if attn_implementation is not None:  # set without a look for its packages, which this machine may lack
+            model.backbone.config.get_text_config()._attn_implementation = attn_implementation
+        check_backend(config.layout, model.attention_backend, model.adapter.media_blocks)
+        return model.eval()
 
     @torch.no_grad()
     def reads_flat(self) -> bool:

@@ -5,6 +5,7 @@ Legend: N responses of a group, K orders.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
@@ -12,7 +13,7 @@ import random
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from mr_reward.attention.plan import GroupPlan
 from mr_reward.checkpoint.verify import non_finite_cause
 from mr_reward.errors import ConfigurationError, NonFiniteScoreError
 from mr_reward.groups import GroupScores, ResponseGroup
+from mr_reward.layouts import readout_kinds
 from mr_reward.metrics import order_flip_rate
 from mr_reward.model.chunks import score_over_prompt
+from mr_reward.model.memory import RewardMemory
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.out_of_memory import memory_advice
 from mr_reward.model.rows import PackedRow, Packer, collate, plan_batches
@@ -201,6 +204,76 @@ class GroupScorer:
             logger.warning("dropped %d of %d groups: %s", num_dropped, len(groups), _OVER_BUDGET)
         return results
 
+    def would_chunk(
+        self,
+        group: ResponseGroup,
+        *,
+        response_tokens: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> bool:
+        """Whether a group is read in chunks over its prompt, as it is larger than a pass.
+
+        Args:
+            group: the group.
+            response_tokens: as if each response had so many tokens; None for those it has.
+            device: where it would be scored; None for where the model is.
+            dtype: of the backbone there; None for the model's.
+
+        Returns:
+            True for chunks, False for one pass.
+
+        Raises:
+            OverLengthError: it is taken neither way; `over_length` then says what becomes of it.
+        """
+        (prepared,) = self._render([group])
+        rendered = prepared.rendered
+        if response_tokens is not None:
+            filled = [[0] * response_tokens for _ in rendered.response_ids]
+            rendered = replace(rendered, response_ids=filled, joiner=None)
+        packer = copy.copy(self.packer)
+        packer.over_length = "error"
+        if self.packer.num_tokens(rendered) > packer.max_tokens and self._shares_prompts(device, dtype):
+            packer.trim(rendered, group.name)
+            return True
+        packer.lay_out(rendered, group.name)
+        return False
+
+    def largest_group(
+        self,
+        num_prompt_tokens: int,
+        response_tokens: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> float:
+        """The largest number of responses of `response_tokens` each that are scored uncut; infinity in chunks."""
+        packer = self.packer
+        each = response_tokens + len(readout_kinds(packer.layout))
+        limit = min(packer.max_tokens, packer.context_tokens or packer.max_tokens)
+        if num_prompt_tokens + each > limit:
+            return 0
+        if self._shares_prompts(device, dtype):
+            return math.inf
+        return ((limit if packer.layout == "causal" else packer.max_tokens) - num_prompt_tokens) // each
+
+    def memory(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RewardMemory:
+        """Bytes of the model and of a full pass of `max_tokens_per_batch` tokens, see `memory` of the model."""
+        model = self.model
+        return model.memory(
+            self.max_tokens_per_batch, device=device or model.device, dtype=dtype or model.backbone.dtype
+        )
+
+    def _shares_prompts(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> bool:
+        """Whether responses are read over a prompt that was read before."""
+        if self.packer.layout == "causal":
+            return False
+        if device is None and dtype is None:
+            return self.model.attention_backend == GROUP_ATTENTION and self.model.reads_flat()
+        model = self.model
+        found = model.attention_for(device or model.device, dtype or model.backbone.dtype)
+        return found == GROUP_ATTENTION
+
     def _prepare(self, groups: Sequence[ResponseGroup]) -> Iterator[list[_Prepared]]:
         """Windows of groups. Their sizes follow from the groups alone, so the same call gives the same scores."""
         position, count, size = 0, _FIRST_GROUPS, _FIRST_GROUPS
@@ -224,11 +297,7 @@ class GroupScorer:
 
     def _lay_out(self, window: list[_Prepared]) -> list[_Prepared]:
         """Lay each group out as rows, or let it share the reading of its prompt."""
-        shares_prompts = (
-            self.packer.layout != "causal"
-            and self.model.attention_backend == GROUP_ATTENTION
-            and self.model.reads_flat()
-        )
+        shares_prompts = self._shares_prompts()
         same_tokens: dict[bytes, list[list[_Prepared]]] = {}
         for item in window:
             candidates = same_tokens.setdefault(item.rendered.prompt_ids.numpy().tobytes(), [])
