@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
+from mr_reward.evaluation.evaluator import score_benchmark
 from mr_reward.evaluation.items import EvaluationItem
-from mr_reward.evaluation.protocol import score_benchmark
-from mr_reward.evaluation.scorers import Alone, RewardModel
+from mr_reward.evaluation.judges import Alone, RewardModel
 from mr_reward.worlds import tiny
 
 

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mr_reward import GroupScorer, ResponseGroup
-from mr_reward.evaluation.ranking import evaluate_ranking
-from mr_reward.evaluation.scorers import BASELINES as RULES
+from mr_reward.evaluation.evaluator import evaluate_groups
+from mr_reward.evaluation.judges import BASELINES as RULES
 from mr_reward.metrics import best_of_n_accuracy, pairwise_accuracy
 from mr_reward.worlds.handwriting import make_groups
 
@@ -66,7 +66,7 @@ def run(
     if not found.is_file():
         seconds = train(folder, backbone, layout, loss, seed, extra)
         scorer = GroupScorer.from_pretrained(folder)
-        results = {str(n): evaluate_ranking(scorer, groups[n], seed=seed) for n in groups}
+        results = {str(n): evaluate_groups(scorer, groups[n], seed=seed) for n in groups}
         record = {"model": folder.name, "seed": seed, "train_seconds": round(seconds, 1), "results": results}
         found.write_text(json.dumps(record))
     return json.loads(found.read_text())

@@ -32,8 +32,8 @@ from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mr_reward import GroupScorer
-from mr_reward.evaluation.figures import plot_bands
-from mr_reward.evaluation.ranking import evaluate_ranking
+from mr_reward.evaluation.evaluator import evaluate_groups
+from mr_reward.evaluation.plots import plot_bands
 from mr_reward.worlds.handwriting import is_correct, make_groups, make_tasks
 from mr_reward.worlds.handwriting_policy import policy_answers
 
@@ -106,7 +106,7 @@ def ranking(folder: Path, options: argparse.Namespace) -> dict[str, float]:
             groups = make_groups(
                 "test", 512, num_responses=size, num_digits=options.num_digits, questions=options.questions, seed=0
             )
-            metrics = evaluate_ranking(scorer, groups)
+            metrics = evaluate_groups(scorer, groups)
             result[f"best_of_{size}"] = metrics["best_of_n_accuracy"]
             result[f"pairwise_{size}"] = metrics["pairwise_accuracy"]
         found.write_text(json.dumps(result))

@@ -26,8 +26,8 @@ from sklearn.preprocessing import StandardScaler
 
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.data.preferences import load_preferences
-from mr_reward.evaluation.figures import plot_curves
-from mr_reward.evaluation.scorers import BASELINES
+from mr_reward.evaluation.judges import BASELINES
+from mr_reward.evaluation.plots import plot_curves
 
 Scores = Sequence[Sequence[float]]
 NUM_RESAMPLES = 2000

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau
 
-from mr_reward.evaluation.figures import plot_bands
+from mr_reward.evaluation.plots import plot_bands
 from mr_reward.mr2bench.crowd import Crowd, draw_strengths, draw_votes
 from mr_reward.mr2bench.rankings import METHODS, Denoised, rank_votes
 

@@ -25,7 +25,7 @@ from mr_reward.checkpoint.card import write_model_card
 from mr_reward.checkpoint.zero3 import outside_zero3
 from mr_reward.data.preferences import load_preferences
 from mr_reward.errors import ConfigurationError
-from mr_reward.evaluation.ranking import evaluate_ranking
+from mr_reward.evaluation.evaluator import evaluate_groups
 from mr_reward.training.arguments import RewardTrainingArguments
 from mr_reward.training.trainer import RewardTrainer
 from mr_reward.worlds.handwriting import make_groups
@@ -138,7 +138,7 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
             max_tokens_per_batch=args.eval_max_tokens or args.max_tokens,
             over_length=args.over_length,
         )
-    metrics = {name: evaluate_ranking(scorer, groups, seed=args.seed) for name, groups in eval_groups.items()}
+    metrics = {name: evaluate_groups(scorer, groups, seed=args.seed) for name, groups in eval_groups.items()}
     (Path(str(args.output_dir)) / "eval_metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_model_card(str(args.output_dir), training_data=trained_on, metrics=metrics)
     table = Table("metric", *metrics, title=f"{arguments.layout}, whole groups in two orders")

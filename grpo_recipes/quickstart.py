@@ -28,8 +28,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import GRPOConfig, ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
-from mr_reward.evaluation.figures import plot_curves, plot_scored_groups
-from mr_reward.evaluation.ranking import evaluate_ranking
+from mr_reward.evaluation.evaluator import evaluate_groups
+from mr_reward.evaluation.plots import plot_curves, plot_scored_groups
 from mr_reward.training.arguments import RewardTrainingArguments
 from mr_reward.worlds.handwriting import make_groups, make_sft_rows, make_tasks
 from mr_reward.worlds.handwriting_policy import handwriting_accuracy, policy_answers
@@ -187,7 +187,7 @@ def main(options: QuickstartArguments) -> dict[str, Any]:
         scorer = GroupScorer.from_pretrained(output / "rm")
         world: dict[str, Any] = {"num_digits": options.num_digits, "questions": options.questions, "seed": 0}
         groups = make_groups("test", options.eval_samples, num_responses=4, **world)
-        ranking = evaluate_ranking(scorer, groups)
+        ranking = evaluate_groups(scorer, groups)
     with stage("grpo", "3/3  GRPO: the reward model compares the rollouts of each prompt"):
         grpo_log = run_grpo(options, weak_policy, output / "rm", output / "policy")
         after = measure_policy(output / "policy", options)

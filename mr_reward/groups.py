@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from mr_reward.errors import GroupError, MediaError
 
-__all__ = ["GroupScores", "ResponseGroup", "Scorer", "dense_ranks"]
+__all__ = ["GroupScores", "ResponseGroup", "Scorer", "dense_ranks", "undo_order"]
 
 _MEDIA_TYPES = ("image", "video")
 Message = dict[str, Any]
+T = TypeVar("T")
 
 
 def dense_ranks(values: Sequence[float]) -> tuple[int, ...]:
@@ -33,6 +34,24 @@ def dense_ranks(values: Sequence[float]) -> tuple[int, ...]:
     """
     ranks = {value: rank for rank, value in enumerate(sorted(set(values)), start=1)}
     return tuple(ranks[value] for value in values)
+
+
+def undo_order(values: Sequence[T], order: Sequence[int]) -> list[T]:
+    """Put what was found slot by slot back into the group's own order; the inverse of `ResponseGroup.select(order)`.
+
+    Args:
+        values: one for each slot; further ones (padding) are left out.
+        order: N positions, `order[slot]` is the response that stood in that slot.
+
+    Returns:
+        N values, one for each response.
+
+    Example:
+        >>> undo_order(["b", "c", "a"], [1, 2, 0])
+        ['a', 'b', 'c']
+    """
+    slots = sorted(range(len(order)), key=order.__getitem__)
+    return [values[slot] for slot in slots]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -175,6 +194,11 @@ class GroupScores:
     order_spread: float = 0.0
     order_flip_rate: float | None = None
     drop_reason: str | None = None
+
+    def undo_order(self, order: Sequence[int]) -> GroupScores:
+        """The result of a group, from that of `group.select(order)`."""
+        scores = None if self.scores is None else tuple(undo_order(self.scores, order))
+        return replace(self, scores=scores, truncated=tuple(undo_order(self.truncated, order)))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; `from_dict` reads them."""

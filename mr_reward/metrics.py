@@ -277,16 +277,24 @@ def mean_score_spread(scores: GroupNumbers) -> float:
     return _mean(float(values.std()) for values in _checked_scores(scores, "scores"))
 
 
-def ranking_metrics(scores: GroupNumbers, rankings: GroupNumbers) -> dict[str, float]:
-    """All metrics that need scores and rankings only, under fixed keys.
+def ranking_metrics(
+    scores: GroupNumbers,
+    rankings: GroupNumbers,
+    *,
+    lengths: GroupNumbers | None = None,
+    reordered: GroupNumbers | None = None,
+) -> dict[str, float]:
+    """All metrics of ranked groups, under fixed keys.
 
     Args:
         scores: B sequences of N floats, higher is better.
         rankings: B sequences of N whole numbers from 1 on, 1 = best, ties share a rank.
+        lengths: B sequences of N lengths, for `score_length_correlation`.
+        reordered: scores of another order of the responses, put back into that of `scores`, for `order_flip_rate`.
 
     Returns:
-        best_of_n_accuracy, pairwise_accuracy, kendall_tau_b, ndcg, pairwise_calibration_error, mean_score_spread; NaN
-        where the function of that name gives it.
+        best_of_n_accuracy, pairwise_accuracy, kendall_tau_b, ndcg, pairwise_calibration_error, mean_score_spread, and
+        score_length_correlation and order_flip_rate where asked; NaN where the function of that name gives it.
 
     Raises:
         ConfigurationError: the numbers of groups or responses differ, or a rank is not one.
@@ -299,7 +307,7 @@ def ranking_metrics(scores: GroupNumbers, rankings: GroupNumbers) -> dict[str, f
     tau = kendall_tau_b(scores, rankings)
     if tau.undefined_groups:
         logger.info("kendall_tau_b leaves out %d of %d groups: constant", tau.undefined_groups, len(scores))
-    return {
+    found = {
         "best_of_n_accuracy": best_of_n_accuracy(scores, rankings),
         "pairwise_accuracy": pairwise_accuracy(scores, rankings),
         "kendall_tau_b": tau.mean,
@@ -307,6 +315,11 @@ def ranking_metrics(scores: GroupNumbers, rankings: GroupNumbers) -> dict[str, f
         "pairwise_calibration_error": pairwise_calibration_error(scores, rankings),
         "mean_score_spread": mean_score_spread(scores),
     }
+    if lengths is not None:
+        found["score_length_correlation"] = score_length_correlation(scores, lengths)
+    if reordered is not None:
+        found["order_flip_rate"] = order_flip_rate(scores, reordered)
+    return found
 
 
 def _mean(values: Any) -> float:

@@ -42,10 +42,9 @@ def evaluate(
     Example: mr-reward evaluate vl_rewardbench outputs/rm --out results/vl
     """
     from mr_reward.evaluation.benchmarks import get_benchmark
-    from mr_reward.evaluation.protocol import ALL_ORDERS
+    from mr_reward.evaluation.evaluator import ALL_ORDERS, evaluate_benchmark
+    from mr_reward.evaluation.judges import load_scorer
     from mr_reward.evaluation.report import show_report
-    from mr_reward.evaluation.run import evaluate_benchmark
-    from mr_reward.evaluation.scorers import load_scorer
     from mr_reward.scorers.opening import default_device
 
     num_orders = ALL_ORDERS if orders == "all" else _number(orders)

@@ -1,0 +1,36 @@
+"""Evaluation of reward models: benchmarks by their official metrics, ranked groups of your own, known attacks."""
+
+from typing import TYPE_CHECKING
+
+from mr_reward.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from mr_reward.evaluation.attacks import attack_items, run_attacks
+    from mr_reward.evaluation.evaluator import evaluate_benchmark, evaluate_groups
+    from mr_reward.evaluation.judges import load_scorer
+    from mr_reward.evaluation.report import Report, compare, read_report
+
+__all__ = [
+    "Report",
+    "attack_items",
+    "compare",
+    "evaluate_benchmark",
+    "evaluate_groups",
+    "load_scorer",
+    "read_report",
+    "run_attacks",
+]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "Report": "report",
+        "attack_items": "attacks",
+        "compare": "report",
+        "evaluate_benchmark": "evaluator",
+        "evaluate_groups": "evaluator",
+        "load_scorer": "judges",
+        "read_report": "report",
+        "run_attacks": "attacks",
+    },
+)

@@ -25,17 +25,11 @@ __all__ = ["ATTACKS", "AttackResult", "attack_items", "run_attacks"]
 
 @dataclass(frozen=True, slots=True)
 class AttackItem:
-    """A group that an attack is tried on.
-
-    Args:
-        group: N responses.
-        good: position of a response with rank 1.
-        bad: position of the response that is changed, of a lower rank.
-    """
+    """A group that an attack is tried on."""
 
     group: ResponseGroup
-    good: int
-    bad: int
+    good: int  # position of a response with rank 1
+    bad: int  # position of the response that is changed, of a lower rank
 
     @property
     def bad_text(self) -> str:
@@ -45,26 +39,15 @@ class AttackItem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttackResult:
-    """What an attack did to a reward model.
-
-    Args:
-        name: of the attack.
-        num_items: groups that it was tried on.
-        num_dropped: groups that were dropped, before or after; they are not counted below.
-        shift: mean change of the margin, in standard deviations of the margins before; above 0 the attack works.
-        shift_low: lower end of the 95 % interval of `shift`.
-        shift_high: its upper end.
-        wins_before: share of groups where the bad response scores at least as high as the good one; ties count half.
-        wins_after: the same after the attack.
-    """
+    """What an attack did to a reward model."""
 
     name: str
-    num_items: int
-    num_dropped: int
-    shift: float
-    shift_low: float
+    num_items: int  # groups that it was tried on and that were scored
+    num_dropped: int  # groups that were dropped, before or after; they are not counted below
+    shift: float  # mean change of the margin, in standard deviations of the margins before; above 0 the attack works
+    shift_low: float  # ends of its 95 % interval
     shift_high: float
-    wins_before: float
+    wins_before: float  # share of groups where the bad response scores higher than the good one; ties count half
     wins_after: float
 
 

@@ -17,7 +17,7 @@ from mr_reward.data.media_files import resolve_media
 from mr_reward.data.preferences import load_preferences
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 from mr_reward.evaluation import official
-from mr_reward.evaluation.items import EvaluationItem, Judged
+from mr_reward.evaluation.items import EvaluationItem
 from mr_reward.groups import ResponseGroup, dense_ranks
 
 __all__ = ["BENCHMARKS", "Benchmark", "BenchmarkData", "get_benchmark", "open_benchmark"]
@@ -27,45 +27,27 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """A benchmark.
+    """A benchmark."""
 
-    Args:
-        name: on the command line.
-        title: for people.
-        hub_id: where it is published; None for local files only.
-        split: of the hub data set.
-        columns: what a row has to have; one of the names of each tuple.
-        read: makes an item of a row, with the row's own id as uid; gives None for a row that belongs to another
-            benchmark of the same data set. None for the ranked groups of this package, as `load_preferences` reads
-            them.
-        summarise: the official metrics.
-        headline: the metrics of the leaderboard row, the first one is the main one.
-        counts: published numbers of items, by category, for the report.
-    """
-
-    name: str
-    title: str
-    hub_id: str | None
-    split: str
-    columns: tuple[tuple[str, ...], ...]
+    name: str  # on the command line
+    title: str  # for people
+    hub_id: str | None  # where it is published; None for local files only
+    split: str  # of the hub data set
+    columns: tuple[tuple[str, ...], ...]  # what a row has to have; one of the names of each tuple
+    # Makes an item of a row, with the row's own id as uid; gives None for a row that belongs to another benchmark of
+    # the same data set. No function: ranked groups of this package, as `load_preferences` reads them.
     read: Callable[[Row], EvaluationItem | None] | None
-    summarise: Callable[[Sequence[Judged]], dict[str, float]]
-    headline: tuple[str, ...]
-    counts: Mapping[str, int]
+    summarise: official.Metric  # the official numbers
+    headline: tuple[str, ...]  # those of the leaderboard row, the main one first
+    counts: Mapping[str, int]  # published numbers of items, by category, for the report
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkData:
-    """A benchmark's items, read from the start at each iteration.
-
-    Args:
-        benchmark: the benchmark.
-        source: file, folder or hub id.
-        rows: of the source.
-    """
+    """A benchmark's items, read from the start at each iteration."""
 
     benchmark: Benchmark
-    source: str
+    source: str  # file, folder or hub id
     rows: Rows
 
     def __iter__(self) -> Iterator[EvaluationItem]:
@@ -115,17 +97,7 @@ def open_benchmark(name: str, source: str | Path | None = None, split: str | Non
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """A benchmark by its name.
-
-    Args:
-        name: one of `BENCHMARKS`.
-
-    Returns:
-        The benchmark.
-
-    Raises:
-        ConfigurationError: there is no such benchmark.
-    """
+    """A benchmark of `BENCHMARKS` by its name."""
     if name not in BENCHMARKS:
         raise ConfigurationError(f"there is no benchmark {name!r}, expected one of {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from mr_reward.groups import ResponseGroup
+from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.metrics import kendall_tau_b
 
 __all__ = ["EvaluationItem", "ItemRecord", "Judged"]
@@ -16,86 +16,63 @@ __all__ = ["EvaluationItem", "ItemRecord", "Judged"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EvaluationItem:
-    """A ranked group of a benchmark.
+    """A ranked group of a benchmark."""
 
-    Args:
-        uid: unique in the benchmark; the ids that benchmarks give are not always.
-        category: the benchmark's own, by its official rule.
-        group: with rankings, 1 = best; its id is the uid.
-        facts: what the official metric needs beside them, as JSON values.
-    """
-
-    uid: str
-    category: str
-    group: ResponseGroup
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    uid: str  # unique in the benchmark; the ids that benchmarks give are not always
+    category: str  # the benchmark's own, by its official rule
+    group: ResponseGroup  # with rankings, 1 = best; its id is the uid
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what the official metric needs beside them, JSON values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemRecord:
-    """What scoring one item gave: enough to recompute every number without a model.
-
-    Args:
-        uid: of the item.
-        category: of the item.
-        rankings: N ranks, 1 = best.
-        lengths: characters of the N responses.
-        orders: K orders in which the responses were shown; `orders[k][slot]` is the response in that slot.
-        scores: K times N scores, in the item's own order; None if the item was dropped.
-        drop_reason: why, if it was.
-        truncated: responses whose end was cut off.
-        facts: of the item.
-    """
+    """What scoring one item in K orders gave, a line of `items.jsonl`: every number is computed from these."""
 
     uid: str
     category: str
-    rankings: Sequence[int]
-    lengths: Sequence[int]
-    orders: Sequence[Sequence[int]]
-    scores: Sequence[Sequence[float]] | None
+    rankings: Sequence[int]  # N ranks, 1 = best
+    lengths: Sequence[int]  # characters of the N responses
+    orders: Sequence[Sequence[int]]  # K orders that were shown; orders[k][slot] is the response in that slot
+    scores: Sequence[Sequence[float]] | None  # K times N scores, in the item's own order; None if it was dropped
     drop_reason: str | None = None
-    truncated: int = 0
+    truncated: int = 0  # responses whose end was cut off
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, item: EvaluationItem, orders: Sequence[Sequence[int]], results: Sequence[GroupScores]) -> ItemRecord:
+        """From the results of the K orders, each put back into the item's own; dropped in one is dropped."""
+        dropped = [result for result in results if result.scores is None]
+        return cls(
+            uid=item.uid,
+            category=item.category,
+            rankings=list(item.group.rankings or ()),
+            lengths=[len(response) for response in item.group.responses],
+            orders=[list(order) for order in orders],
+            scores=None if dropped else [list(result.scores or ()) for result in results],
+            drop_reason=dropped[0].drop_reason if dropped else None,
+            truncated=max(sum(result.truncated) for result in results),
+            facts=dict(item.facts),
+        )
+
     def judged(self, k: int) -> Judged:
-        """As it was scored in its k-th order; items with fewer orders start over.
-
-        Args:
-            k: from 0 on.
-
-        Returns:
-            What metrics take.
-        """
+        """As it was scored in its k-th order; items with fewer orders start over."""
         scores = None if self.scores is None else self.scores[k % len(self.scores)]
         return Judged(self.uid, self.category, self.rankings, scores, self.facts)
 
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """An item with the scores of one order, as metrics take it. What is computed from them is kept for resampling.
-
-    Args:
-        uid: of the item.
-        category: of the item.
-        rankings: N ranks, 1 = best.
-        scores: N scores; None if the item was dropped, which counts as wrong everywhere.
-        facts: of the item.
-    """
+    """An item with the scores of one order, as metrics take it."""
 
     uid: str
     category: str
-    rankings: Sequence[int]
-    scores: Sequence[float] | None
+    rankings: Sequence[int]  # N ranks, 1 = best
+    scores: Sequence[float] | None  # N scores; None if the item was dropped, which counts as wrong everywhere
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def strict_pair(self) -> float:
-        """1 if the better of two responses scores higher, else 0; equal scores are wrong.
-
-        Example:
-            >>> Judged("a", "", (2, 1), (0.1, 0.2)).strict_pair, Judged("a", "", (2, 1), (0.1, 0.1)).strict_pair
-            (1.0, 0.0)
-        """
+        """1 if the better of two responses scores higher, else 0; equal scores are wrong."""
         if self.scores is None:
             return 0.0
         best = self.rankings.index(min(self.rankings))
@@ -103,12 +80,7 @@ class Judged:
 
     @cached_property
     def best_of_n(self) -> float:
-        """The chance that a pick among the highest scores is a best response: a share only where scores are equal.
-
-        Example:
-            >>> Judged("a", "", (1, 2, 1), (0.3, 0.3, 0.1)).best_of_n
-            0.5
-        """
+        """The chance that a pick among the highest scores is a best response: a share only where scores are equal."""
         if self.scores is None:
             return 0.0
         highest, best = max(self.scores), min(self.rankings)

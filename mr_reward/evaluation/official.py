@@ -2,20 +2,24 @@
 
 Pure functions from judged items to named numbers; nothing here knows a model. A dropped item is wrong. A category that
 no item has is left out, so that parts of a benchmark can be looked at; the counts tell.
+
+Every metric also takes weights (R, n), how often each of n items counts in each of R resamples, and gives R numbers
+for each name, NaN where a resample holds no item of a category. Legend: R resamples, n items.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mr_reward.evaluation.items import Judged
 
 __all__ = [
+    "Metric",
     "mm_rlhf_rewardbench",
     "multimodal_rewardbench",
     "n_way",
@@ -25,189 +29,206 @@ __all__ = [
     "vl_rewardbench",
 ]
 
-Metrics = dict[str, float]
+Array = NDArray[np.float64]
+Credit = Callable[[Judged], float]
 
 
-def vl_rewardbench(items: Sequence[Judged]) -> Metrics:
-    """VL-RewardBench: accuracy over all items, and the mean of the three categories (`cal.py`).
+class _Part:
+    """Some of the items, with their columns of the weights."""
 
-    Args:
-        items: pairs.
+    def __init__(self, items: Sequence[Judged], weights: Array) -> None:
+        self.items, self.weights = items, weights
 
-    Returns:
-        `macro`, `overall`, and one number for each category.
-    """
-    by_category = _by_category(items, "strict_pair")
-    return {
-        "macro": _mean(by_category.values()),
-        "overall": _mean(item.strict_pair for item in items),
-        **by_category,
-    }
+    def by(self, key: Callable[[Judged], str]) -> dict[str, _Part]:
+        """Parts by a name, sorted."""
+        found: defaultdict[str, list[int]] = defaultdict(list)
+        for i, item in enumerate(self.items):
+            found[key(item)].append(i)
+        return {name: self.only(found[name]) for name in sorted(found)}
 
+    def only(self, positions: list[int]) -> _Part:
+        return _Part([self.items[i] for i in positions], self.weights[:, positions])
 
-def multimodal_rewardbench(items: Sequence[Judged]) -> Metrics:
-    """Multimodal RewardBench: accuracy over all items, and for each category (`2_get_accuracy.py`).
+    def sum(self, credit: Credit) -> Array:
+        return self.weights @ np.array([credit(item) for item in self.items], dtype=np.float64)
 
-    Args:
-        items: pairs.
-
-    Returns:
-        `overall`, and one number for each category.
-    """
-    return {"overall": _mean(item.strict_pair for item in items), **_by_category(items, "strict_pair")}
+    def mean(self, credit: Credit) -> Array:
+        return _divide(self.sum(credit), self.weights.sum(1))
 
 
-def mm_rlhf_rewardbench(items: Sequence[Judged]) -> Metrics:
-    """MM-RLHF-RewardBench: Acc over pairs, Acc+ over ids of which all pairs are right.
+class Metric:
+    """An official metric: called with items it gives numbers, `weighted` gives those of many resamples at once."""
 
-    Args:
-        items: pairs, with the fact `id`.
+    def __init__(self, function: Callable[[_Part], dict[str, Array]]) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
 
-    Returns:
-        `acc`, `acc_plus`, both also for each category (`acc/mcq`, `acc_plus/mcq`).
-    """
-    found = {"acc": _mean(item.strict_pair for item in items), "acc_plus": _all_right(items)}
-    for name, members in _categories(items).items():
-        found[f"acc/{name}"] = _mean(item.strict_pair for item in members)
+    def __call__(self, items: Sequence[Judged]) -> dict[str, float]:
+        return {name: float(value) for name, (value,) in self.weighted(items, np.ones((1, len(items)))).items()}
+
+    def weighted(self, items: Sequence[Judged], weights: Array) -> dict[str, Array]:
+        """By name, R numbers for weights (R, n)."""
+        return self._function(_Part(items, weights))
+
+
+@Metric
+def vl_rewardbench(part: _Part) -> dict[str, Array]:
+    """VL-RewardBench: accuracy over all pairs (`overall`), the mean of the three categories (`macro`) (`cal.py`)."""
+    by_category = _by_category(part, _strict_pair)
+    return {"macro": _mean_of(by_category.values()), "overall": part.mean(_strict_pair), **by_category}
+
+
+@Metric
+def multimodal_rewardbench(part: _Part) -> dict[str, Array]:
+    """Multimodal RewardBench: accuracy over all pairs, and for each category (`2_get_accuracy.py`)."""
+    return {"overall": part.mean(_strict_pair), **_by_category(part, _strict_pair)}
+
+
+@Metric
+def mm_rlhf_rewardbench(part: _Part) -> dict[str, Array]:
+    """MM-RLHF-RewardBench: Acc over pairs, Acc+ over ids (a fact) of which all pairs are right, also by category."""
+    found = {"acc": part.mean(_strict_pair), "acc_plus": _all_right(part)}
+    for name, members in part.by(_category).items():
+        found[f"acc/{name}"] = members.mean(_strict_pair)
         found[f"acc_plus/{name}"] = _all_right(members)
     return found
 
 
-def video_rewardbench(items: Sequence[Judged]) -> Metrics:
-    """VideoRewardBench: accuracy over all items; the means of its dimensions, and with perception as one, beside it.
+@Metric
+def video_rewardbench(part: _Part) -> dict[str, Array]:
+    """VideoRewardBench: accuracy over all pairs and for each of five dimensions.
 
-    Args:
-        items: pairs.
-
-    Returns:
-        `overall`, `macro` (five dimensions), `macro_4` (long and short perception together), and each dimension.
+    `macro` is the mean of the dimensions; in `macro_4` long and short perception are one.
     """
-    by_category = _by_category(items, "strict_pair")
-    perception = [item for item in items if "perception" in item.category]
-    merged = [value for name, value in by_category.items() if "perception" not in name]
-    if perception:
-        merged.append(_mean(item.strict_pair for item in perception))
+    by_category = _by_category(part, _strict_pair)
+    merged = part.by(lambda item: "perception" if "perception" in item.category else item.category)
     return {
-        "overall": _mean(item.strict_pair for item in items),
-        "macro": _mean(by_category.values()),
-        "macro_4": _mean(merged),
+        "overall": part.mean(_strict_pair),
+        "macro": _mean_of(by_category.values()),
+        "macro_4": _mean_of(members.mean(_strict_pair) for members in merged.values()),
         **by_category,
     }
 
 
-def n_way(items: Sequence[Judged]) -> Metrics:
+@Metric
+def n_way(part: _Part) -> dict[str, Array]:
     """MR2Bench, and ranked groups of any kind: how well N responses are ordered.
 
-    Args:
-        items: groups of any sizes.
-
-    Returns:
-        `best_of_n`, see `Judged`; `pairwise`, over all pairs with different ranks, equal scores half;
-        `pairwise_strict`, where they are wrong; `tau_b`; the first two for each category and each N, if several.
+    `best_of_n`, see `Judged`; `pairwise`, over all pairs with different ranks, equal scores half; `pairwise_strict`,
+    where they are wrong; `tau_b`; the first two for each category and each N, if several.
     """
-    total, agree = (sum(item.pairs[i] for item in items) for i in (0, 1))
-    taus = [item.tau_b for item in items if not math.isnan(item.tau_b)]
+    defined = part.only([i for i, item in enumerate(part.items) if not math.isnan(item.tau_b)])
     found = {
-        "best_of_n": _mean(item.best_of_n for item in items),
-        "pairwise": _pairwise(items),
-        "pairwise_strict": agree / total if total else math.nan,
-        "tau_b": _mean(taus) if taus else math.nan,
+        "best_of_n": part.mean(_best_of_n),
+        "pairwise": _pairwise(part, 0.5),
+        "pairwise_strict": _pairwise(part, 0.0),
+        "tau_b": defined.mean(lambda item: item.tau_b),
     }
-    parts = _categories(items)
-    sizes = _grouped(items, lambda item: f"N={len(item.rankings)}")
-    for members_by_name in (parts, dict(sorted(sizes.items(), key=lambda entry: len(entry[1][0].rankings)))):
-        if len(members_by_name) > 1:
-            for name, members in members_by_name.items():
-                found[f"best_of_n/{name}"] = _mean(item.best_of_n for item in members)
-                found[f"pairwise/{name}"] = _pairwise(members)
+    sizes = part.by(lambda item: f"N={len(item.rankings)}")
+    by_size = dict(sorted(sizes.items(), key=lambda entry: len(entry[1].items[0].rankings)))
+    for parts in (part.by(_category), by_size):
+        if len(parts) > 1:
+            for name, members in parts.items():
+                found[f"best_of_n/{name}"] = members.mean(_best_of_n)
+                found[f"pairwise/{name}"] = _pairwise(members, 0.5)
     return found
 
 
-def _pairwise(items: Sequence[Judged]) -> float:
-    total, agree, equal = (sum(counts) for counts in zip(*(item.pairs for item in items), strict=True))
-    return (agree + equal / 2) / total if total else math.nan
+@Metric
+def rewardbench_2(part: _Part) -> dict[str, Array]:
+    """RewardBench 2: best of 4 for five domains, its own formula for Ties, and the mean of the domains (`average`).
 
+    Items are groups, the right answers first; those of Ties have the facts `kind` (`tied` or `ref`) and `prompt`: each
+    prompt has a version with several right answers (`tied`) and a reference with one (`ref`). 30 % each for the share
+    of both whose worst right answer beats the best wrong one, 20 % each for the share of prompts where this margin is
+    larger than that among the right answers (of `tied`; of both), 1 % for how much larger.
 
-def rewardbench_2(items: Sequence[Judged]) -> Metrics:
-    """RewardBench 2: best of 4 for five domains, its own formula for Ties, and the mean of the domains.
-
-    Ties: each prompt has a version with several right answers (`tied`) and a reference with one (`ref`). 30 % each for
-    the share of both whose worst right answer beats the best wrong one, 20 % each for the share of prompts where this
-    margin is larger than that among the right answers (of `tied`; of both), 1 % for how much larger.
-
-    Args:
-        items: groups, the right answers first; of Ties with the facts `kind` (`tied` or `ref`) and `prompt`.
-
-    Returns:
-        `average`, and one number for each domain. Source: arXiv 2506.01937 and its `rewardbench` package.
+    Source: arXiv 2506.01937 and its `rewardbench` package.
     """
     found = {
-        name: ties_score(members) if name == "ties" else _mean(item.best_of_n for item in members)
-        for name, members in _categories(items).items()
+        name: _ties(members) if name == "ties" else members.mean(_best_of_n)
+        for name, members in part.by(_category).items()
     }
-    return {"average": _mean(found.values()), **found}
+    return {"average": _mean_of(found.values()), **found}
 
 
 def ties_score(items: Sequence[Judged]) -> float:
-    """The score of RewardBench 2's Ties, see `rewardbench_2`.
+    """The score of RewardBench 2's Ties, from 0 to about 1.01, see `rewardbench_2`."""
+    return float(_ties(_Part(items, np.ones((1, len(items)))))[0])
 
-    Args:
-        items: of Ties.
 
-    Returns:
-        From 0 to about 1.01.
-    """
+def _ties(part: _Part) -> Array:
     spread: dict[str, float] = {}  # between the right answers of a tied prompt
-    margin: dict[str, dict[str, float]] = {"tied": {}, "ref": {}}  # from the worst right answer to the best wrong one
-    for item in items:
-        if item.scores is None:
-            right, wrong = [-math.inf], [math.inf]
-        else:
+    # Prompt -> margin from the worst right answer to the best wrong one, and the item's position.
+    margin: dict[str, dict[str, tuple[float, int]]] = {"tied": {}, "ref": {}}
+    for i, item in enumerate(part.items):
+        right, wrong = [-math.inf], [math.inf]
+        if item.scores is not None:
             right = [s for s, rank in zip(item.scores, item.rankings, strict=True) if rank == 1]
             wrong = [s for s, rank in zip(item.scores, item.rankings, strict=True) if rank != 1]
         kind, prompt = item.facts["kind"], str(item.facts["prompt"])
-        margin[kind][prompt] = min(right) - max(wrong)
+        margin[kind][prompt] = min(right) - max(wrong), i
         if kind == "tied":
             spread[prompt] = max(right) - min(right) if item.scores is not None else math.inf
+
+    def share(values: Iterable[float], positions: list[int]) -> Array:
+        """Nothing counts 0: the shares are added up, and what is missing must not help."""
+        weights = part.weights[:, positions]
+        return np.nan_to_num(_divide(weights @ np.array(list(values), dtype=np.float64), weights.sum(1)))
+
+    def ahead(kind: str) -> Array:
+        return share((value > 0 for value, _ in margin[kind].values()), [i for _, i in margin[kind].values()])
+
     both = sorted(margin["tied"].keys() & margin["ref"].keys())
+    positions = [margin["tied"][prompt][1] for prompt in both]
     among = np.array([spread[prompt] for prompt in both])
-    tied = np.array([margin["tied"][prompt] for prompt in both])
-    hard = np.minimum(tied, [margin["ref"][prompt] for prompt in both])
+    tied = np.array([margin["tied"][prompt][0] for prompt in both])
+    hard = np.minimum(tied, [margin["ref"][prompt][0] for prompt in both])
     with np.errstate(divide="ignore", invalid="ignore"):
         larger = np.nan_to_num(np.tanh(hard / among - 1), nan=0.0)
-    return (
-        0.3 * _mean(value > 0 for value in margin["tied"].values())
-        + 0.3 * _mean(value > 0 for value in margin["ref"].values())
-        + 0.2 * _mean(tied > among)
-        + 0.2 * _mean(hard > among)
-        + 0.01 * _mean(larger)
+    score = (
+        0.3 * ahead("tied")
+        + 0.3 * ahead("ref")
+        + 0.2 * share(tied > among, positions)
+        + 0.2 * share(hard > among, positions)
+        + 0.01 * share(larger, positions)
     )
+    return np.where(part.weights.sum(1) > 0, score, np.nan)
 
 
-def _all_right(items: Sequence[Judged]) -> float:
-    """The share of ids of which every pair is right."""
-    return _mean(
-        all(item.strict_pair for item in members)
-        for members in _grouped(items, lambda item: str(item.facts["id"])).values()
-    )
+def _strict_pair(item: Judged) -> float:
+    return item.strict_pair
 
 
-def _by_category(items: Sequence[Judged], credit: str) -> Metrics:
-    return {name: _mean(getattr(item, credit) for item in members) for name, members in _categories(items).items()}
+def _best_of_n(item: Judged) -> float:
+    return item.best_of_n
 
 
-def _categories(items: Sequence[Judged]) -> Mapping[str, list[Judged]]:
-    return dict(sorted(_grouped(items, lambda item: item.category).items()))
+def _category(item: Judged) -> str:
+    return item.category
 
 
-def _grouped(items: Sequence[Judged], key: Callable[[Judged], str]) -> dict[str, list[Judged]]:
-    found: defaultdict[str, list[Judged]] = defaultdict(list)
-    for item in items:
-        found[key(item)].append(item)
-    return dict(found)
+def _pairwise(part: _Part, credit_of_equal: float) -> Array:
+    right = part.sum(lambda item: item.pairs[1] + credit_of_equal * item.pairs[2])
+    return _divide(right, part.sum(lambda item: item.pairs[0]))
 
 
-def _mean(values: Iterable[float]) -> float:
-    """0 for nothing: the formulas above add means up, and what is missing must not help."""
-    numbers = [float(value) for value in values]
-    return statistics.fmean(numbers) if numbers else 0.0
+def _all_right(part: _Part) -> Array:
+    """The share of ids of which every pair is right; the items of an id are drawn together."""
+    members = part.by(lambda item: str(item.facts["id"])).values()
+    right = np.array([all(item.strict_pair for item in ids.items) for ids in members], dtype=np.float64)
+    weights = np.stack([ids.weights[:, 0] for ids in members], axis=1)
+    return _divide(weights @ right, weights.sum(1))
+
+
+def _by_category(part: _Part, credit: Credit) -> dict[str, Array]:
+    return {name: members.mean(credit) for name, members in part.by(_category).items()}
+
+
+def _mean_of(numbers: Iterable[Array]) -> Array:
+    """The mean of those that a resample has."""
+    return np.nanmean(np.stack(list(numbers)), axis=0)
+
+
+def _divide(total: Array, count: Array) -> Array:
+    return np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)

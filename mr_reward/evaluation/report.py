@@ -16,41 +16,39 @@ from rich.console import Console
 from rich.table import Table
 
 from mr_reward.errors import ConfigurationError
-from mr_reward.evaluation.benchmark_figures import plot_items, plot_metrics, plot_position_bias, plot_sizes
 from mr_reward.evaluation.benchmarks import Benchmark, get_benchmark
+from mr_reward.evaluation.bootstrap import Interval, intervals, paired_interval
 from mr_reward.evaluation.items import ItemRecord, Judged
-from mr_reward.evaluation.protocol import read_records
-from mr_reward.evaluation.statistics import Interval, intervals, paired_interval
+from mr_reward.evaluation.plots import plot_items, plot_metrics, plot_position_bias, plot_sizes
 from mr_reward.metrics import order_flip_rate, score_length_correlation
 
-__all__ = ["Report", "compare", "make_report", "read_report", "show_comparison", "show_report", "write_report"]
+__all__ = [
+    "Report",
+    "compare",
+    "make_report",
+    "read_records",
+    "read_report",
+    "show_comparison",
+    "show_report",
+    "write_report",
+]
 
 ITEMS = "items.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The results of one evaluation.
-
-    Args:
-        benchmark: what was evaluated on.
-        header: scorer, orders, seed and source, as the per-item file has them.
-        records: one for each item.
-        metrics: by name, averaged over the orders, with a 95 % interval by resampling items.
-        spread: by name, standard deviation over the orders, 0 for one order.
-        order: `orders` (the most that an item was scored in), `flip_rate` (share of items whose winner is not the same
-            in all orders) and `score_spread` (standard deviation of a response's score over the orders, mean over
-            all).
-        equal_scores: items whose highest score several responses have.
-    """
+    """The results of one evaluation."""
 
     benchmark: Benchmark
-    header: dict[str, Any]
-    records: Sequence[ItemRecord]
-    metrics: dict[str, Interval]
-    spread: dict[str, float]
+    header: dict[str, Any]  # scorer, orders, seed and source, as the per-item file has them
+    records: Sequence[ItemRecord]  # one for each item
+    metrics: dict[str, Interval]  # by name, averaged over the orders, with a 95 % interval by resampling items
+    spread: dict[str, float]  # by name, standard deviation over the orders, 0 for one order
+    # `orders` (the most that an item was scored in), `flip_rate` (share of items whose winner is not the same in all
+    # orders), `score_spread` (standard deviation of a response's score over the orders, mean over all)
     order: dict[str, float]
-    equal_scores: int
+    equal_scores: int  # items whose highest score several responses have
 
     @property
     def dropped(self) -> list[ItemRecord]:
@@ -61,20 +59,7 @@ class Report:
 def make_report(
     benchmark: Benchmark, header: dict[str, Any], records: Sequence[ItemRecord], *, num_resamples: int = 1000
 ) -> Report:
-    """Compute everything from the records.
-
-    Args:
-        benchmark: with the official metrics.
-        header: of the per-item file.
-        records: of all items.
-        num_resamples: of the intervals.
-
-    Returns:
-        The report.
-
-    Raises:
-        ConfigurationError: there is no item.
-    """
+    """Compute everything from the records of all items."""
     if not records:
         raise ConfigurationError(f"{benchmark.title}: no item, expected at least one; check source and split")
     orders = _orders(records)
@@ -98,12 +83,7 @@ def make_report(
 
 
 def write_report(report: Report, folder: str | Path) -> None:
-    """Write `results.json` and the figures.
-
-    Args:
-        report: the results.
-        folder: where to; made if needed.
-    """
+    """Write `results.json` and the figures into a folder, made if needed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     kept = [record for record in report.records if record.scores is not None]
@@ -131,6 +111,19 @@ def write_report(report: Report, folder: str | Path) -> None:
         plot_position_bias(kept, folder / "position.png", title=title)
 
 
+def read_records(path: str | Path) -> tuple[dict[str, Any], list[ItemRecord]]:
+    """The first line and the records of a per-item file; a last line that is cut off (interruption) is left out."""
+    try:
+        lines = Path(path).read_text(encoding="ascii").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}), expected a file of mr-reward evaluate") from error
+    try:
+        header, *rows = [json.loads(line) for line in lines[:-1]]  # what follows the last line feed is not whole
+        return header, [ItemRecord(**row) for row in rows]
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"{path} is no file of mr-reward evaluate ({error}); remove it") from error
+
+
 def read_report(folder: str | Path, *, num_resamples: int = 1000) -> Report:
     """Compute a report again from the per-item file, without a model.
 
@@ -149,12 +142,7 @@ def read_report(folder: str | Path, *, num_resamples: int = 1000) -> Report:
 
 
 def show_report(report: Report, console: Console) -> None:
-    """Print the table, what was lost, and the row for a leaderboard.
-
-    Args:
-        report: the results.
-        console: where to.
-    """
+    """Print the table, what was lost, and the row for a leaderboard."""
     num_orders = int(report.order["orders"])
     table = Table("metric", "value", "95 % interval", title=f"{report.benchmark.title}: {report.header['scorer']}")
     if num_orders > 1:
@@ -184,14 +172,7 @@ def show_report(report: Report, console: Console) -> None:
 
 
 def leaderboard_row(report: Report) -> str:
-    """The headline metrics as a row of a Markdown table.
-
-    Args:
-        report: the results.
-
-    Returns:
-        `| scorer | 82.2 | ... |`, in percent.
-    """
+    """The headline metrics as a row of a Markdown table, `| scorer | 82.2 | ... |`, in percent."""
     cells = [f"{100 * report.metrics[name].value:.1f}" for name in report.benchmark.headline if name in report.metrics]
     return f"| {' | '.join([report.header['scorer'].split(' ')[0], *cells])} |"
 
@@ -220,14 +201,7 @@ def compare(first: Report, second: Report, *, num_resamples: int = 1000) -> dict
 
 
 def show_comparison(first: Report, second: Report, differences: dict[str, Interval], console: Console) -> None:
-    """Print both results and their differences.
-
-    Args:
-        first: a report.
-        second: another one.
-        differences: of `compare`.
-        console: where to.
-    """
+    """Print both results and their differences, those of `compare`."""
     table = Table("metric", "A", "B", "A - B", "95 % interval", title=f"{first.benchmark.title}")
     table.caption = f"A: {first.header['scorer']}\nB: {second.header['scorer']}"
     for name in first.metrics:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mr_reward.evaluation.figures import plot_curves
+from mr_reward.evaluation.plots import plot_curves
 
 __all__ = ["RunFigure", "plot_run"]
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mr_reward.errors import ConfigurationError
-from mr_reward.evaluation.figures import plot_curves
+from mr_reward.evaluation.plots import plot_curves
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.reward import MultiResponseReward
 from mr_reward.runs.warning_signs import WarningSigns

@@ -17,7 +17,7 @@ from tiny_models import family, random_group, score
 
 from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel, ResponseGroup
 from mr_reward.errors import CheckpointError, ConfigurationError, GroupError
-from mr_reward.evaluation.ranking import evaluate_ranking
+from mr_reward.evaluation.evaluator import evaluate_groups
 from mr_reward.training.arguments import RewardTrainingArguments
 from mr_reward.training.trainer import RewardTrainer
 from mr_reward.worlds import tiny
@@ -181,7 +181,7 @@ def test_reward_function_and_evaluation_take_it(folders: dict[str, Path]) -> Non
     reward = MultiResponseReward(str(folders["llama"]), 2, reward="raw")
     assert reward(["2 + 2?"] * 2, ["4", "5"]) == scores[0]
     best = float(scores[0][0] > scores[0][1])
-    assert evaluate_ranking(GroupScorer(model), groups)["best_of_n_accuracy"] == best
+    assert evaluate_groups(GroupScorer(model), groups)["best_of_n_accuracy"] == best
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -21,9 +21,10 @@ from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.cli.app import app
 from mr_reward.data.preferences import save_preferences
 from mr_reward.errors import ConfigurationError, GroupError
+from mr_reward.evaluation.evaluator import ALL_ORDERS, draw_orders, score_benchmark
 from mr_reward.evaluation.items import EvaluationItem, ItemRecord
-from mr_reward.evaluation.protocol import ALL_ORDERS, draw_orders, read_records, score_benchmark
-from mr_reward.evaluation.scorers import Alone, Baseline, ClassifierScorer, RewardModel, ScoresFile, load_scorer
+from mr_reward.evaluation.judges import Alone, Baseline, ClassifierScorer, RewardModel, ScoresFile, load_scorer
+from mr_reward.evaluation.report import read_records
 from mr_reward.groups import GroupScores
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import make_groups
@@ -154,6 +155,19 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     for one, other in zip(records, whole, strict=True):
         assert list(one.scores[0]) == pytest.approx(list(other.scores[0]), abs=1e-6)  # type: ignore[index]
     assert [r.uid for r in read_records(path)[1]] == [item.uid for item in given]
+
+
+def test_a_file_of_version_0_1_0_is_resumed(tmp_path: Path) -> None:
+    lines = [
+        '{"scorer": "longest", "num_orders": null, "seed": 0, "benchmark": "groups"}',
+        '{"uid": "00000", "category": "a", "rankings": [1, 2], "lengths": [4, 3], "orders": [[0, 1]], '
+        '"scores": [[4.0, 3.0]], "drop_reason": null, "truncated": 0, "facts": {"i": 0}}',
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join([*lines, ""]))
+    scorer = Counting(Baseline("longest"))
+    records = run(scorer, tmp_path / "items.jsonl", items(2))
+    assert [group.id for group in scorer.groups] == ["00001"] and records[0].scores == [[4.0, 3.0]]
+    assert (tmp_path / "items.jsonl").read_text().splitlines()[:2] == lines
 
 
 def test_another_run_is_not_continued(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from scipy.stats import kendalltau
 
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 from mr_reward.evaluation.benchmarks import BENCHMARKS, open_benchmark
+from mr_reward.evaluation.bootstrap import intervals, paired_interval
 from mr_reward.evaluation.items import EvaluationItem, Judged
 from mr_reward.evaluation.official import n_way, ties_score
-from mr_reward.evaluation.statistics import intervals, paired_interval
 
 
 def make(name: str, folder: Path, seed: int) -> tuple[list[Row], list[EvaluationItem], list[list[float]]]:
@@ -269,6 +269,30 @@ def test_ties_score_of_a_perfect_and_a_blind_model() -> None:
     assert score([1.0, 1.0, 0.0], [1.0, 0.0]) == pytest.approx(1.01)
     assert score([0.0, 0.0, 0.0], [0.0, 0.0]) == 0.0
     assert score([1.0, 0.6, 0.5], [1.0, 0.0]) == pytest.approx(0.6 + 0.01 * math.tanh(0.1 / 0.4 - 1))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_weights_count_an_item_as_often_as_it_was_drawn(name: str, tmp_path: Path) -> None:
+    """Against the metric of a list in which an item stands as often; units get a new name each time."""
+    _, items, scores = make(name, tmp_path, 2)
+    judged = [
+        Judged(item.uid, item.category, item.group.rankings or (), own, item.facts)
+        for item, own in zip(items, scores, strict=True)
+    ]
+    metric = BENCHMARKS[name].summarise
+    rng = random.Random(0)
+    for _ in range(10):
+        times: dict[str, int] = {}
+        drawn, weights = [], []
+        for item in judged:
+            (unit,) = [str(item.facts[key]) for key in ("id", "prompt") if key in item.facts] or [item.uid]
+            weights.append(times.setdefault(unit, rng.choice([0, 1, 1, 2, 3])))
+            for time in range(weights[-1]):
+                again = {key: f"{item.facts[key]} #{time}" for key in item.facts.keys() & {"id", "prompt"}}
+                drawn.append(Judged(item.uid, item.category, item.rankings, item.scores, {**item.facts, **again}))
+        found = metric.weighted(judged, np.array([weights], dtype=np.float64))
+        for key, value in metric(drawn).items():
+            assert found[key][0] == pytest.approx(value, abs=1e-12, nan_ok=True), key
 
 
 def test_intervals_cover_and_pairs_are_drawn_together() -> None:

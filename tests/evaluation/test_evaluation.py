@@ -9,8 +9,9 @@ from PIL import Image
 
 from mr_reward import ResponseGroup
 from mr_reward.errors import GroupError
-from mr_reward.evaluation.figures import plot_curves, plot_scored_groups
-from mr_reward.evaluation.ranking import evaluate_ranking
+from mr_reward.evaluation.evaluator import evaluate_groups
+from mr_reward.evaluation.plots import plot_curves, plot_scored_groups
+from mr_reward.groups import GroupScores
 from mr_reward.worlds.handwriting import make_groups, make_tasks
 from mr_reward.worlds.handwriting_policy import handwriting_accuracy, policy_answers
 from mr_reward.worlds.tiny import build_qwen3_vl, build_qwen3_vl_processor
@@ -23,12 +24,16 @@ class FakeScorer:
         self.by_position = by_position
         self.drop = drop
 
-    def score(self, groups: Sequence[ResponseGroup]) -> list[list[float] | None]:
-        if self.by_position:
-            return [[-float(slot) for slot in range(group.num_responses)] for group in groups]
-        return [
-            None if self.drop in group.responses else [float(response) for response in group.responses]
+    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+        found: list[list[float] | None] = [
+            [-float(slot) for slot in range(group.num_responses)]
+            if self.by_position
+            else (None if self.drop in group.responses else [float(response) for response in group.responses])
             for group in groups
+        ]
+        return [
+            GroupScores(scores=None if scores is None else tuple(scores), truncated=(False,) * group.num_responses)
+            for group, scores in zip(groups, found, strict=True)
         ]
 
 
@@ -44,7 +49,7 @@ def numbered_groups(count: int, num_responses: int) -> list[ResponseGroup]:
 
 
 def test_a_perfect_scorer_is_perfect_and_never_flips() -> None:
-    metrics = evaluate_ranking(FakeScorer(), numbered_groups(50, 5))  # type: ignore[arg-type]
+    metrics = evaluate_groups(FakeScorer(), numbered_groups(50, 5))
     for key in ("best_of_n_accuracy", "pairwise_accuracy", "kendall_tau_b", "ndcg"):
         assert metrics[key] == pytest.approx(1.0)
     assert metrics["order_flip_rate"] == 0
@@ -53,7 +58,7 @@ def test_a_perfect_scorer_is_perfect_and_never_flips() -> None:
 
 
 def test_a_scorer_that_likes_the_first_place_is_at_chance_and_flips() -> None:
-    metrics = evaluate_ranking(FakeScorer(by_position=True), numbered_groups(400, 4))  # type: ignore[arg-type]
+    metrics = evaluate_groups(FakeScorer(by_position=True), numbered_groups(400, 4))
     # 400 groups: three standard errors are 0.065
     assert metrics["best_of_n_accuracy"] == pytest.approx(0.25, abs=0.065)
     assert metrics["order_flip_rate"] == pytest.approx(0.75, abs=0.065)
@@ -61,14 +66,14 @@ def test_a_scorer_that_likes_the_first_place_is_at_chance_and_flips() -> None:
 
 def test_dropped_groups_are_counted_and_unranked_ones_refused() -> None:
     groups = numbered_groups(10, 3)
-    metrics = evaluate_ranking(FakeScorer(drop=groups[4].responses[0]), groups)  # type: ignore[arg-type]
+    metrics = evaluate_groups(FakeScorer(drop=groups[4].responses[0]), groups)
     assert metrics["num_groups"] + metrics["dropped_groups"] == 10
     assert metrics["dropped_groups"] >= 1
     with pytest.raises(GroupError, match="no rankings"):
-        evaluate_ranking(FakeScorer(), [ResponseGroup(prompt="?", responses=["1"], id="x")])  # type: ignore[arg-type]
+        evaluate_groups(FakeScorer(), [ResponseGroup(prompt="?", responses=["1"], id="x")])
     only = [groups[4]]
     with pytest.raises(GroupError, match="dropped"):
-        evaluate_ranking(FakeScorer(drop=groups[4].responses[0]), only)  # type: ignore[arg-type]
+        evaluate_groups(FakeScorer(drop=groups[4].responses[0]), only)
 
 
 def test_the_truth_as_a_reward_function() -> None:

@@ -13,7 +13,7 @@ from test_trainer import arguments, easy_groups, reward_model
 from transformers import TrainerCallback
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
-from mr_reward.evaluation.ranking import evaluate_ranking
+from mr_reward.evaluation.evaluator import evaluate_groups
 from mr_reward.training.data import EvaluationGroups
 from mr_reward.training.evaluation import evaluation_metrics
 from mr_reward.training.trainer import RewardTrainer
@@ -36,7 +36,7 @@ def test_metrics_equal_those_of_the_scorer(tmp_path: Path, layout: str) -> None:
     model = reward_model(layout, "llama")
     args = arguments(tmp_path, per_device_eval_batch_size=4)
     found = RewardTrainer(model, args, easy_groups(8, 0), groups).evaluate()
-    expected = evaluate_ranking(GroupScorer(model), groups)
+    expected = evaluate_groups(GroupScorer(model), groups)
     for key in ("best_of_n_accuracy", "pairwise_accuracy", "kendall_tau_b", "score_length_correlation"):
         assert found[f"eval_{key}"] == pytest.approx(expected[key], abs=1e-5), key
     if layout == "set":
@@ -120,7 +120,7 @@ def test_the_best_checkpoint_by_metric_is_what_is_saved(tmp_path: Path, lora: bo
     history = [e["eval_best_of_n_accuracy"] for e in trainer.state.log_history if "eval_best_of_n_accuracy" in e]
     assert history[-1] < max(history) - 0.1, history
     trainer.save_reward_model(tmp_path / "rm")
-    found = evaluate_ranking(GroupScorer.from_pretrained(tmp_path / "rm"), validation)["best_of_n_accuracy"]
+    found = evaluate_groups(GroupScorer.from_pretrained(tmp_path / "rm"), validation)["best_of_n_accuracy"]
     assert found == pytest.approx(max(history))
 
 

@@ -13,7 +13,7 @@ import torch
 from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.data.jsonl import read_json_lines
 from mr_reward.errors import ConfigurationError, GroupError, NonFiniteScoreError
-from mr_reward.evaluation.protocol import BenchmarkScorer
+from mr_reward.evaluation.evaluator import BenchmarkScorer
 from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.model.scorer import GroupScorer
 
@@ -21,12 +21,7 @@ __all__ = ["BASELINES", "Alone", "Baseline", "ClassifierScorer", "RewardModel", 
 
 
 class RewardModel:
-    """A reward model of this package.
-
-    Args:
-        scorer: the loaded model with its options.
-        name: of the folder or hub id.
-    """
+    """A reward model of this package; `name` is that of its folder or hub id."""
 
     def __init__(self, scorer: GroupScorer, name: str) -> None:
         self._scorer = scorer
@@ -36,11 +31,7 @@ class RewardModel:
 
 
 class Alone:
-    """Each response as a group of its own: what a single-response model does, and the price of it.
-
-    Args:
-        scorer: scores the groups of one.
-    """
+    """Each response as a group of its own: what a single-response model does, and the price of it."""
 
     def __init__(self, scorer: BenchmarkScorer) -> None:
         self._scorer = scorer
@@ -74,10 +65,9 @@ BASELINES: dict[str, Callable[[ResponseGroup, str], float]] = {
 
 
 class Baseline:
-    """Scores that look at nothing but the length, or at nothing at all.
+    """Scores that look at nothing but the length, or at nothing at all: one of `BASELINES`.
 
-    Args:
-        name: one of `BASELINES`. `constant` shows what chance gives where equal scores share the credit.
+    `constant` shows what chance gives where equal scores share the credit.
     """
 
     def __init__(self, name: str) -> None:
@@ -99,11 +89,7 @@ class Baseline:
 class ScoresFile:
     """Scores from elsewhere: one line `{"uid": ..., "scores": [...]}` for each item, in its own order.
 
-    Args:
-        path: JSON Lines file; the uids are those of `items.jsonl`.
-
-    Raises:
-        GroupError: a line without a uid or with something else than numbers.
+    The uids are those of `items.jsonl`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -119,11 +105,7 @@ class ScoresFile:
             self._scores[uid] = [float(score) for score in scores]
 
     def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
-        """As `GroupScorer.score_detailed`.
-
-        Raises:
-            GroupError: an item is not in the file, or with another number of scores.
-        """
+        """As `GroupScorer.score_detailed`; an item that is not in the file is an error."""
         found = []
         for group in groups:
             scores = self._scores.get(str(group.id))
@@ -143,16 +125,8 @@ def _is_number(value: object) -> bool:
 class ClassifierScorer:
     """Any reward model for text that transformers loads as a sequence classifier with one label.
 
-    Each response stands alone behind the prompt, as the tokenizer's chat template writes them.
-
-    Args:
-        name: folder or hub id.
-        device: where to run.
-        dtype: of the weights; None for the checkpoint's.
-        max_tokens_per_batch: of a forward pass, padding included.
-
-    Raises:
-        ConfigurationError: the model has several labels, or the tokenizer no chat template.
+    Each response stands alone behind the prompt, as the tokenizer's chat template writes them. Padding
+    counts towards `max_tokens_per_batch`.
     """
 
     def __init__(
@@ -185,12 +159,7 @@ class ClassifierScorer:
         self.order_free = True
 
     def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
-        """As `GroupScorer.score_detailed`.
-
-        Raises:
-            GroupError: a group has images or videos.
-            NonFiniteScoreError: a score is not finite.
-        """
+        """As `GroupScorer.score_detailed`, for text only."""
         rows = [ids for group in groups for ids in self._encode(group)]
         scores: dict[int, float] = {}
         batch: list[int] = []
