@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["ResumableJsonLines", "read_json_lines", "write_json_lines"]
+__all__ = ["ResumableJsonLines", "json_line", "read_json_lines", "write_json_lines"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def write_json_lines(path: str | Path, rows: Iterable[Any]) -> int:
     count = 0
     with written_whole_file(path) as unfinished, unfinished.open("wb") as file:
         for row in rows:
-            file.write(_line(row))
+            file.write(json_line(row))
             count += 1
     return count
 
@@ -82,7 +82,7 @@ class ResumableJsonLines:
 
     def write(self, rows: Iterable[Any]) -> None:
         """Append values. What is torn at the end of the file is cut off first, and again where the disk is full."""
-        content = b"".join(map(_line, rows))
+        content = b"".join(map(json_line, rows))
         self._file.truncate(self._size)
         left = memoryview(content)
         try:
@@ -110,6 +110,7 @@ class ResumableJsonLines:
             logger.debug("%s: no locks on this disk", self.path)
 
 
-def _line(row: Any) -> bytes:
+def json_line(row: Any) -> bytes:
+    """A value as a line."""
     # ASCII: a lone surrogate in a response would be no UTF-8.
     return json.dumps(row).encode("ascii") + b"\n"

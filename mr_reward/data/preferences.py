@@ -7,20 +7,16 @@ video`, arXiv 2604.10966) reads as it is.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mr_reward.data.group_rows import group_from_row, row_from_group
-from mr_reward.data.jsonl import read_json_lines, write_json_lines
-from mr_reward.data.media_files import resolve_media
-from mr_reward.errors import GroupError, MRRewardError
+from mr_reward.data.groups_file import read_groups, row_from_group
+from mr_reward.data.jsonl import write_json_lines
+from mr_reward.errors import GroupError
 from mr_reward.groups import ResponseGroup
 
 __all__ = ["load_preferences", "save_preferences"]
-
-logger = logging.getLogger(__name__)
 
 
 def load_preferences(
@@ -45,26 +41,10 @@ def load_preferences(
     Example:
         >>> groups = load_preferences("train.jsonl")  # doctest: +SKIP
     """
-    path = Path(path)
-    if not path.is_file():
-        raise GroupError(f"{path}: is not a file; give a .jsonl file with one ranked group per line")
-    groups, bad = [], []
-    within = None if media_within is None else Path(media_within)
-    for number, row in read_json_lines(path):
-        try:
-            if isinstance(row, GroupError):
-                raise row
-            group = group_from_row(row, f"{path.name}:{number}", ranked=True)
-            groups.append(resolve_media(group, path.parent, within))
-        except MRRewardError as error:
-            if not skip_bad:
-                raise GroupError(f"{path}, line {number}: {error}") from error
-            bad.append(f"line {number}: {error}")
-    if bad:
-        logger.warning("%s: skipped %d bad lines\n%s", path, len(bad), "\n".join(bad))
-    if not groups:
-        raise GroupError(f"{path}: holds no group; give a .jsonl file with one ranked group per line")
-    return groups
+    expected = "a .jsonl file with one ranked group per line"
+    return read_groups(
+        path, lambda group, _: group, expected=expected, ranked=True, skip_bad=skip_bad, media_within=media_within
+    )
 
 
 def save_preferences(groups: Iterable[ResponseGroup], path: str | Path) -> int:
@@ -92,15 +72,15 @@ def save_preferences(groups: Iterable[ResponseGroup], path: str | Path) -> int:
     path = Path(path)
 
     def rows() -> Iterator[dict[str, Any]]:
-        count = 0
+        empty = True
         for group in groups:
+            empty = False
             if group.rankings is None:
                 raise GroupError(
                     f"{group.name}: has no rankings, expected 1 = best, ties share a rank; rank it or leave it out"
                 )
             yield row_from_group(group, path)
-            count += 1
-        if not count:
+        if empty:
             raise GroupError(f"{path}: there is no group to write; check the source and what was skipped")
 
     return write_json_lines(path, rows())

@@ -293,15 +293,7 @@ class MultiResponseReward:
                 logger.warning("%s gets no reward: %s", group.id, result.drop_reason)
         outcomes = [GroupOutcome(result.scores, result.truncated, result.order_flip_rate) for result in results]
         self.last_scored = [
-            ScoredGroup(
-                group=group,
-                scores=result.scores,
-                truncated=result.truncated,
-                order_spread=result.order_spread,
-                drop_reason=result.drop_reason,
-                rewards=tuple(self._rewards(outcome)),
-                step=step,
-            )
+            ScoredGroup(group=group, result=result, rewards=tuple(self._rewards(outcome)), step=step)
             for group, result, outcome in zip(groups, results, outcomes, strict=True)
         ]
         return {planned.index: outcome for planned, outcome in zip(own, outcomes, strict=True)}, seconds

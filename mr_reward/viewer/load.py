@@ -9,12 +9,10 @@ from typing import Any
 
 import pyarrow.parquet
 
-from mr_reward.data.group_rows import group_from_row
-from mr_reward.data.jsonl import read_json_lines
-from mr_reward.data.media_files import resolve_media
+from mr_reward.data.groups_file import read_groups
 from mr_reward.data.scored import ScoredGroup, read_scored
 from mr_reward.errors import ConfigurationError, GroupError
-from mr_reward.groups import ResponseGroup, Scorer
+from mr_reward.groups import GroupScores, ResponseGroup, Scorer
 from mr_reward.grpo.rows import completion_text
 
 __all__ = ["Inspected", "load_source", "score_file"]
@@ -50,36 +48,10 @@ def load_source(source: Path, step: int | None = None) -> tuple[str, list[Inspec
 
 
 def score_file(path: Path, scorer: Scorer) -> list[Inspected]:
-    """Read groups that have no scores and score them.
-
-    Args:
-        path: a `.jsonl` file of groups.
-        scorer: of a reward model.
-
-    Returns:
-        As `load_source`.
-
-    Raises:
-        GroupError: a line that is no group.
-    """
-    groups: list[ResponseGroup] = []
-    for number, row in read_json_lines(path):
-        if isinstance(row, GroupError):
-            raise GroupError(f"{path}, line {number}: {row}") from row
-        groups.append(resolve_media(group_from_row(row, f"line {number}", ranked=False), path.parent))
-    return [
-        (
-            ScoredGroup(
-                group=group,
-                scores=result.scores,
-                truncated=result.truncated,
-                order_spread=result.order_spread,
-                drop_reason=result.drop_reason,
-            ),
-            None,
-        )
-        for group, result in zip(groups, scorer.score_detailed(groups), strict=True)
-    ]
+    """Read groups that have no scores and score them."""
+    groups = read_groups(path, lambda group, _: group, expected="a .jsonl file with one group per line")
+    results = scorer.score_detailed(groups)
+    return [(ScoredGroup(group=group, result=one), None) for group, one in zip(groups, results, strict=True)]
 
 
 def _from_run(folder: Path, step: int | None) -> tuple[str, list[Inspected]]:
@@ -134,9 +106,11 @@ def _read_table(path: Path) -> Iterator[Inspected]:
                     responses=[completion_text(columns["completion"][row]) for row in members],
                     id=f"group {index}",
                 ),
-                scores=None if dropped else tuple(scores),
-                truncated=tuple(columns["mr_reward_truncated"][row] for row in members),
-                drop_reason="no reward" if dropped else None,
+                result=GroupScores(
+                    scores=None if dropped else tuple(scores),
+                    truncated=tuple(columns["mr_reward_truncated"][row] for row in members),
+                    drop_reason="no reward" if dropped else None,
+                ),
                 rewards=rewards,
                 step=columns["step"][members[0]],
             ),

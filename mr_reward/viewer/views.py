@@ -11,7 +11,7 @@ from io import BytesIO
 from typing import Any
 
 from mr_reward.data.scored import ScoredGroup
-from mr_reward.groups import dense_ranks
+from mr_reward.groups import GroupScores, dense_ranks
 from mr_reward.layouts import plan_row, readout_kinds, visible
 from mr_reward.templates.images import load_image
 from mr_reward.templates.rendering import Renderer
@@ -118,8 +118,7 @@ class GroupView:
         responses: best first.
         spread: standard deviation of the scores, None without scores.
         correlation: of score and length, None where it is not defined.
-        order_spread: see `GroupScores`.
-        drop_reason: why there are no scores.
+        result: what scoring gave.
         advantage_note: where the advantages come from.
         unit: tokens or characters.
         prompt_length: in tokens, None if they were not counted.
@@ -134,8 +133,7 @@ class GroupView:
     responses: tuple[ResponseView, ...]
     spread: float | None
     correlation: float | None
-    order_spread: float
-    drop_reason: str | None
+    result: GroupScores
     advantage_note: str
     unit: str
     prompt_length: int | None
@@ -159,7 +157,8 @@ def make_view(scored: ScoredGroup, advantages: Sequence[float] | None, lengths: 
     Raises:
         MediaError: an image that cannot be read.
     """
-    group, scores = scored.group, scored.scores
+    group, result = scored.group, scored.result
+    scores = result.scores
     note = "as the trainer logged it" if advantages is not None else "from this reward alone, scaled by the group"
     if advantages is None:
         advantages = _advantages(scored.rewards if scored.rewards is not None else scores)
@@ -168,7 +167,7 @@ def make_view(scored: ScoredGroup, advantages: Sequence[float] | None, lengths: 
     low, high = (min(scores), max(scores)) if scores else (0.0, 0.0)
     views = []
     for i, text in enumerate(group.responses):
-        flags = [flag for flag, holds in (("cut off", scored.truncated[i]), ("empty", not text.strip())) if holds]
+        flags = [flag for flag, holds in (("cut off", result.truncated[i]), ("empty", not text.strip())) if holds]
         if text in group.responses[:i]:
             flags.append(f"same as {group.responses.index(text) + 1}")
         score = None if scores is None else scores[i]
@@ -190,7 +189,7 @@ def make_view(scored: ScoredGroup, advantages: Sequence[float] | None, lengths: 
     holds = {
         "zero-spread": scores is not None and len(scores) > 1 and low == high,
         "dropped": scores is None,
-        "truncated": any(scored.truncated),
+        "truncated": any(result.truncated),
         "suspicious": correlation is not None and abs(correlation) >= _SUSPICIOUS and len(set(counts)) >= _MIN_LENGTHS,
         "duplicates": len(set(group.responses)) < group.num_responses,
     }
@@ -201,8 +200,7 @@ def make_view(scored: ScoredGroup, advantages: Sequence[float] | None, lengths: 
         responses=tuple(sorted(views, key=lambda view: (-(view.score or 0.0), view.slot))),
         spread=None if scores is None else (statistics.stdev(scores) if len(scores) > 1 else 0.0),
         correlation=correlation,
-        order_spread=scored.order_spread,
-        drop_reason=scored.drop_reason,
+        result=result,
         advantage_note=note,
         unit="characters" if lengths is None else "tokens",
         prompt_length=None if lengths is None else lengths.prompt,

@@ -20,9 +20,12 @@ from typer.testing import CliRunner
 
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.cli.app import app
+from mr_reward.data.jsonl import write_json_lines
 from mr_reward.data.scored import read_scored
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.serving import build_app
+from mr_reward.viewer.page import render_page
+from mr_reward.viewer.views import make_view
 
 COMMAND = [sys.executable, "-c", "from mr_reward.cli import main; main()", "score"]
 
@@ -97,7 +100,7 @@ def test_a_pipe_gives_back_its_lines_with_scores(folder: Path, expected: list[li
     assert done.returncode == 0, done.stderr.decode()
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert close([row["scores"] for row in rows], expected)
-    results = ("scores", "truncated", "order_spread", "drop_reason", "scored_with")
+    results = ("scores", "truncated", "order_spread", "order_flip_rate", "drop_reason", "scored_with")
     assert [{key: row[key] for key in row if key not in results} for row in rows] == [
         json.loads(line) for line in source.splitlines()
     ]
@@ -145,7 +148,7 @@ def test_interrupted_and_resumed(
     _, stderr = process.communicate(timeout=60)
     assert process.returncode != 0
     if how == signal.SIGINT:
-        assert b"the same command goes on with it" in stderr
+        assert b"the same command resumes it" in stderr
     before = out.read_bytes()
     assert 2 <= before.count(b"\n") <= 4
     run(*command[4:], stdin=source)
@@ -155,7 +158,7 @@ def test_interrupted_and_resumed(
     assert close([row["scores"] for row in rows], expected)
 
 
-def test_a_torn_file_is_gone_on_with(folder: Path, expected: list[list[float]], tmp_path: Path) -> None:
+def test_a_torn_file_is_resumed(folder: Path, expected: list[list[float]], tmp_path: Path) -> None:
     """Cut anywhere, as a full disk or a kill in the middle of a write leaves it."""
     out = tmp_path / "scores.jsonl"
     command = (folder / "rm", folder / "data" / "groups.jsonl", "--out", out, "--chunk", "4")
@@ -169,7 +172,7 @@ def test_a_torn_file_is_gone_on_with(folder: Path, expected: list[list[float]], 
         assert close([row["scores"] for row in rows], expected)
 
 
-def test_going_on_with_something_else_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_resuming_something_else_is_refused(folder: Path, tmp_path: Path) -> None:
     out, source = tmp_path / "scores.jsonl", folder / "data" / "groups.jsonl"
     run(folder / "rm", source, "--out", out)
     before = out.read_bytes()
@@ -186,7 +189,7 @@ def test_going_on_with_something_else_is_refused(folder: Path, tmp_path: Path) -
         ),
         ((folder / "rm", shorter, "--out", out), r"line 6: the input has 5 lines only"),
         ((folder / "rm", edited, "--out", out), r"line 4: is not .*edited.jsonl, line 4 with its scores"),
-        ((folder / "rm", source, "--out", foreign), r"line 1: is no line that this command wrote"),
+        ((folder / "rm", source, "--out", foreign), r"line 1: was not written by this command"),
     ):
         with pytest.raises(GroupError, match=message):
             run(*arguments)
@@ -195,6 +198,28 @@ def test_going_on_with_something_else_is_refused(folder: Path, tmp_path: Path) -
         run(folder / "rm", source, "--out", source)
     with pytest.raises(GroupError, match=r"none.jsonl: is not a file"):
         run(folder / "rm", "none.jsonl")
+
+
+def test_the_orders_that_another_response_wins_reach_the_page(folder: Path, tmp_path: Path) -> None:
+    """From the scorer to the file to the viewer, and with it for a file that an earlier version wrote without it."""
+    reward_model("qwen3_vl", "causal").save_pretrained(tmp_path / "rm")
+    source, out = folder / "data" / "groups.jsonl", tmp_path / "scores.jsonl"
+    run(tmp_path / "rm", source, "--num-orders", 4, "--out", out)
+    rows = read_rows(out)
+    found = read_scored(out, media_within=out.anchor)
+    assert [one.result.order_flip_rate for one in found] == [row["order_flip_rate"] for row in rows]
+    flipped = [one for one in found if one.result.order_flip_rate]
+    assert flipped, "an untrained model picks another winner under some order"
+    percent = f"{100 * (flipped[0].result.order_flip_rate or 0):.0f} % of the orders"
+    assert percent in render_page([make_view(flipped[0], None, None)], "one")
+    for row in rows:
+        del row["order_flip_rate"]
+    write_json_lines(out, rows)
+    run(tmp_path / "rm", source, "--num-orders", 4, "--out", out)
+    assert read_rows(out) == rows, "resumed, nothing was scored again"
+    old = read_scored(out, media_within=out.anchor)
+    assert all(one.result.order_flip_rate is None for one in old)
+    assert "% of the orders" not in render_page([make_view(old[0], None, None)], "one")
 
 
 BAD = [
@@ -213,7 +238,7 @@ def test_bad_lines(line: bytes, message: str, folder: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     good = b'{"prompt": "?", "responses": ["a", "b"]}'
     source, out = b"\n".join((good, b"", line, good)) + b"\n", tmp_path / "scores.jsonl"
-    with pytest.raises(GroupError, match=rf"standard input, line 3: .*{message}.*Mend it, or give --skip-bad"):
+    with pytest.raises(GroupError, match=rf"standard input, line 3: .*{message}.*Fix it, or give --skip-bad"):
         run(folder / "rm", "--out", out, stdin=source)
     assert len(read_rows(out)) == 1, "what came before is kept"
     run(folder / "rm", "--out", out, "--skip-bad", stdin=source)

@@ -13,6 +13,7 @@ from test_preferences import same
 from mr_reward import ResponseGroup
 from mr_reward.data.scored import ScoredGroup, read_scored, write_scored
 from mr_reward.errors import GroupError
+from mr_reward.groups import GroupScores
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -21,17 +22,13 @@ def test_round_trip(tmp_path: Path) -> None:
     written = [
         ScoredGroup(
             group=ResponseGroup(prompt="one", responses=["", "b"], images=[red], id="1", rankings=[2, 1], source="s"),
-            scores=(0.1, -2.0),
-            truncated=(True, False),
-            order_spread=0.25,
+            result=GroupScores(scores=(0.1, -2.0), truncated=(True, False), order_spread=0.25, order_flip_rate=0.5),
             rewards=(1.05, None),
             step=7,
         ),
         ScoredGroup(
             group=ResponseGroup(prompt=turns, responses=["a"], videos=[[red, red]], id="2"),
-            scores=None,
-            truncated=(False,),
-            drop_reason="over the token budget",
+            result=GroupScores(scores=None, truncated=(False,), drop_reason="over the token budget"),
         ),
     ]
     path = tmp_path / "groups" / "step_00007.rank0.jsonl"
@@ -40,7 +37,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert len(found) == 2
     for one, other in zip(found, written, strict=True):
         assert same(one.group, other.group)
-        for name in ("scores", "truncated", "order_spread", "drop_reason", "rewards", "step"):
+        for name in ("result", "scores", "rewards", "step"):
             assert getattr(one, name) == getattr(other, name), name
     assert sorted(file.name for file in path.parent.iterdir()) == ["step_00007.rank0.jsonl", "step_00007.rank0_media"]
 

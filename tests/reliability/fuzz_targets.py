@@ -29,6 +29,7 @@ from mr_reward.data.preferences import load_preferences, save_preferences
 from mr_reward.data.scored import ScoredGroup, read_scored, write_scored
 from mr_reward.errors import MediaError, MRRewardError
 from mr_reward.evaluation.benchmarks import open_benchmark
+from mr_reward.groups import GroupScores
 from mr_reward.scorers.wire import ScoreRequest, dump, to_wire
 from mr_reward.serving.server import ServerLimits, build_app
 from mr_reward.templates.images import load_image
@@ -102,7 +103,11 @@ def prepare(folder: Path) -> None:
     save_preferences(ranked, folder / "ranked.jsonl")
     write_scored(
         [
-            ScoredGroup(group=g, scores=(0.5,) * g.num_responses, truncated=(False,) * g.num_responses, step=3)
+            ScoredGroup(
+                group=g,
+                result=GroupScores(scores=(0.5,) * g.num_responses, truncated=(False,) * g.num_responses),
+                step=3,
+            )
             for g in groups
         ],
         folder / "scored.jsonl",

@@ -22,6 +22,7 @@ from mr_reward import GroupScorer, MultiResponseReward, ResponseGroup
 from mr_reward.data.preferences import load_preferences, save_preferences
 from mr_reward.data.scored import ScoredGroup, read_scored, write_scored
 from mr_reward.errors import GroupError, MRRewardError, OverLengthError
+from mr_reward.groups import GroupScores
 from mr_reward.grpo.reward import REWARD_TRANSFORMS
 from mr_reward.model.rows import OVER_LENGTH_POLICIES, Packer
 from mr_reward.scorers.wire import WireGroup, dump, from_wire, to_wire
@@ -186,8 +187,10 @@ def test_files_give_back_every_text(data: st.DataObject, tmp_path_factory: pytes
     scored = [
         ScoredGroup(
             group=group,
-            scores=tuple(data.draw(st.floats(-1e6, 1e6)) for _ in group.responses),
-            truncated=(False,) * group.num_responses,
+            result=GroupScores(
+                scores=tuple(data.draw(st.floats(-1e6, 1e6)) for _ in group.responses),
+                truncated=(False,) * group.num_responses,
+            ),
         )
         for group in drawn
     ]

@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel, ResponseGroup
 from mr_reward.data.scored import ScoredGroup, read_scored
 from mr_reward.errors import ConfigurationError
+from mr_reward.groups import GroupScores
 from mr_reward.grpo.group_log import GroupLog
 from mr_reward.grpo.telemetry import COLUMN_KEYS
 from mr_reward.runs.figure import RunFigure, plot_run
@@ -101,7 +102,9 @@ def test_logged_groups_are_those_of_the_table_and_can_be_scored_again(run: Path)
     replayed = GroupScorer.from_pretrained(run / "rm", num_orders=3).score_detailed([one.group for one in logged])
     for found, expected in zip(replayed, logged, strict=True):
         assert found.scores == pytest.approx(expected.scores, abs=ROUNDING)
-        assert found.order_spread == pytest.approx(expected.order_spread, abs=ROUNDING)
+        assert found.order_spread == pytest.approx(expected.result.order_spread, abs=ROUNDING)
+        assert found.order_flip_rate is not None, "three orders"
+        assert found.order_flip_rate == expected.result.order_flip_rate
 
 
 def test_the_figure_at_the_end(run: Path) -> None:
@@ -124,7 +127,8 @@ def test_a_figure_shows_what_there_is(tmp_path: Path) -> None:
 
 def _scored(text: str) -> ScoredGroup:
     return ScoredGroup(
-        group=ResponseGroup(prompt="?", responses=[text, "b"]), scores=(1.0, 2.0), truncated=(False, False)
+        group=ResponseGroup(prompt="?", responses=[text, "b"]),
+        result=GroupScores(scores=(1.0, 2.0), truncated=(False, False)),
     )
 
 

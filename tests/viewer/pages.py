@@ -6,6 +6,7 @@ from PIL import Image, ImageDraw
 
 from mr_reward import ResponseGroup
 from mr_reward.data.scored import ScoredGroup
+from mr_reward.groups import GroupScores
 from mr_reward.worlds.handwriting import make_groups
 
 HOSTILE = [
@@ -27,8 +28,12 @@ def picture(text: str, size: tuple[int, int] = (96, 64), colour: str = "steelblu
 
 
 def scored(group: ResponseGroup, scores: list[float] | None, **more: object) -> ScoredGroup:
-    options = {"truncated": (False,) * group.num_responses, **more}
-    return ScoredGroup(group=group, scores=None if scores is None else tuple(scores), **options)  # type: ignore[arg-type]
+    result: dict[str, object] = {
+        "scores": None if scores is None else tuple(scores),
+        "truncated": (False,) * group.num_responses,
+    }
+    training = {key: more.pop(key) for key in ("rewards", "step") if key in more}
+    return ScoredGroup(group=group, result=GroupScores(**{**result, **more}), **training)  # type: ignore[arg-type]
 
 
 def handwriting(count: int = 1) -> list[ScoredGroup]:

@@ -1,39 +1,60 @@
-"""A group as an object of a JSON Lines file, both ways."""
+"""A group as an object of a JSON Lines file, both ways, ranked or not."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mr_reward.data.media_files import write_image
-from mr_reward.errors import GroupError
+from mr_reward.data.jsonl import read_json_lines
+from mr_reward.data.media_files import resolve_media, write_image
+from mr_reward.errors import GroupError, MRRewardError
 from mr_reward.groups import Message, ResponseGroup
 
-__all__ = ["group_from_row", "row_from_group"]
+__all__ = ["group_from_row", "read_groups", "row_from_group"]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _KEYS = {"prompt", "responses", "rankings", "image", "images", "video", "videos", "id", "source"}
 
 
+def read_groups(
+    path: str | Path,
+    make: Callable[[ResponseGroup, Mapping[str, Any]], T],
+    *,
+    expected: str,
+    ranked: bool = False,
+    skip_bad: bool = False,
+    media_within: str | Path | None = None,
+) -> list[T]:
+    """What `make` gives for each group of a file and its row. An error names file, line and what is `expected`."""
+    path = Path(path)
+    if not path.is_file():
+        raise GroupError(f"{path}: is not a file; give {expected}")
+    made, bad = [], []
+    within = None if media_within is None else Path(media_within)
+    for number, row in read_json_lines(path):
+        try:
+            if isinstance(row, GroupError):
+                raise row
+            group = group_from_row(row, f"{path.name}:{number}", ranked=ranked)
+            made.append(make(resolve_media(group, path.parent, within), row))
+        except MRRewardError as error:
+            if not skip_bad:
+                raise GroupError(f"{path}, line {number}: {error}") from error
+            bad.append(f"line {number}: {error}")
+    if bad:
+        logger.warning("%s: skipped %d bad lines\n%s", path, len(bad), "\n".join(bad))
+    if not made:
+        raise GroupError(f"{path}: holds no group; give {expected}")
+    return made
+
+
 def group_from_row(row: Any, fallback_id: str, *, ranked: bool) -> ResponseGroup:
-    """The group of one object of a file. Its media are not looked at yet.
-
-    Args:
-        row: the object. A video that is given as a folder becomes a list of that path.
-        fallback_id: the group's id if the row has none.
-        ranked: whether rankings have to be there.
-
-    Returns:
-        The group.
-
-    Raises:
-        GroupError: a key is missing or has a value of another kind.
-
-    Example:
-        >>> group_from_row({"prompt": "2 + 2?", "responses": ["4"]}, "line 1", ranked=False).id
-        'line 1'
-    """
+    """The group of an object of a file. Its media are not looked at yet: a folder of frames is a list of its path."""
     required = ("prompt", "responses", "rankings") if ranked else ("prompt", "responses")
     if not isinstance(row, Mapping):
         raise GroupError(f"the row is {type(row).__name__}, expected an object with {', '.join(required)}")
@@ -56,22 +77,10 @@ def group_from_row(row: Any, fallback_id: str, *, ranked: bool) -> ResponseGroup
 
 
 def row_from_group(group: ResponseGroup, path: Path) -> dict[str, Any]:
-    """A group as an object of a file.
+    """What `group_from_row` reads as an equal group from the file at `path`, which need not exist yet.
 
-    Args:
-        group: media that are paths are named relative to the file's folder; embedded ones are written beside the file,
-            to `<name>_media/<sha256>.<type>`.
-        path: the file, which need not exist yet.
-
-    Returns:
-        What `group_from_row` reads as an equal group.
-
-    Raises:
-        MediaError: a medium that is no image.
-
-    Example:
-        >>> row_from_group(ResponseGroup(prompt="2 + 2?", responses=["4"]), Path("out.jsonl"))
-        {'prompt': '2 + 2?', 'responses': ['4']}
+    Media that are paths are named relative to the file's folder; embedded ones are written beside the file, to
+    `<name>_media/<sha256>.<type>`.
     """
     row: dict[str, Any] = {"id": group.id, "source": group.source, "prompt": _prompt(group)}
     row |= {"responses": list(group.responses), "rankings": None if group.rankings is None else list(group.rankings)}
