@@ -8,12 +8,10 @@ if TYPE_CHECKING:
     from mr_reward.evaluation.attacks import attack_items, run_attacks
     from mr_reward.evaluation.evaluator import evaluate_benchmark, evaluate_groups
     from mr_reward.evaluation.judges import load_scorer
-    from mr_reward.evaluation.report import Report, compare, read_report
+    from mr_reward.evaluation.report import read_report
 
 __all__ = [
-    "Report",
     "attack_items",
-    "compare",
     "evaluate_benchmark",
     "evaluate_groups",
     "load_scorer",
@@ -24,9 +22,7 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     {
-        "Report": "report",
         "attack_items": "attacks",
-        "compare": "report",
         "evaluate_benchmark": "evaluator",
         "evaluate_groups": "evaluator",
         "load_scorer": "judges",

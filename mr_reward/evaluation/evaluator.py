@@ -6,7 +6,6 @@ a file, so that an interrupted run resumes, and reports by its official metric.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,10 +16,11 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
+from mr_reward.data.jsonl import ResumableJsonLines
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.benchmarks import open_benchmark
 from mr_reward.evaluation.items import EvaluationItem, ItemRecord
-from mr_reward.evaluation.report import ITEMS, Report, read_records, read_report, write_report
+from mr_reward.evaluation.report import ITEMS, Report, read_report, records_of, write_report
 from mr_reward.groups import GroupScores, ResponseGroup, Scorer
 from mr_reward.metrics import ranking_metrics
 
@@ -202,12 +202,12 @@ def score_benchmark(
     """
     path = Path(path)
     header = {"scorer": scorer.name, "num_orders": num_orders, "seed": seed, **settings}
-    known = _resumed(path, header)
     records: dict[str, ItemRecord] = {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="ascii") as file, tqdm(total=total, desc=path.stem, unit="item") as bar:
-        if not path.stat().st_size:
-            file.write(json.dumps(header) + "\n")
+    with ResumableJsonLines(path) as file, tqdm(total=total, desc=path.stem, unit="item") as bar:
+        known = _resumed(list(file.rows()), path, header)
+        if known is None:
+            known = {}
+            file.write([header])
 
         def missing() -> Iterator[EvaluationItem]:
             seen: set[str] = set()
@@ -228,21 +228,16 @@ def score_benchmark(
             results = iter(score_in_orders(scorer, groups, [order for own in orders for order in own]))
             for item, own in zip(chunk, orders, strict=True):
                 records[item.uid] = ItemRecord.of(item, own, list(islice(results, len(own))))
-                file.write(json.dumps(asdict(records[item.uid])) + "\n")
-            file.flush()
+            file.write(asdict(records[item.uid]) for item in chunk)
             bar.update(len(chunk))
     return list(records.values())
 
 
-def _resumed(path: Path, header: dict[str, Any]) -> dict[str, ItemRecord]:
-    """What an earlier, interrupted run left; cuts off its last line if that is not whole."""
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
-    if not whole:
-        return {}
-    found, records = read_records(path)
+def _resumed(rows: Sequence[tuple[int, Any]], path: Path, header: dict[str, Any]) -> dict[str, ItemRecord] | None:
+    """What an earlier, interrupted run left; None if there was none."""
+    if not rows:
+        return None
+    found, records = records_of(rows, path)
     if found != header:
         differing = sorted(key for key in found.keys() | header.keys() if found.get(key) != header.get(key))
         there = ", ".join(f"{key}: {found.get(key)!r:.100}" for key in differing)

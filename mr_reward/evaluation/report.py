@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mr_reward.errors import ConfigurationError
+from mr_reward.data.jsonl import read_json_lines
+from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.benchmarks import Benchmark, get_benchmark
 from mr_reward.evaluation.bootstrap import Interval, intervals, paired_interval
 from mr_reward.evaluation.items import ItemRecord, Judged
@@ -27,6 +28,7 @@ __all__ = [
     "compare",
     "make_report",
     "read_records",
+    "records_of",
     "read_report",
     "show_comparison",
     "show_report",
@@ -114,12 +116,19 @@ def write_report(report: Report, folder: str | Path) -> None:
 def read_records(path: str | Path) -> tuple[dict[str, Any], list[ItemRecord]]:
     """The first line and the records of a per-item file; a last line that is cut off (interruption) is left out."""
     try:
-        lines = Path(path).read_text(encoding="ascii").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(path).open("rb") as lines:
+            return records_of(read_json_lines(line for line in lines if line.endswith(b"\n")), path)
+    except OSError as error:
         raise ConfigurationError(f"{path} cannot be read ({error}), expected a file of mr-reward evaluate") from error
+
+
+def records_of(rows: Iterable[tuple[int, Any]], path: str | Path) -> tuple[dict[str, Any], list[ItemRecord]]:
+    """As `read_records`, from the numbered lines of the file."""
     try:
-        header, *rows = [json.loads(line) for line in lines[:-1]]  # what follows the last line feed is not whole
-        return header, [ItemRecord(**row) for row in rows]
+        (_, header), *items = rows
+        if broken := next((number for number, row in items if isinstance(row, GroupError)), None):
+            raise ValueError(f"line {broken} is no JSON")
+        return dict(header), [ItemRecord(**row) for _, row in items]
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"{path} is no file of mr-reward evaluate ({error}); remove it") from error
 
@@ -136,6 +145,9 @@ def read_report(folder: str | Path, *, num_resamples: int = 1000) -> Report:
 
     Raises:
         ConfigurationError: no such file.
+
+    Example:
+        >>> read_report("results").metrics["macro"]  # doctest: +SKIP
     """
     header, records = read_records(Path(folder) / ITEMS)
     return make_report(get_benchmark(header["benchmark"]), header, records, num_resamples=num_resamples)
@@ -178,19 +190,7 @@ def leaderboard_row(report: Report) -> str:
 
 
 def compare(first: Report, second: Report, *, num_resamples: int = 1000) -> dict[str, Interval]:
-    """The difference of two evaluations on the same items.
-
-    Args:
-        first: a report.
-        second: another one.
-        num_resamples: of the paired bootstrap.
-
-    Returns:
-        First minus second, by name of the metric, with 95 % intervals.
-
-    Raises:
-        ConfigurationError: another benchmark, or other items.
-    """
+    """First minus second, by name of the metric, with 95 % intervals, for two evaluations of the same items."""
     if first.benchmark.name != second.benchmark.name:
         raise ConfigurationError(
             f"got results on {first.benchmark.title} and on {second.benchmark.title}, expected one benchmark"

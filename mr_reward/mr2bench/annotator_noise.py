@@ -30,21 +30,6 @@ def ranking_strengths(rankings: Mapping[str, Sequence[FullRanking]], models: Seq
     A normal score is overall strength of the model + what the question adds + what the annotator adds, the last two
     Gaussian. Their variances are estimated by moments (one-way analysis of variance), the strengths are the posterior
     mean. The scale makes a gap the logit of one annotator's preference, as for votes.
-
-    Args:
-        rankings: Q questions -> their rankings, each of all models; some question has two rankings or more.
-        models: M names.
-
-    Returns:
-        The strengths, questions in alphabetical order.
-
-    Raises:
-        GroupError: no question has two rankings, so that noise cannot be told from quality.
-
-    Example:
-        >>> both = [FullRanking("q", {"a": 1, "b": 2, "c": 3}), FullRanking("q", {"a": 1, "b": 3, "c": 2})]
-        >>> bool(ranking_strengths({"q": both}, ["a", "b", "c"]).best_probability(0, 0, [1]) > 0.9)
-        True
     """
     scores = [np.array([_normal_scores(given, models) for given in rankings[name]]) for name in sorted(rankings)]
     counts = np.array([len(own) for own in scores], dtype=np.float64)

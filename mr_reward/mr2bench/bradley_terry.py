@@ -23,31 +23,15 @@ _ROUNDS = 20  # of the estimate of the questions' variance
 
 @dataclass(frozen=True, slots=True)
 class Strengths:
-    """Strengths of M responses to each of Q questions, in logits.
+    """Strengths of M responses to each of Q questions, in logits."""
 
-    Args:
-        mean: (Q, M) most probable strengths.
-        covariance: (Q, M, M) of the Gaussian around them (Laplace).
-        overall: (M,) strengths of the models over all questions.
-        variance: of a question's strengths around the overall ones, as estimated.
-    """
-
-    mean: Floats
-    covariance: Floats
-    overall: Floats
-    variance: float
+    mean: Floats  # (Q, M) most probable strengths
+    covariance: Floats  # (Q, M, M) of the Gaussian around them (Laplace)
+    overall: Floats  # (M,) strengths of the models over all questions
+    variance: float  # of a question's strengths around the overall ones, as estimated
 
     def best_probability(self, question: int, first: int, others: Sequence[int]) -> float:
-        """How sure it is that one response is stronger than all of several others.
-
-        Args:
-            question: position of the question.
-            first: position of a response.
-            others: positions of the others.
-
-        Returns:
-            A probability, from 4,000 draws of the Gaussian, the same in each call.
-        """
+        """How sure it is that one response is stronger than all others; the same in each call."""
         among = [first, *others]
         spread = np.linalg.cholesky(self.covariance[question][np.ix_(among, among)])
         draws = self.mean[question, among] + np.random.default_rng(0).normal(size=(_DRAWS, len(among))) @ spread.T
@@ -58,17 +42,6 @@ def bradley_terry_map(wins: Sequence[Floats]) -> Strengths:
     """Most probable strengths under a Gaussian prior around the overall ones, whose variance is estimated too (EM).
 
     For a question: maximise sum_ij wins_ij log sigmoid(s_i - s_j) - sum_i (s_i - overall_i)^2 / (2 variance).
-
-    Args:
-        wins: Q matrices (M, M), how often i was preferred to j; a tie counts half for both.
-
-    Returns:
-        The strengths.
-
-    Example:
-        >>> found = bradley_terry_map([np.array([[0.0, 9.0], [1.0, 0.0]])] * 3)
-        >>> bool(found.mean[0, 0] > found.mean[0, 1])
-        True
     """
     stacked = np.stack(wins)
     centre = np.zeros(stacked.shape[1])
@@ -83,15 +56,9 @@ def bradley_terry_map(wins: Sequence[Floats]) -> Strengths:
 
 
 def solve(wins: Floats, centre: Floats, variance: float) -> tuple[Floats, Floats]:
-    """Newton's method for all questions at once; the objective is strictly concave.
+    """Newton's method for all questions at once, wins (Q, M, M), prior N(centre (M,), variance); strictly concave.
 
-    Args:
-        wins: (Q, M, M).
-        centre: (M,) mean of the prior.
-        variance: of the prior.
-
-    Returns:
-        (Q, M) maxima and (Q, M, M) inverses of the negative second derivative there.
+    Gives the maxima (Q, M) and the inverses of the negative second derivative there (Q, M, M).
     """
     strengths = np.tile(centre, (len(wins), 1))
     total = wins + wins.transpose(0, 2, 1)

@@ -24,23 +24,14 @@ __all__ = ["Built", "build_benchmark", "rank_rankings", "write_benchmark"]
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A benchmark.
+    """A benchmark."""
 
-    Args:
-        ranking: of all questions.
-        variants: what was drawn.
-        items: their groups.
-        full: a group of all responses for each question.
-        dropped: questions without a clear variant.
-        facts: what the card and the table show, by name.
-    """
-
-    ranking: Denoised
-    variants: Sequence[Variant]
-    items: Sequence[ResponseGroup]
-    full: Sequence[ResponseGroup]
-    dropped: Sequence[str]
-    facts: Mapping[str, str]
+    ranking: Denoised  # of all questions
+    variants: Sequence[Variant]  # what was drawn
+    items: Sequence[ResponseGroup]  # their groups
+    full: Sequence[ResponseGroup]  # a group of all responses for each question
+    dropped: Sequence[str]  # questions without a clear variant
+    facts: Mapping[str, str]  # what the card and the table show, by name
 
 
 def rank_rankings(rankings: Sequence[FullRanking]) -> Denoised:
@@ -48,15 +39,6 @@ def rank_rankings(rankings: Sequence[FullRanking]) -> Denoised:
 
     Where no question has two rankings, noise cannot be told from quality: the strengths are then Bradley-Terry on the
     pairs of each ranking, good for comparing gaps, and surer than they should be.
-
-    Args:
-        rankings: of all questions, of the same models throughout.
-
-    Returns:
-        The consensus rankings.
-
-    Raises:
-        GroupError: no rankings, or one leaves a model out.
     """
     if not rankings:
         raise GroupError("got no rankings, expected at least one; check the file")
@@ -104,6 +86,9 @@ def build_benchmark(
     Raises:
         ConfigurationError: an option has a value that does not exist.
         GroupError: votes and rankings, or neither; a question or response without a text.
+
+    Example:
+        >>> build_benchmark(read_questions("questions.jsonl"), votes=votes).facts["items"]  # doctest: +SKIP
     """
     if bool(votes) == bool(rankings):
         raise GroupError(f"got {len(votes)} votes and {len(rankings)} rankings, expected one of both; give one file")
@@ -159,6 +144,9 @@ def write_benchmark(built: Built, folder: str | Path, media: str | Path = ".") -
 
     Raises:
         MediaError: a medium does not exist.
+
+    Example:
+        >>> write_benchmark(built, "benchmark")  # doctest: +SKIP
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

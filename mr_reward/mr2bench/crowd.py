@@ -21,24 +21,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crowd:
-    """How the crowd votes.
+    """How the crowd votes."""
 
-    Args:
-        num_votes: over all questions; the pairs are drawn evenly.
-        flip: None: the stronger response wins with the Bradley-Terry chance; else the chance that a vote goes to the
-            weaker one, however far apart they are.
-        ties: chance that a vote is a tie instead.
-        annotators: they take turns at random.
-        blind: share of the annotators who vote at random.
-        first_bias: share of the annotators who prefer what is shown first.
-    """
-
-    num_votes: int = 94_000
+    num_votes: int = 94_000  # over all questions; the pairs are drawn evenly
+    # None: the stronger response wins with the Bradley-Terry chance; else the chance that a vote goes to the weaker
+    # one, however far apart they are
     flip: float | None = None
-    ties: float = 0.05
-    annotators: int = 200
-    blind: float = 0.0
-    first_bias: float = 0.0
+    ties: float = 0.05  # chance that a vote is a tie instead
+    annotators: int = 200  # they take turns at random
+    blind: float = 0.0  # share of the annotators who vote at random
+    first_bias: float = 0.0  # share of the annotators who prefer what is shown first
 
     def __post_init__(self) -> None:
         for name in ("flip", "ties", "blind", "first_bias"):
@@ -50,38 +42,14 @@ class Crowd:
 def draw_strengths(
     num_questions: int = 497, num_models: int = 19, *, overall: float = 0.8, own: float = 0.8, seed: int = 0
 ) -> Floats:
-    """True strengths: what a model can do in general, and how its response to this question turned out.
-
-    Args:
-        num_questions: Q.
-        num_models: M.
-        overall: standard deviation of the models' general strengths, in logits.
-        own: standard deviation of what each question adds.
-        seed: of the draws.
-
-    Returns:
-        (Q, M) float64.
-    """
+    """True strengths: what a model can do in general, and how its response to this question turned out."""
     generator = np.random.default_rng([seed, 0])
     general = generator.normal(0, overall, num_models)
     return general + generator.normal(0, own, (num_questions, num_models))
 
 
 def draw_votes(strengths: Floats, crowd: Crowd, *, seed: int = 0) -> list[Vote]:
-    """Votes on random pairs.
-
-    Args:
-        strengths: (Q, M) true strengths.
-        crowd: who votes.
-        seed: of the draws.
-
-    Returns:
-        `crowd.num_votes` votes.
-
-    Example:
-        >>> len(draw_votes(draw_strengths(3, 4), Crowd(num_votes=50)))
-        50
-    """
+    """`crowd.num_votes` votes on random pairs, from true strengths (Q, M)."""
     generator = np.random.default_rng([seed, 1])
     num_questions, num_models = strengths.shape
     pairs = np.array(list(combinations(range(num_models), 2)))
@@ -107,17 +75,7 @@ def draw_votes(strengths: Floats, crowd: Crowd, *, seed: int = 0) -> list[Vote]:
 
 
 def draw_rankings(strengths: Floats, *, annotators: int = 3, noise: float = 0.5, seed: int = 0) -> list[FullRanking]:
-    """Full rankings by several annotators, who see the strengths with noise and do not tell near ones apart.
-
-    Args:
-        strengths: (Q, M) true strengths.
-        annotators: of each question.
-        noise: standard deviation of what an annotator sees, in logits.
-        seed: of the draws.
-
-    Returns:
-        Q times `annotators` rankings.
-    """
+    """Full rankings by several annotators, who see the strengths with noise and do not tell near ones apart."""
     generator = np.random.default_rng([seed, 2])
     names = model_names(strengths.shape[1])
     found = []

@@ -31,55 +31,33 @@ _WINNERS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5}
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """One comparison of two models' responses to a question.
+    """One comparison of two models' responses to a question."""
 
-    Args:
-        question: its id.
-        model_a: the model shown first.
-        model_b: the other.
-        share: 1 if A won, 0 if B, 0.5 for a tie.
-        annotator: who voted, if known.
-    """
-
-    question: str
-    model_a: str
-    model_b: str
-    share: float
-    annotator: str | None = None
+    question: str  # its id
+    model_a: str  # the model shown first
+    model_b: str  # the other
+    share: float  # 1 if A won, 0 if B, 0.5 for a tie
+    annotator: str | None = None  # who voted, if known
 
 
 @dataclass(frozen=True, slots=True)
 class FullRanking:
-    """One annotator's ranking of all responses to a question.
+    """One annotator's ranking of all responses to a question."""
 
-    Args:
-        question: its id.
-        ranks: model -> rank, 1 = best, ties share a rank.
-        annotator: who ranked, if known.
-    """
-
-    question: str
-    ranks: Mapping[str, int]
-    annotator: str | None = None
+    question: str  # its id
+    ranks: Mapping[str, int]  # model -> rank, 1 = best, ties share a rank
+    annotator: str | None = None  # who ranked, if known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A question with the models' responses.
+    """A question with the models' responses."""
 
-    Args:
-        id: its name.
-        prompt: text or chat messages, as `ResponseGroup`.
-        responses: model -> text.
-        images: paths.
-        videos: folders of frames.
-    """
-
-    id: str
-    prompt: Any
-    responses: Mapping[str, str]
-    images: Sequence[str] = ()
-    videos: Sequence[str] = field(default=())
+    id: str  # its name
+    prompt: Any  # text or chat messages, as `ResponseGroup`
+    responses: Mapping[str, str]  # model -> text
+    images: Sequence[str] = ()  # paths
+    videos: Sequence[str] = field(default=())  # folders of frames
 
 
 def read_votes(path: str | Path) -> list[Vote]:
@@ -93,6 +71,9 @@ def read_votes(path: str | Path) -> list[Vote]:
 
     Raises:
         GroupError: a line is something else; the message names it.
+
+    Example:
+        >>> read_votes("votes.jsonl")  # doctest: +SKIP
     """
     found = []
     for number, row in read_json_lines(path):
@@ -121,6 +102,9 @@ def read_rankings(path: str | Path) -> list[FullRanking]:
 
     Raises:
         GroupError: a line is something else; the message names it.
+
+    Example:
+        >>> read_rankings("rankings.jsonl")  # doctest: +SKIP
     """
     found = []
     for number, row in read_json_lines(path):
@@ -146,6 +130,9 @@ def read_questions(path: str | Path) -> dict[str, Question]:
 
     Raises:
         GroupError: a line is something else, or an id occurs twice; the message names it.
+
+    Example:
+        >>> read_questions("questions.jsonl")["q1"].prompt  # doctest: +SKIP
     """
     found: dict[str, Question] = {}
     for number, row in read_json_lines(path):
@@ -188,18 +175,7 @@ def _shown(row: Any) -> str:
 
 
 def votes_of(rankings: Iterable[FullRanking]) -> list[Vote]:
-    """The pairwise votes that full rankings imply.
-
-    Args:
-        rankings: any number.
-
-    Returns:
-        One vote for each pair of models of each ranking.
-
-    Example:
-        >>> [vote.share for vote in votes_of([FullRanking("q", {"a": 1, "b": 2, "c": 2})])]
-        [1.0, 1.0, 0.5]
-    """
+    """The pairwise votes that full rankings imply."""
     found = []
     for ranking in rankings:
         models = list(ranking.ranks.items())
@@ -211,15 +187,7 @@ def votes_of(rankings: Iterable[FullRanking]) -> list[Vote]:
 
 
 def win_counts(votes: Iterable[Vote], models: Sequence[str]) -> dict[str, Floats]:
-    """Wins of each model over each other, by question.
-
-    Args:
-        votes: any number, of models out of `models`.
-        models: M names.
-
-    Returns:
-        Question -> (M, M) float64; entry (i, j) is how often i was preferred to j, a tie counts half for both.
-    """
+    """By question (M, M): how often i was preferred to j, a tie counts half for both."""
     index = {model: i for i, model in enumerate(models)}
     found: defaultdict[str, Floats] = defaultdict(lambda: np.zeros((len(models), len(models))))
     for vote in votes:

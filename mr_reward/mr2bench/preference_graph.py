@@ -25,65 +25,28 @@ Floats = NDArray[np.float64]
 
 
 def net_weights(wins: Floats) -> Floats:
-    """The ensemble's arcs.
-
-    Args:
-        wins: (M, M), how often i was preferred to j.
-
-    Returns:
-        (M, M); entry (i, j) > 0 is the weight of the arc i -> j, which then has no opposite.
-    """
+    """The ensemble's arcs: (M, M) of wins -> (M, M), entry (i, j) > 0 is the weight of i -> j, without an opposite."""
     return np.maximum(wins - wins.T, 0.0)
 
 
 def greedy_order(weights: Floats) -> list[int]:
-    """An order with few backward arcs, by the heuristic of Eades, Lin and Smyth (1993) on each cyclic component.
-
-    Args:
-        weights: (M, M) arcs.
-
-    Returns:
-        The M positions, preferred first.
-    """
+    """An order with few backward arcs, by the heuristic of Eades, Lin and Smyth (1993) on each cyclic component."""
     return _by_component(weights, _eades)
 
 
 def exact_order(weights: Floats) -> list[int]:
-    """The order with the least weight of backward arcs, as an integer program (linear ordering).
-
-    Args:
-        weights: (M, M) arcs.
-
-    Returns:
-        The M positions, preferred first.
-    """
+    """The order with the least weight of backward arcs, as an integer program (linear ordering)."""
     return _by_component(weights, _linear_ordering)
 
 
 def removed_weight(weights: Floats, order: Sequence[int]) -> float:
-    """The weight of the arcs that an order removes, those that point backwards.
-
-    Args:
-        weights: (M, M) arcs.
-        order: the M positions, preferred first.
-
-    Returns:
-        Their sum.
-    """
+    """The weight of the arcs that an order removes, those that point backwards."""
     sorted_weights = weights[np.ix_(order, order)]
     return float(np.tril(sorted_weights).sum())
 
 
 def descendant_ranks(weights: Floats, order: Sequence[int]) -> tuple[int, ...]:
-    """Rank by how many others can be reached once the backward arcs are removed.
-
-    Args:
-        weights: (M, M) arcs.
-        order: the M positions, preferred first.
-
-    Returns:
-        M ranks, 1 = best; equal numbers share a rank.
-    """
+    """Rank by how many others can be reached once the backward arcs are removed."""
     place = np.argsort(order)
     forward = np.where(place[:, None] < place[None, :], weights, 0.0)
     graph = _graph(forward)
@@ -91,14 +54,7 @@ def descendant_ranks(weights: Floats, order: Sequence[int]) -> tuple[int, ...]:
 
 
 def is_cyclic(weights: Floats) -> bool:
-    """Whether no ranking agrees with all arcs.
-
-    Args:
-        weights: (M, M) arcs.
-
-    Returns:
-        True if there is a cycle.
-    """
+    """Whether no ranking agrees with all arcs."""
     return not nx.is_directed_acyclic_graph(_graph(weights))
 
 

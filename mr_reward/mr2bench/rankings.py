@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, rankdata
 from tqdm.auto import tqdm
 
 from mr_reward.errors import ConfigurationError, GroupError
@@ -33,27 +33,17 @@ METHODS = ("bt_map", "pged_greedy", "pged_exact", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class Denoised:
-    """One ranking per question.
+    """One ranking per question."""
 
-    Args:
-        method: one of `METHODS`, or `consensus`.
-        models: M names.
-        questions: Q ids.
-        ranks: Q times M ranks, 1 = best, ties share a rank.
-        strengths: in logits, whatever the method (Bradley-Terry for votes): they say how sure a comparison is.
-        judged: for each question the positions of the models that were judged there; the rest has no rank to rely on.
-        cyclic: share of questions whose votes no ranking agrees with.
-        contradicted: share of votes (ties left out) that the ranking contradicts.
-    """
-
-    method: str
-    models: Sequence[str]
-    questions: Sequence[str]
-    ranks: Sequence[Sequence[int]]
-    strengths: Strengths
+    method: str  # one of `METHODS`, or `consensus`
+    models: Sequence[str]  # M names
+    questions: Sequence[str]  # Q ids
+    ranks: Sequence[Sequence[int]]  # Q times M ranks, 1 = best, ties share a rank
+    strengths: Strengths  # in logits, whatever the method (Bradley-Terry for votes): they say how sure a comparison is
+    # for each question the positions of the models that were judged there; the rest has no rank to rely on
     judged: Sequence[Sequence[int]]
-    cyclic: float
-    contradicted: float
+    cyclic: float  # share of questions whose votes no ranking agrees with
+    contradicted: float  # share of votes (ties left out) that the ranking contradicts
 
 
 def rank_votes(votes: Sequence[Vote], *, method: str = "bt_map", show_progress: bool = False) -> Denoised:
@@ -100,19 +90,7 @@ def describe(
     ranks: Sequence[Sequence[int]],
     strengths: Strengths,
 ) -> Denoised:
-    """Rankings with what is known about their noise.
-
-    Args:
-        method: that made them.
-        models: M names.
-        questions: Q ids.
-        wins: Q matrices (M, M).
-        ranks: Q times M.
-        strengths: of the same questions.
-
-    Returns:
-        The rankings.
-    """
+    """Rankings (Q times M) with what is known about their noise; `wins` are Q matrices (M, M)."""
     against = total = 0.0
     for matrix, own in zip(wins, ranks, strict=True):
         places = np.asarray(own)
@@ -132,16 +110,7 @@ def describe(
 
 
 def rank_counts(wins: Floats, strengths: Floats, method: str) -> tuple[int, ...]:
-    """The ranking of one question.
-
-    Args:
-        wins: (M, M), how often i was preferred to j.
-        strengths: (M,) Bradley-Terry strengths, for `bt_map`.
-        method: one of `METHODS`.
-
-    Returns:
-        M ranks, 1 = best.
-    """
+    """The ranking of one question, from wins (M, M) and, for `bt_map`, strengths (M,)."""
     if method == "bt_map":
         return dense_ranks((-strengths).tolist())
     if method == "none":
@@ -154,44 +123,22 @@ def rank_counts(wins: Floats, strengths: Floats, method: str) -> tuple[int, ...]
 
 
 def consensus_ranks(rankings: Sequence[FullRanking], models: Sequence[str]) -> tuple[int, ...]:
-    """The ranking by mean rank (Borda) over annotators; equal means share a rank.
-
-    Args:
-        rankings: of one question, of the same models.
-        models: M names.
-
-    Returns:
-        M ranks, 1 = best.
-
-    Raises:
-        GroupError: a ranking leaves a model out.
-
-    Example:
-        >>> consensus_ranks([FullRanking("q", {"a": 1, "b": 2}), FullRanking("q", {"a": 1, "b": 1})], ["a", "b"])
-        (1, 2)
-    """
+    """The ranking by mean rank (Borda) over annotators; equal means share a rank."""
     for ranking in rankings:
         if missing := [model for model in models if model not in ranking.ranks]:
             raise GroupError(
                 f"question {ranking.question!r}: a ranking leaves out {missing[0]!r}, expected all "
                 f"{len(models)} models; complete or remove it"
             )
-    means = [statistics.fmean(_midranks(ranking, models)[i] for ranking in rankings) for i in range(len(models))]
-    return dense_ranks([round(mean, 9) for mean in means])
+    midranks = [rankdata([ranking.ranks[model] for model in models]) for ranking in rankings]
+    return dense_ranks(np.mean(midranks, axis=0).round(9).tolist())
 
 
 def agreement(rankings: Iterable[FullRanking]) -> dict[str, float]:
-    """How far annotators agree about the same questions.
+    """How far annotators agree about the same questions; NaN where no question has two rankings.
 
-    Args:
-        rankings: of any number of questions and annotators.
-
-    Returns:
-        `tau_b`: Kendall's tau-b between two annotators, mean over pairs and questions; `kendall_w`: coefficient of
-        concordance with the correction for ties, mean over questions; NaN where no question has two rankings.
-
-    Raises:
-        GroupError: two rankings of a question are of different models.
+    `tau_b`: Kendall's tau-b between two annotators, mean over pairs and questions; `kendall_w`: coefficient of
+    concordance with the correction for ties, mean over questions.
     """
     by_question: defaultdict[str, list[FullRanking]] = defaultdict(list)
     for ranking in rankings:
@@ -208,29 +155,20 @@ def agreement(rankings: Iterable[FullRanking]) -> dict[str, float]:
             )
         ranks = [[ranking.ranks[model] for model in models] for ranking in members]
         taus += [kendalltau(a, b).statistic for a, b in combinations(ranks, 2)]
-        concordances.append(_kendall_w([_midranks(ranking, models) for ranking in members]))
+        concordances.append(_kendall_w(np.array([rankdata(own) for own in ranks])))
     return {"tau_b": _mean(taus), "kendall_w": _mean(concordances)}
 
 
-def _kendall_w(midranks: Sequence[Sequence[float]]) -> float:
+def _kendall_w(midranks: Floats) -> float:
     """12 S / (m^2 (n^3 - n) - m T), with T = sum over annotators and ties of t^3 - t."""
-    m, n = len(midranks), len(midranks[0])
-    sums = np.sum(midranks, axis=0)
+    m, n = midranks.shape
+    sums = midranks.sum(axis=0)
     spread = float(((sums - sums.mean()) ** 2).sum())
     ties = sum(
         count**3 - count for ranks in midranks for count in np.unique(ranks, return_counts=True)[1].astype(float)
     )
     scale = m**2 * (n**3 - n) - m * ties
     return 12 * spread / scale if scale else float("nan")
-
-
-def _midranks(ranking: FullRanking, models: Sequence[str]) -> list[float]:
-    """Ranks from 1 on; ties get the mean of the places they take."""
-    ranks: Mapping[str, int] = ranking.ranks
-    return [
-        1 + sum(ranks[o] < ranks[m] for o in models) + (sum(ranks[o] == ranks[m] for o in models) - 1) / 2
-        for m in models
-    ]
 
 
 def _mean(values: Sequence[float]) -> float:

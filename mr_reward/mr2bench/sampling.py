@@ -18,17 +18,11 @@ _ATTEMPTS = 100
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A group of a few responses of a question.
+    """A group of a few responses of a question."""
 
-    Args:
-        question: position of the question.
-        positions: of the models, in the order shown.
-        gap: logits between the two strongest of them.
-    """
-
-    question: int
-    positions: tuple[int, ...]
-    gap: float
+    question: int  # position of the question
+    positions: tuple[int, ...]  # of the models, in the order shown
+    gap: float  # logits between the two strongest of them
 
 
 def draw_positions(
@@ -40,18 +34,9 @@ def draw_positions(
     min_gap: float,
     texts: Sequence[str] | None = None,
 ) -> Variant | None:
-    """Draw responses from equal parts of the ranking, until one draw has a clear best.
+    """Draw responses from equal parts of the ranking, until one draw has a clear best; None if none has.
 
-    Args:
-        ranking: of all questions.
-        question: position of the question.
-        generator: of random numbers.
-        num_responses: N, at most the number of models.
-        min_gap: logits that the strongest has to be ahead of the next.
-        texts: M responses; two equal ones are never drawn together, for one of them would be called worse.
-
-    Returns:
-        The variant; None if too few responses were judged, or no draw was clear enough.
+    Two equal texts are never drawn together, for one of them would be called worse.
     """
     ranks, strengths = ranking.ranks[question], ranking.strengths.mean[question]
     order = sorted(ranking.judged[question], key=lambda i: (ranks[i], -strengths[i]))
@@ -82,21 +67,7 @@ def sample_variants(
     seed: int = 0,
     questions: Mapping[str, Question] | None = None,
 ) -> tuple[list[Variant], list[str]]:
-    """One variant of each question, where there is a clear one.
-
-    Args:
-        ranking: of all questions.
-        num_responses: N.
-        min_gap: logits that the best has to be ahead of the runner-up, by the Bradley-Terry strengths.
-        seed: of the draws; a question's draw depends on it and the question's id alone.
-        questions: the texts, by id, to keep equal ones apart; None: all count as different.
-
-    Returns:
-        The variants, and the ids of the questions without one.
-
-    Raises:
-        ConfigurationError: more responses than models, fewer than two, or a negative gap.
-    """
+    """One variant of each question and the ids of those without a clear one; a draw depends on seed and id alone."""
     if not 2 <= num_responses <= len(ranking.models):
         raise ConfigurationError(
             f"num_responses is {num_responses}, expected 2 to {len(ranking.models)}, the number of models"
@@ -120,21 +91,7 @@ def sample_variants(
 def make_group(
     ranking: Denoised, question: int, positions: Sequence[int], questions: Mapping[str, Question], source: str
 ) -> ResponseGroup:
-    """The group of a question's responses; nothing in it tells which model wrote what.
-
-    Args:
-        ranking: of all questions.
-        question: position of the question.
-        positions: of the models, in the order shown.
-        questions: the texts, by id.
-        source: of the group.
-
-    Returns:
-        A ranked group.
-
-    Raises:
-        GroupError: there is no such question, or a response is missing.
-    """
+    """The group of a question's responses; nothing in it tells which model wrote what."""
     name = ranking.questions[question]
     if name not in questions:
         raise GroupError(f"question {name!r} has judgments but no text, expected it in the questions; add it")
