@@ -40,17 +40,11 @@ def attack(
     """
     from mr_reward.data.preferences import load_preferences
     from mr_reward.evaluation.attacks import ATTACKS, attack_items, run_attacks
-    from mr_reward.model.scorer import GroupScorer
-    from mr_reward.scorers.opening import default_device
+    from mr_reward.scorers.opening import open_scorer, require_local
 
     items = attack_items(load_preferences(groups), seed=seed)[:limit]
-    scorer = GroupScorer.from_pretrained(
-        model,
-        dtype=torch_dtype(dtype),
-        device=device or default_device(),
-        max_tokens_per_batch=max_tokens,
-        over_length="drop_group",
-    )
+    options: dict[str, Any] = {"max_tokens_per_batch": max_tokens, "over_length": "drop_group"}
+    scorer = require_local(open_scorer(model, device=device, dtype=torch_dtype(dtype), **options), "mr-reward attack")
     names = only or list(ATTACKS)
     tokenizer: Any = getattr(scorer.model.processor, "tokenizer", scorer.model.processor)
     with tqdm(total=len(names), unit=" attacks") as bar:

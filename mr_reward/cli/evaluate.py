@@ -45,13 +45,12 @@ def evaluate(
     from mr_reward.evaluation.evaluator import ALL_ORDERS, evaluate_benchmark
     from mr_reward.evaluation.judges import load_scorer
     from mr_reward.evaluation.report import show_report
-    from mr_reward.scorers.opening import default_device
 
     num_orders = ALL_ORDERS if orders == "all" else _number(orders)
     get_benchmark(benchmark)  # a wrong name is told before the model is loaded
     loaded = load_scorer(
         scorer,
-        device=device or default_device(),
+        device=device,
         dtype=torch_dtype(dtype),
         max_tokens_per_batch=max_tokens,
         over_length=over_length,

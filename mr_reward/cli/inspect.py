@@ -49,12 +49,9 @@ def inspect(
     if score:
         if model is None:
             raise ConfigurationError("--score needs --model, the reward model to score with")
-        from mr_reward.model.scorer import GroupScorer
-        from mr_reward.scorers.opening import default_device
+        from mr_reward.scorers.opening import open_scorer
 
-        scorer = GroupScorer.from_pretrained(
-            model, dtype=torch_dtype(dtype), device=device or default_device(), over_length="drop_group"
-        )
+        scorer = open_scorer(model, dtype=torch_dtype(dtype), device=device, over_length="drop_group")
         title, inspected = source.name, score_file(source, scorer)
     else:
         title, inspected = load_source(source, step)

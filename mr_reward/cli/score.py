@@ -140,18 +140,11 @@ def _write_to_standard_output(rows: Iterable[Any]) -> None:
 
 def _open_scorer(name: str, *, dtype: str | None, device: str | None, **options: Any) -> tuple[Scorer, str]:
     """The scorer, and a checksum of everything that decides its scores."""
-    from mr_reward.checkpoint.digest import weights_digest
-    from mr_reward.model.scorer import GroupScorer
-    from mr_reward.scorers.opening import default_device
+    from mr_reward.scorers.opening import is_url, open_scorer, scored_by
 
-    if name.startswith(("http://", "https://")):
-        from mr_reward.scorers import RemoteScorer
-
-        remote = RemoteScorer(name)
-        health = remote.connect()
-        return remote, _checksum(health.model_hash, health.options)
-    scorer = GroupScorer.from_pretrained(name, dtype=torch_dtype(dtype), device=device or default_device(), **options)
-    return scorer, _checksum(weights_digest(scorer.model), options)
+    local = {"dtype": torch_dtype(dtype), "device": device, **options}
+    scorer = open_scorer(name, **({} if is_url(name) else local))
+    return scorer, _checksum(*scored_by(scorer))
 
 
 def _checksum(*parts: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,8 +52,7 @@ def serve(
 
     Example: mr-reward serve rm --collect 8 --port 5000
     """
-    from mr_reward.model.scorer import GroupScorer
-    from mr_reward.scorers.opening import default_device
+    from mr_reward.scorers.opening import open_scorer, require_local
     from mr_reward.serving import ServerLimits, check_access
     from mr_reward.serving import serve as run_server
     from mr_reward.serving.server import run_app
@@ -71,14 +70,9 @@ def serve(
         max_pending=max_pending,
         max_wait=max_wait_ms / 1000,
     )
-    scorer = GroupScorer.from_pretrained(
-        model,
-        dtype=torch_dtype(dtype),
-        device=device or default_device(),
-        max_tokens_per_batch=max_tokens,
-        over_length=over_length,
-        num_orders=num_orders,
-    )
+    options: dict[str, Any] = {"over_length": over_length, "num_orders": num_orders}
+    options |= {"max_tokens_per_batch": max_tokens, "dtype": torch_dtype(dtype)}
+    scorer = require_local(open_scorer(model, device=device, **options), "mr-reward serve")
     if collect is not None:
         from mr_reward.integrations.openrlhf import build_collecting_app
 

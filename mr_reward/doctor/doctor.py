@@ -17,12 +17,11 @@ from mr_reward.doctor.machine import check_devices, check_versions
 from mr_reward.doctor.reward_model import score_whole
 from mr_reward.doctor.run import check_reward_folder, check_run
 from mr_reward.errors import ConfigurationError, MRRewardError
-from mr_reward.model.scorer import GroupScorer
 from mr_reward.runs.arguments import PolicyTrainingArguments
 from mr_reward.runs.launch import Launch, read_environment, read_launch
 from mr_reward.runs.plan import RunPlan, planned_arguments
 from mr_reward.runs.recipe import PolicyArguments, first_prompts, plan_run
-from mr_reward.scorers.opening import default_device
+from mr_reward.scorers.opening import open_scorer, require_local
 
 __all__ = ["check_before_start", "examine_machine", "examine_recipe"]
 
@@ -152,6 +151,6 @@ def _score(plan: RunPlan) -> Finding:
 
 def _score_folder(model: str, prompts: Sequence[Any], options: dict[str, Any]) -> Finding:
     try:
-        return score_whole(GroupScorer.from_pretrained(model, device=default_device(), **options), prompts)
+        return score_whole(require_local(open_scorer(model, **options), "--score"), prompts)
     except MRRewardError as error:
         return Finding("red", "score", str(error))

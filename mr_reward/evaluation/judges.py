@@ -16,6 +16,7 @@ from mr_reward.errors import ConfigurationError, GroupError, NonFiniteScoreError
 from mr_reward.evaluation.evaluator import BenchmarkScorer
 from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.model.scorer import GroupScorer
+from mr_reward.scorers.opening import default_device, open_scorer, require_local
 
 __all__ = ["BASELINES", "Alone", "Baseline", "ClassifierScorer", "RewardModel", "ScoresFile", "load_scorer"]
 
@@ -205,7 +206,7 @@ class ClassifierScorer:
 def load_scorer(
     spec: str,
     *,
-    device: torch.device | str,
+    device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     max_tokens_per_batch: int = 16384,
     over_length: str = "drop_group",
@@ -216,7 +217,7 @@ def load_scorer(
     Args:
         spec: a name of `BASELINES`; `scores:FILE`; `classifier:FOLDER` for a sequence classifier; anything else is the
             folder or hub id of a reward model.
-        device: where to run.
+        device: where to run; None for this process's.
         dtype: of the weights; None for the checkpoint's.
         max_tokens_per_batch: of a forward pass.
         over_length: see `mr_reward.model.rows.Packer`.
@@ -241,10 +242,11 @@ def load_scorer(
     elif kind == "scores":
         scorer = ScoresFile(place)
     elif kind == "classifier":
-        scorer = ClassifierScorer(place, device=device, dtype=dtype, max_tokens_per_batch=max_tokens_per_batch)
-    else:
-        model = GroupScorer.from_pretrained(
-            spec, device=device, dtype=dtype, max_tokens_per_batch=max_tokens_per_batch, over_length=over_length
+        scorer = ClassifierScorer(
+            place, device=device or default_device(), dtype=dtype, max_tokens_per_batch=max_tokens_per_batch
         )
-        scorer = RewardModel(model, spec)
+    else:
+        options: dict[str, Any] = {"max_tokens_per_batch": max_tokens_per_batch, "over_length": over_length}
+        opened = open_scorer(spec, device=device, dtype=dtype, **options)
+        scorer = RewardModel(require_local(opened, "an evaluation"), spec)
     return Alone(scorer) if alone else scorer

@@ -24,7 +24,7 @@ from mr_reward.grpo.groups import PlannedGroup, plan_groups
 from mr_reward.grpo.rows import Completion, Prompt, read_rollouts
 from mr_reward.grpo.telemetry import GroupOutcome, describe_rows, measure
 from mr_reward.model.rows import OVER_LENGTH_POLICIES
-from mr_reward.scorers.opening import build_scorer, connect_scorer
+from mr_reward.scorers.opening import is_url, open_scorer
 
 if TYPE_CHECKING:
     import torch
@@ -189,12 +189,15 @@ class MultiResponseReward:
         self._group_log = group_log
         self._scorer: Scorer
         if server is None:
-            if model is None:
-                raise ConfigurationError("got neither a model nor a server; give the folder of a reward model")
-            self._scorer = build_scorer(model, **options)
+            if model is None or is_url(model):
+                got = "neither a model nor a server" if model is None else f"the URL {model} as the model"
+                raise ConfigurationError(f"got {got}; give the folder of a reward model, or a URL as server")
+            self._scorer = open_scorer(model, **options)
         else:
             _refuse_local_options({"model": model, **options})
-            self._scorer = connect_scorer(server, token=server_token, expected_hash=server_hash)
+            if not is_url(server):
+                raise ConfigurationError(f"server is {server!r}, expected http://host:port")
+            self._scorer = open_scorer(server, token=server_token, expected_hash=server_hash)
         self._exchange = Exchange(timeout=timedelta(seconds=timeout))
         self._ranks_agree = False
 

@@ -21,7 +21,7 @@ from typing import Any
 from mr_reward.errors import GroupAssemblyError, GroupError, ScoringServerError
 from mr_reward.groups import ResponseGroup, Scorer
 from mr_reward.grpo.reward import REWARD_TRANSFORMS
-from mr_reward.scorers.opening import build_scorer, connect_scorer
+from mr_reward.scorers.opening import open_scorer
 
 __all__ = ["compute_score", "compute_score_single"]
 
@@ -161,4 +161,4 @@ def _scorer(model: str | None, server: str | None) -> Scorer:
     """Loaded once in a process, as verl calls the function anew for each batch."""
     if (model is None) == (server is None):
         raise GroupError("give either model or server in reward_kwargs")
-    return build_scorer(model, over_length="truncate_responses") if server is None else connect_scorer(server)
+    return open_scorer(server) if server is not None else open_scorer(str(model), over_length="truncate_responses")

@@ -1,4 +1,4 @@
-"""Scorers: a reward model on this device, in CPU memory between calls, or behind HTTP."""
+"""Scorers: a reward model on this device, in CPU memory between calls, or behind HTTP; `open_scorer` opens each."""
 
 from typing import TYPE_CHECKING
 
@@ -6,17 +6,12 @@ from mr_reward.exports import lazy_exports
 
 if TYPE_CHECKING:
     from mr_reward.scorers.offload import OffloadedScorer
-    from mr_reward.scorers.opening import build_scorer, connect_scorer
+    from mr_reward.scorers.opening import open_scorer
     from mr_reward.scorers.remote import RemoteScorer
 
-__all__ = ["OffloadedScorer", "RemoteScorer", "build_scorer", "connect_scorer"]
+__all__ = ["OffloadedScorer", "RemoteScorer", "open_scorer"]
 
 __getattr__ = lazy_exports(
     __name__,
-    {
-        "OffloadedScorer": "offload",
-        "RemoteScorer": "remote",
-        "build_scorer": "opening",
-        "connect_scorer": "opening",
-    },
+    {"OffloadedScorer": "offload", "RemoteScorer": "remote", "open_scorer": "opening"},
 )

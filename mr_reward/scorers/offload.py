@@ -38,7 +38,7 @@ class OffloadedScorer:
     """
 
     def __init__(self, scorer: GroupScorer, device: torch.device | str) -> None:
-        self._scorer = scorer
+        self.scorer = scorer
         self._device = torch.device(device)
         # Weights that are tied are one object here, and stay so.
         self._tensors = [*scorer.model.parameters(), *scorer.model.buffers()]
@@ -48,7 +48,7 @@ class OffloadedScorer:
     @property
     def model(self) -> MultiResponseRewardModel:
         """The model; on the CPU between calls."""
-        return self._scorer.model
+        return self.scorer.model
 
     def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
         """As `GroupScorer.score_detailed`.
@@ -66,7 +66,7 @@ class OffloadedScorer:
         if not groups:
             return []
         with self._on_device():
-            return self._scorer.score_detailed(groups)
+            return self.scorer.score_detailed(groups)
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

@@ -1,25 +1,24 @@
-"""Build the scorer inside a training process: on this rank's device, and out of DeepSpeed ZeRO-3's reach."""
+"""`open_scorer`: the one way to a scorer, from a folder, a hub id, a URL or a loaded model."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.checkpoint.zero3 import outside_zero3, partitioned_weights
 from mr_reward.errors import CheckpointError, ConfigurationError
+from mr_reward.groups import Scorer
 from mr_reward.model.memory import measure_reward_memory
+from mr_reward.model.model import MultiResponseRewardModel
+from mr_reward.model.scorer import GroupScorer
+from mr_reward.scorers.offload import PLACEMENTS, OffloadedScorer
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from mr_reward.model.scorer import GroupScorer
-    from mr_reward.scorers import RemoteScorer
-    from mr_reward.scorers.offload import OffloadedScorer
-
-__all__ = ["DTYPES", "build_scorer", "connect_scorer", "default_device", "outside_zero3"]
+__all__ = ["DTYPES", "default_device", "is_url", "open_scorer", "require_local", "scored_by"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,70 +27,134 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _START_SECONDS = 120.0  # that a scoring server may take to come up
 
 
-def default_device() -> torch.device:
-    """The device of this rank: `cuda:LOCAL_RANK` if CUDA is available, else the CPU.
+def open_scorer(
+    source: str | os.PathLike[str] | MultiResponseRewardModel,
+    *,
+    device: torch.device | str | None = None,
+    placement: str = "resident",
+    token: str | None = None,
+    expected_hash: str | None = None,
+    attn_implementation: str | None = None,
+    **options: Any,
+) -> Scorer:
+    """Open what scores groups: a model on this rank's device, or the server that has it.
+
+    A model is loaded whole, also while a DeepSpeed ZeRO-3 configuration is alive. A server is waited for until it
+    answers, for two minutes at most; what it scores with was decided when it was started.
+
+    Args:
+        source: folder or hub id of a reward model, a loaded model, or the URL of `mr-reward serve`.
+        device: where to score; None for this rank's.
+        placement: `resident` keeps the weights on the device; `offload` keeps them in CPU memory between calls.
+        token: of the server; None for the environment variable MR_REWARD_TOKEN.
+        expected_hash: `weights_digest` of the model that has to score; None for any.
+        attn_implementation: attention backend of a checkpoint; None for the fastest that fits.
+        **options: of `GroupScorer.from_pretrained`, for a loaded model of `GroupScorer`, for a URL of `RemoteScorer`.
 
     Returns:
-        The device.
+        A `GroupScorer`, `OffloadedScorer` or `RemoteScorer`.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded, the model is partitioned by ZeRO-3, or it is another one than
+            expected.
+        ConfigurationError: `source` is something else, or an option does not exist or does not belong to it.
+        ScoringServerError: the server cannot be reached, or refuses the token.
+
+    Example:
+        >>> scorer = open_scorer("outputs/rm", max_tokens_per_batch=8192)  # doctest: +SKIP
+        >>> scorer = open_scorer("http://127.0.0.1:8765")  # doctest: +SKIP
     """
+    if placement not in PLACEMENTS:
+        raise ConfigurationError(f"placement is {placement!r}, expected one of {', '.join(PLACEMENTS)}")
+    if is_url(source):
+        local = {"device": device, "attn_implementation": attn_implementation}
+        local["placement"] = None if placement == "resident" else placement
+        options |= {name: value for name, value in local.items() if value is not None}
+        return _open_server(str(source), token, expected_hash, options)
+    if token is not None:
+        raise ConfigurationError(f"got a token with {source!r:.100}, expected one with the URL of a server only")
+    target = torch.device(device) if device is not None else default_device()
+    home = torch.device("cpu") if placement == "offload" else target
+    with outside_zero3():
+        if isinstance(source, MultiResponseRewardModel):
+            _check_loaded(source, attn_implementation)
+            scorer = GroupScorer(source, device=home, **options)
+        elif isinstance(source, str | os.PathLike):
+            scorer = GroupScorer.from_pretrained(
+                os.fspath(source), device=home, attn_implementation=attn_implementation, **options
+            )
+        else:
+            raise ConfigurationError(
+                f"the reward model is {type(source).__name__}, expected a folder, a hub id, the URL of a scoring "
+                "server or a loaded MultiResponseRewardModel; pass the folder that save_pretrained wrote"
+            )
+    if expected_hash is not None and (found := weights_digest(scorer.model)) != expected_hash:
+        raise CheckpointError(
+            f"the weights have the checksum {found}, expected {expected_hash}; give the right folder"
+        )
+    _tell_memory(scorer, target, placement)
+    return OffloadedScorer(scorer, target) if placement == "offload" else scorer
+
+
+def default_device() -> torch.device:
+    """The device of this rank: `cuda:LOCAL_RANK` if CUDA is available, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
-def build_scorer(
-    model: Any,
-    *,
-    device: torch.device | str | None = None,
-    placement: str = "resident",
-    attn_implementation: str | None = None,
-    **options: Any,
-) -> GroupScorer | OffloadedScorer:
-    """Make a scorer from a checkpoint or from a loaded model.
+def is_url(source: Any) -> bool:
+    """Whether a source is a scoring server's; other schemes than HTTP are refused later, with a reason."""
+    return isinstance(source, str) and "://" in source
 
-    Args:
-        model: folder or hub id (str or path), or a loaded `MultiResponseRewardModel`.
-        device: where to score; None for this rank's.
-        placement: one of `PLACEMENTS`: the weights stay on the device, or go there for each call only.
-        attn_implementation: attention backend of a checkpoint; None for the default. A loaded model has its own.
-        options: keyword options of `GroupScorer`.
 
-    Returns:
-        The scorer.
+def require_local(scorer: Scorer, purpose: str) -> GroupScorer:
+    """The scorer, for what needs the model itself and not only its scores."""
+    if not isinstance(scorer, GroupScorer):
+        raise ConfigurationError(
+            f"{purpose} needs the model itself, got {type(scorer).__name__}; give the folder or hub id"
+        )
+    return scorer
 
-    Raises:
-        ConfigurationError: `model` is something else, or there is no such placement.
-        CheckpointError: the checkpoint cannot be loaded, or the model is partitioned by ZeRO-3.
-    """
-    from mr_reward.model.model import MultiResponseRewardModel
-    from mr_reward.model.scorer import GroupScorer
-    from mr_reward.scorers.offload import PLACEMENTS, OffloadedScorer
 
-    if placement not in PLACEMENTS:
-        raise ConfigurationError(f"placement is {placement!r}, expected one of {', '.join(PLACEMENTS)}")
-    target = torch.device(device) if device is not None else default_device()
-    device = torch.device("cpu") if placement == "offload" else target
-    if isinstance(model, MultiResponseRewardModel):
-        _refuse_partitioned(model)
-        if attn_implementation is not None:
-            raise ConfigurationError(
-                f"got attn_implementation={attn_implementation!r} with a loaded model, expected a folder; choose the "
-                "backend when you load the model"
-            )
-    with outside_zero3():
-        if isinstance(model, str | os.PathLike):
-            scorer = GroupScorer.from_pretrained(
-                os.fspath(model), device=device, attn_implementation=attn_implementation, **options
-            )
-        elif isinstance(model, MultiResponseRewardModel):
-            scorer = GroupScorer(model, device=device, **options)
-        else:
-            raise ConfigurationError(
-                f"model is {type(model).__name__}, expected a folder, a hub id or a loaded MultiResponseRewardModel; "
-                "pass the folder that save_pretrained wrote"
-            )
-    _tell_memory(scorer, target, placement)
-    return OffloadedScorer(scorer, target) if placement == "offload" else scorer
+def scored_by(scorer: Scorer) -> tuple[str, dict[str, Any]]:
+    """What decides the scores: `weights_digest` of the model, and the options; equal here and over HTTP."""
+    if hasattr(scorer, "connect"):  # a RemoteScorer, whose packages are an extra
+        health = scorer.connect()
+        return health.model_hash, health.options
+    local: Any = getattr(scorer, "scorer", scorer)
+    options = {"max_tokens_per_batch": local.max_tokens_per_batch, "num_orders": local.num_orders}
+    return weights_digest(local.model), {**options, "over_length": local.packer.over_length}
+
+
+def _open_server(url: str, token: str | None, expected_hash: str | None, options: dict[str, Any]) -> Scorer:
+    from mr_reward.scorers import RemoteScorer  # through the folder: it names the extra if a package is missing
+
+    local = [name for name in options if name not in inspect.signature(RemoteScorer).parameters]
+    if local:
+        raise ConfigurationError(
+            f"{', '.join(local)} cannot be given with the URL of a scoring server, where `mr-reward serve` decides "
+            "about it; leave it out, and start the server with it"
+        )
+    scorer = RemoteScorer(url, token=token, expected_hash=expected_hash, **options)
+    scorer.connect(min(_START_SECONDS, options.get("deadline", _START_SECONDS)))
+    return scorer
+
+
+def _check_loaded(model: MultiResponseRewardModel, attn_implementation: str | None) -> None:
+    """A model with empty weights would score nonsense, or wait for ranks that own no group."""
+    names = partitioned_weights(model)
+    if names:
+        raise CheckpointError(
+            f"{len(names)} weights of the reward model are partitioned over the ranks ({names[0]}, ...): it was "
+            "loaded while a DeepSpeed ZeRO-3 configuration was alive, expected whole weights on every rank; "
+            "pass the folder itself, or load the model inside mr_reward.checkpoint.zero3.outside_zero3()"
+        )
+    if attn_implementation is not None:
+        raise ConfigurationError(
+            f"got attn_implementation={attn_implementation!r} with a loaded model, expected a folder; choose the "
+            "backend when you load the model"
+        )
 
 
 def _tell_memory(scorer: GroupScorer, target: torch.device, placement: str) -> None:
@@ -110,37 +173,3 @@ def _tell_memory(scorer: GroupScorer, target: torch.device, placement: str) -> N
         need.activations / 1e9,
         scorer.max_tokens_per_batch,
     )
-
-
-def connect_scorer(server: str, *, token: str | None = None, expected_hash: str | None = None) -> RemoteScorer:
-    """Make a scorer that asks a scoring server, and see that the server is there.
-
-    Args:
-        server: its URL.
-        token: of the server; None for the environment's.
-        expected_hash: checksum of the model that has to score; None for any.
-
-    Returns:
-        The scorer.
-
-    Raises:
-        CheckpointError: the server has another model.
-        ConfigurationError: the URL is none, or the packages of the extra `serve` are missing.
-        ScoringServerError: the server cannot be reached, or refuses the token.
-    """
-    from mr_reward.scorers import RemoteScorer
-
-    scorer = RemoteScorer(server, token=token, expected_hash=expected_hash)
-    scorer.connect(_START_SECONDS)
-    return scorer
-
-
-def _refuse_partitioned(model: nn.Module) -> None:
-    """A model with empty weights would score nonsense, or wait for ranks that own no group."""
-    names = partitioned_weights(model)
-    if names:
-        raise CheckpointError(
-            f"{len(names)} weights of the reward model are partitioned over the ranks ({names[0]}, ...): it was "
-            "loaded while a DeepSpeed ZeRO-3 configuration was alive, expected whole weights on every rank; "
-            "pass the folder itself, or load the model inside mr_reward.checkpoint.zero3.outside_zero3()"
-        )

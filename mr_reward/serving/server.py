@@ -19,10 +19,10 @@ from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.errors import ConfigurationError, MRRewardError
 from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.model.scorer import GroupScorer
+from mr_reward.scorers.opening import scored_by
 from mr_reward.scorers.wire import (
     ErrorAnswer,
     Health,
@@ -207,12 +207,7 @@ class _Service:
     def __init__(self, scorer: GroupScorer, limits: ServerLimits) -> None:
         self._limits = limits
         self._layout = scorer.model.config.layout
-        self._model_hash = weights_digest(scorer.model)
-        self._options = {
-            "max_tokens_per_batch": scorer.max_tokens_per_batch,
-            "num_orders": scorer.num_orders,
-            "over_length": scorer.packer.over_length,
-        }
+        self._model_hash, self._options = scored_by(scorer)
         self._reads = asyncio.Semaphore(_PARALLEL_READS)
         self.batcher = Batcher(scorer.score_detailed, max_wait=limits.max_wait, max_pending=limits.max_pending)
         logger.info("model %s, layout %s, options %s", self._model_hash, self._layout, self._options)

@@ -123,7 +123,7 @@ def call(reward: MultiResponseReward, prompts: list[Any], completions: list[Any]
 
 def use_scorer(scorer: WholeGroupScorer) -> None:
     """Make every reward built from now on use this scorer."""
-    reward_module.build_scorer = lambda model, **options: scorer
+    reward_module.open_scorer = lambda model, **options: scorer
 
 
 def run(scenario: str, model: str | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mr_reward import MultiResponseReward, MultiResponseRewardModel
 from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.grpo.agreement import check_same_weights, group_size
-from mr_reward.scorers.opening import build_scorer
+from mr_reward.scorers.opening import open_scorer
 from mr_reward.worlds import tiny
 
 
@@ -140,7 +140,7 @@ def test_partitioned_models_are_refused_at_once(world: Path) -> None:
         else:
             weight.ds_id = 0
         with pytest.raises(CheckpointError, match="1 weights of the reward model are partitioned .*embed_tokens"):
-            build_scorer(model)
+            open_scorer(model)
 
 
 def test_the_digest_tells_models_apart(world: Path) -> None:

@@ -16,12 +16,13 @@ from reward_worker import WholeGroupScorer, call, make_rows
 from transformers.integrations import deepspeed as hf_deepspeed
 
 import mr_reward.grpo.reward as reward_module
+from mr_reward.checkpoint.zero3 import outside_zero3
 from mr_reward.errors import ConfigurationError, GroupAssemblyError, PeerRankError
 from mr_reward.groups import GroupScores
 from mr_reward.grpo.exchange import Exchange
 from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
 from mr_reward.grpo.telemetry import COLUMN_KEYS, METRIC_KEYS
-from mr_reward.scorers.opening import build_scorer, default_device, outside_zero3
+from mr_reward.scorers.opening import default_device, open_scorer
 
 
 class FixedScorer(WholeGroupScorer):
@@ -36,14 +37,14 @@ class FixedScorer(WholeGroupScorer):
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
-    """What `build_scorer` was called with; it gives a `FixedScorer`."""
+    """What `open_scorer` was called with; it gives a `FixedScorer`."""
     calls: list[tuple[Any, dict[str, Any]]] = []
 
     def build(model: Any, **options: Any) -> WholeGroupScorer:
         calls.append((model, options))
         return FixedScorer()
 
-    monkeypatch.setattr(reward_module, "build_scorer", build)
+    monkeypatch.setattr(reward_module, "open_scorer", build)
     return calls
 
 
@@ -233,8 +234,8 @@ def test_zero3_config_is_hidden_and_restored() -> None:
         with outside_zero3():
             assert not hf_deepspeed.is_deepspeed_zero3_enabled()
         assert hf_deepspeed.is_deepspeed_zero3_enabled()
-        with pytest.raises(ConfigurationError, match="model is int"):
-            build_scorer(3)
+        with pytest.raises(ConfigurationError, match="model is int, expected a folder, a hub id, the URL"):
+            open_scorer(3)
         assert hf_deepspeed.is_deepspeed_zero3_enabled()
     finally:
         hf_deepspeed.unset_hf_deepspeed_config()

@@ -68,7 +68,7 @@ def launch(tmp_path: Path) -> Launch:
 def test_rewards_equal_the_single_process_ones(
     launch: Launch, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
-    monkeypatch.setattr(reward_module, "build_scorer", lambda model, **options: reward_worker.WholeGroupScorer())
+    monkeypatch.setattr(reward_module, "open_scorer", lambda model, **options: reward_worker.WholeGroupScorer())
     _check_against_a_single_process(launch("equal", world_size), world_size, "fake")
 
 
@@ -83,7 +83,7 @@ def test_rewards_equal_the_single_process_ones(
 def test_groups_wider_than_a_rank(
     launch: Launch, monkeypatch: pytest.MonkeyPatch, world_size: int, rows: int, size: int
 ) -> None:
-    monkeypatch.setattr(reward_module, "build_scorer", lambda model, **options: reward_worker.WholeGroupScorer())
+    monkeypatch.setattr(reward_module, "open_scorer", lambda model, **options: reward_worker.WholeGroupScorer())
     results = [record[f"{rows}x{size}"] for record in launch(f"only {rows}x{size}", world_size) if record]
     prompts, completions = reward_worker.make_rows(rows * world_size, size)
     expected = reward_worker.call(MultiResponseReward("fake", size, device="cpu"), prompts, completions)

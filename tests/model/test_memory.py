@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3VLConfig, Qwen3VLFo
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
 from mr_reward.model.memory import estimate_policy_memory, estimate_reward_memory, measure_reward_memory
-from mr_reward.scorers.opening import build_scorer
+from mr_reward.scorers.opening import open_scorer
 from mr_reward.worlds import tiny
 
 # Qwen3-VL-4B-Instruct as published: 4.44 billion parameters.
@@ -122,8 +122,8 @@ def test_activations_as_measured(layout: str) -> None:
 
 def test_the_estimate_is_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "mr_reward"):
-        build_scorer(reward_model("llama"), device="cpu", max_tokens_per_batch=2048)
-        build_scorer(reward_model("llama"), device="cpu", placement="offload")
+        open_scorer(reward_model("llama"), device="cpu", max_tokens_per_batch=2048)
+        open_scorer(reward_model("llama"), device="cpu", placement="offload")
     told = [record.getMessage() for record in caplog.records if "GB of weights" in record.getMessage()]
     assert "GB of weights on cpu, and about 0.02 GB more in a forward pass of 2048 tokens" in told[0]
     assert "on the CPU, in calls also on cpu" in told[1]
