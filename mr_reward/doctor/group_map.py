@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from mr_reward.grpo.groups import plan_groups
-from mr_reward.grpo.rows import RolloutRow
+from mr_reward.grpo.groups import RolloutRow, plan_groups
 
 __all__ = ["group_map"]
 

@@ -8,21 +8,11 @@ from typing import Any
 
 from mr_reward.errors import CheckpointError, ConfigurationError
 
-__all__ = ["check_same_weights", "group_size"]
+__all__ = ["check_same_weights", "group_size", "is_evaluating"]
 
 
 def check_same_weights(digests: Sequence[str]) -> None:
-    """Refuse to go on if the ranks hold different reward models; every rank sees the same list, so all raise.
-
-    Args:
-        digests: `weights_digest` of each rank's reward model, rank 0 first.
-
-    Raises:
-        CheckpointError: they differ.
-
-    Example:
-        >>> check_same_weights(["a1", "a1"])
-    """
+    """Refuse ranks with different reward models, by their checksums; every rank sees the same list, so all raise."""
     if len(set(digests)) <= 1:
         return
     ranks_by_digest: defaultdict[str, list[str]] = defaultdict(list)
@@ -45,23 +35,8 @@ def group_size(log_metric: Callable[..., None] | None, num_generations: int, num
     """How many rows a group has in this call: training and evaluation may differ, and TRL does not say which it is.
 
     The rows do not tell it apart safely (two neighbouring groups of one prompt look like one of twice the size), so
-    the trainer is asked: `log_metric` is a method of it. What it says is also held against what the reward was given,
-    in the first call already, not only when the first evaluation comes.
-
-    Args:
-        log_metric: as TRL hands it to reward functions; None or any other function in calls by hand.
-        num_generations: what the reward was given for training.
-        num_generations_eval: what it was given for evaluation.
-
-    Returns:
-        The number of rows in a group.
-
-    Raises:
-        ConfigurationError: the trainer has other numbers; or the two differ and there is no trainer to ask.
-
-    Example:
-        >>> group_size(None, 8, 8)
-        8
+    the trainer is asked: `log_metric`, which TRL hands to reward functions, is a method of it. What it says is also
+    held against what the reward was given, in the first call already, not only when the first evaluation comes.
     """
     trainer = getattr(log_metric, "__self__", None)
     configured = tuple(getattr(trainer, name, None) for name in ("num_generations", "num_generations_eval"))
@@ -84,17 +59,6 @@ def group_size(log_metric: Callable[..., None] | None, num_generations: int, num
 
 
 def is_evaluating(log_metric: Callable[..., None] | None) -> bool:
-    """Whether the trainer that calls a reward is evaluating; the trainer itself tells it by its model's mode.
-
-    Args:
-        log_metric: as TRL hands it to reward functions; anything else counts as training.
-
-    Returns:
-        True in an evaluation.
-
-    Example:
-        >>> is_evaluating(None)
-        False
-    """
+    """Whether the trainer that calls a reward is evaluating: its model's mode tells it. Without a trainer, no."""
     model: Any = getattr(getattr(log_metric, "__self__", None), "model", None)
     return model is not None and not model.training

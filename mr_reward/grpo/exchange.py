@@ -30,15 +30,8 @@ class Exchange:
 
     The group is made on first use, by all ranks together; NCCL traffic of the training is not touched. In a single
     process, or without `torch.distributed`, everything is the identity and no group is made. Send strings and numbers,
-    never images.
-
-    Args:
-        timeout: how long a rank waits for the others. It covers the slowest rank's scoring, not a failing one's:
-            `fail_together` reports failures at once, and a process that dies closes its connections.
-
-    Example:
-        >>> Exchange().all_gather_objects("hello")
-        ['hello']
+    never images. `timeout` covers the slowest rank's scoring, not a failing one's: `fail_together` reports failures at
+    once, and a process that dies closes its connections.
     """
 
     def __init__(self, *, timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -56,17 +49,7 @@ class Exchange:
         return dist.get_world_size() if self._is_distributed() else 1
 
     def all_gather_objects(self, obj: Any) -> list[Any]:
-        """Send an object to every rank. Every rank has to call this.
-
-        Args:
-            obj: anything that can be pickled.
-
-        Returns:
-            The objects of all ranks, rank 0 first.
-
-        Raises:
-            PeerRankError: another rank died or did not come within the timeout.
-        """
+        """The objects of all ranks, rank 0 first; anything that can be pickled. Every rank has to call this."""
         if self.world_size == 1:
             return [obj]
         gathered: list[Any] = [None] * self.world_size
@@ -85,19 +68,12 @@ class Exchange:
         return gathered
 
     def fail_together(self, description: str) -> Phase:
-        """A phase of work that succeeds on all ranks or raises on all ranks. Every rank has to enter and leave it.
+        """Work ("scoring") that succeeds on all ranks or raises on all ranks; every rank has to enter and leave it.
 
-        Args:
-            description: what is done, for messages ("scoring").
-
-        Returns:
-            A context manager, see `Phase`.
-
-        Example:
-            >>> with Exchange().fail_together("adding") as phase:
-            ...     phase.payload = 1 + 1
-            >>> phase.gathered
-            [2]
+        >>> with Exchange().fail_together("adding") as phase:
+        ...     phase.payload = 1 + 1
+        >>> phase.gathered
+        [2]
         """
         return Phase(self, description)
 
@@ -112,23 +88,14 @@ class Phase:
     Leaving the block gathers every rank's payload or failure in one collective, so no rank waits for one that has
     failed. The rank that failed raises its own exception, with a note that names rank and work; the others raise
     `PeerRankError`. As this is done in `__exit__`, nothing has to catch exceptions that nobody knows.
-
-    Args:
-        exchange: the ranks to talk to.
-        description: what is done, for messages.
-
-    Attributes:
-        at: what this rank is working on right now ("step 12 group 3"), for messages.
-        payload: what this rank sends to the others.
-        gathered: the payloads of all ranks, rank 0 first; filled when the block ends well.
     """
 
     def __init__(self, exchange: Exchange, description: str) -> None:
         self._exchange = exchange
         self._description = description
-        self.at: str | None = None
+        self.at: str | None = None  # what this rank is working on right now ("step 12 group 3"), for messages
         self.payload: Any = None
-        self.gathered: list[Any] = []
+        self.gathered: list[Any] = []  # of all ranks, rank 0 first; filled when the block ends well
 
     def __enter__(self) -> Phase:
         return self
@@ -145,7 +112,7 @@ class Phase:
             exc.add_note(f"mr_reward: failed while {self._description}, {failure}")
         records = self._exchange.all_gather_objects((failure, None if failure else self.payload))
         if exc is not None:
-            return  # Python goes on raising it
+            return  # Python raises it further
         failures = [other for other, _ in records if other is not None]
         if failures:
             raise PeerRankError(

@@ -1,42 +1,80 @@
-"""Rows of all ranks -> groups of `num_generations` rows, and the rank that scores each. Pure: no collectives.
+"""Rollouts -> groups: what is read from the rows that a trainer hands over, and which rank scores which group.
 
-Words: the *owner* of a group is the rank that scores it, a *holder* one that holds at least one row of it; a
-*straddling* group has more than one holder. The owner is always a holder, because holders have the prompt's images.
+Pure, no collectives. Words: a *row* is one rollout; the *owner* of a group is the rank that scores it, a *holder* one
+that holds at least one row of it; a *straddling* group has more than one holder. The owner is always a holder, because
+holders have the prompt's images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from mr_reward.errors import GroupAssemblyError
-from mr_reward.grpo.rows import RolloutRow
+from mr_reward.errors import GroupAssemblyError, GroupError
+from mr_reward.groups import ResponseGroup
+from mr_reward.templates.images import load_image
 
-__all__ = ["PlannedGroup", "plan_groups"]
+__all__ = ["PlannedGroup", "RolloutRow", "completion_text", "plan_groups", "prompt_fingerprint", "read_rollouts"]
+
+Completion = str | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRow:
+    """What the other ranks need to know of one rollout: two strings, never media."""
+
+    fingerprint: str  # hash of the prompt's text and media; equal for all rollouts of one prompt
+    response: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedGroup:
-    """One prompt's rollouts, wherever they are.
+    """One prompt's rollouts, wherever they are."""
 
-    Args:
-        index: number of the group in the global batch.
-        responses: N = `num_generations` response texts in global row order.
-        holders: the ranks that hold rows of it, ascending.
-        owner: the holder that scores it.
-        owner_row: position, among the owner's own rows, of the first one that belongs to this group.
-    """
-
-    index: int
-    responses: tuple[str, ...]
-    holders: tuple[int, ...]
-    owner: int
-    owner_row: int
+    index: int  # number of the group in the global batch
+    responses: tuple[str, ...]  # N = `num_generations` texts in global row order
+    holders: tuple[int, ...]  # ranks that hold rows of it, ascending
+    owner: int  # the holder that scores it
+    owner_row: int  # position, among the owner's own rows, of the first one that belongs to this group
 
     @property
     def straddles(self) -> bool:
         """Whether more than one rank holds rows of it."""
         return len(self.holders) > 1
+
+
+def read_rollouts(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Mapping[str, Any]
+) -> tuple[list[ResponseGroup], list[RolloutRow]]:
+    """M groups of one response each (they hold prompt and media), and the M rows to be gathered.
+
+    Images are taken from the prompt's content blocks, where TRL puts them; from the `images` or else the `image`
+    column if no block carries one. Each image is decoded once, whatever the number of rollouts that show it.
+    """
+    images = _image_column(columns, len(prompts))
+    if not len(prompts) == len(completions) == len(images):
+        raise GroupError(
+            f"got {len(prompts)} prompts, {len(completions)} completions and {len(images)} entries in the image "
+            "column, expected one of each per rollout; pass what GRPOTrainer passes to a reward function"
+        )
+    groups = []
+    for i, (prompt, completion, media) in enumerate(zip(prompts, completions, images, strict=True)):
+        name = f"rollout {i}"
+        groups.append(
+            ResponseGroup(
+                prompt=_without_empty_content(prompt),
+                responses=[completion_text(completion, name=name)],
+                images=() if _carries_images(prompt) else media,
+                id=name,
+            )
+        )
+    digest = _digest_once()
+    return groups, [RolloutRow(prompt_fingerprint(group, digest), group.responses[0]) for group in groups]
 
 
 def plan_groups(rows_by_rank: Sequence[Sequence[RolloutRow]], num_generations: int) -> list[PlannedGroup]:
@@ -82,6 +120,112 @@ def plan_groups(rows_by_rank: Sequence[Sequence[RolloutRow]], num_generations: i
             )
         )
     return _balance(groups, num_ranks=len(rows_by_rank))
+
+
+def completion_text(completion: Completion, *, name: str = "completion") -> str:
+    """The text of a completion that the reward model is to judge: what a reader of the chat would see the policy say.
+
+    That is the content of the assistant turns, several joined by a blank line; a missing content is the empty text.
+    Left out: tool calls, tool results and other turns, and reasoning that TRL's response parser has moved to a key of
+    its own (reasoning inside the content stays). Nothing else changes: lone surrogates, control tokens as text and
+    white space are kept.
+    """
+    if isinstance(completion, str):
+        return completion
+    turns = []
+    for message in completion if isinstance(completion, Sequence) else [None]:
+        if not isinstance(message, Mapping):
+            raise GroupError(
+                f"{name}: completion is {completion!r}, expected a string or a list of chat messages; pass the "
+                "completions that GRPOTrainer passes to a reward function"
+            )
+        if message.get("role") == "assistant":
+            turns.append(_turn_text(message, name))
+    return "\n\n".join(turn for turn in turns if turn)
+
+
+def prompt_fingerprint(group: ResponseGroup, digest: Callable[[Any], bytes] | None = None) -> str:
+    """Hash of everything that makes a prompt: roles, text, placeholders and the pixels of the media; 32 hex digits."""
+    digest = digest or _digest_once()
+    # json escapes lone surrogates, which have no UTF-8
+    parts = [json.dumps(group.messages, sort_keys=True).encode()]
+    for medium in (*group.images, *group.videos):
+        if isinstance(medium, Sequence) and not isinstance(medium, str | bytes | bytearray):
+            parts += [f"{len(medium)} frames".encode(), *map(digest, medium)]
+        else:
+            parts.append(digest(medium))
+    whole = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little"))
+        whole.update(part)
+    return whole.hexdigest()
+
+
+def _digest_once() -> Callable[[Any], bytes]:
+    """A function that hashes an image as the model will see it: a file, its bytes and the opened image are the same.
+
+    It decodes an object, or a path or bytes that it has met, once; objects have to live as long as the function.
+    """
+    known: dict[Any, bytes] = {}
+
+    def digest(source: Any) -> bytes:
+        if isinstance(source, Mapping):  # a row of `datasets`
+            source = source.get("bytes") or source.get("path") or source
+        key = source if isinstance(source, str | bytes | Path) else id(source)
+        if key not in known:
+            image = load_image(source)
+            known[key] = hashlib.blake2b(f"{image.size}".encode() + image.tobytes()).digest()
+        return known[key]
+
+    return digest
+
+
+def _turn_text(message: Mapping[str, Any], name: str) -> str:
+    content = message.get("content")
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for block in content:
+        if not isinstance(block, Mapping) or not isinstance(block.get("text"), str):
+            kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
+            raise GroupError(
+                f"{name}: an assistant turn has a content block of type {kind!r}, expected text blocks; "
+                "the reward model judges text responses only"
+            )
+        texts.append(block["text"])
+    return "".join(texts)
+
+
+def _without_empty_content(prompt: Prompt) -> Prompt:
+    """Give assistant turns that only call tools the empty text; `ResponseGroup` wants a content everywhere."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {**message, "content": ""} if isinstance(message, Mapping) and message.get("content") is None else message
+        for message in prompt
+    ]
+
+
+def _blocks(prompt: Prompt) -> Iterable[Mapping[str, Any]]:
+    for message in () if isinstance(prompt, str) else prompt:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            yield from (block for block in content if isinstance(block, Mapping))
+
+
+def _carries_images(prompt: Prompt) -> bool:
+    return any(block.get("image") is not None for block in _blocks(prompt))
+
+
+def _image_column(columns: Mapping[str, Any], length: int) -> list[Sequence[Any]]:
+    """M lists of images; `images` wins over `image`, as in TRL."""
+    if columns.get("images") is not None:
+        return [images if images is not None else () for images in columns["images"]]
+    if columns.get("image") is not None:
+        return [(image,) if image is not None else () for image in columns["image"]]
+    return [()] * length
 
 
 def _check_same_prompt(chunk: Sequence[tuple[int, int, RolloutRow]], start: int, num_generations: int) -> None:

@@ -20,8 +20,7 @@ from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.agreement import check_same_weights, group_size, is_evaluating
 from mr_reward.grpo.exchange import Exchange
 from mr_reward.grpo.group_log import GroupLog
-from mr_reward.grpo.groups import PlannedGroup, plan_groups
-from mr_reward.grpo.rows import Completion, Prompt, read_rollouts
+from mr_reward.grpo.groups import Completion, PlannedGroup, Prompt, plan_groups, read_rollouts
 from mr_reward.grpo.telemetry import GroupOutcome, describe_rows, measure
 from mr_reward.model.rows import OVER_LENGTH_POLICIES
 from mr_reward.scorers.opening import is_url, open_scorer

@@ -55,7 +55,7 @@ class GroupOutcome:
 
 
 def measure(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome], seconds: float) -> dict[str, float]:
-    """Compute all metrics of one call.
+    """All metrics of one call, `METRIC_KEYS` -> value.
 
     `score_mean` is over all scored responses, before any transform. `score_spread` is the mean within-group standard
     deviation (with Bessel's correction, as TRL's `reward_std`). `zero_spread_groups` is the share of scored groups
@@ -65,20 +65,10 @@ def measure(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome], seco
     `repeated_share`. `score_length_correlation` is the mean within-group Pearson correlation of score and length in
     characters, over the groups where both vary. `order_flip_rate` is the mean over the groups where it was measured: 0
     for layouts without an order, and for `causal` only with `num_orders` of 2 or more. `ms_per_group` is the scoring
-    time in milliseconds of one group on the rank that owns it.
+    time in milliseconds of one group on the rank that owns it; `seconds` is summed over ranks.
 
-    Args:
-        plan: all groups of the global batch.
-        outcomes: their outcomes, same order.
-        seconds: time spent scoring, summed over ranks.
-
-    Returns:
-        `METRIC_KEYS` -> value, always all of them. NaN where nothing is defined; TRL (1.16) leaves NaN out when it
-        averages over the steps of a log, and logs None if there is nothing else.
-
-    Example:
-        >>> measure([], [], 0.0)["mr_reward/dropped_groups"]
-        0.0
+    NaN where nothing is defined; TRL (1.16) leaves NaN out when it averages over the steps of a log, and logs None if
+    there is nothing else.
     """
     scored = [
         (group, outcome.scores) for group, outcome in zip(plan, outcomes, strict=True) if outcome.scores is not None
@@ -100,26 +90,13 @@ def measure(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome], seco
 
 
 def describe_rows(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome]) -> dict[str, list[Any]]:
-    """Columns of the completions table.
+    """Columns of the completions table, `COLUMN_KEYS` -> a value for each row of the global batch.
 
     `mr_reward_group` is the number of the group in the global batch. `mr_reward_score` is the score before the
     transform, and `mr_reward_rank` its rank in the group (1 = best, ties share a rank); both are None in a dropped
     group. `mr_reward_slot` is the place of the response in the reward model's row: equal texts of a group are read
     once and share it. `mr_reward_duplicate_of` is the slot of an earlier response with the same text, -1 for none.
     `mr_reward_truncated` tells whether the response was cut before scoring.
-
-    Args:
-        plan: all groups of the global batch.
-        outcomes: their outcomes, same order.
-
-    Returns:
-        `COLUMN_KEYS` -> a value for each row of the global batch.
-
-    Example:
-        >>> group = PlannedGroup(index=0, responses=("a", "b", "a"), holders=(0,), owner=0, owner_row=0)
-        >>> outcome = GroupOutcome((1.0, 2.0, 1.0), (False, False, False))
-        >>> describe_rows([group], [outcome])["mr_reward_duplicate_of"]
-        [-1, -1, 0]
     """
     columns: dict[str, list[Any]] = {key: [] for key in COLUMN_KEYS}
     for group, outcome in zip(plan, outcomes, strict=True):
@@ -140,21 +117,10 @@ def describe_rows(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome]
 
 
 def repeated_share(text: str, *, width: int = 8) -> float:
-    """How much of a text repeats what it has said before.
+    """How much of a text repeats what it has said before: 1 - (different runs / runs), 0 if shorter than two runs.
 
     Counted over all runs of `width` characters, so it needs no words and no tokenizer. Ordinary prose of a few hundred
     characters has under 0.1, a sentence said four times about 0.75.
-
-    Args:
-        text: any text.
-        width: length of a run, in characters.
-
-    Returns:
-        1 - (different runs / runs); 0 for a text that is shorter than two runs.
-
-    Example:
-        >>> repeated_share("no no no no no no no no no no no ") > 0.5
-        True
     """
     runs = len(text) - width + 1
     if len(text) < 2 * width:

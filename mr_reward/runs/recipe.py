@@ -19,8 +19,8 @@ from trl import GRPOConfig, ModelConfig
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.group_log import GroupLog
+from mr_reward.grpo.groups import read_rollouts
 from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
-from mr_reward.grpo.rows import read_rollouts
 from mr_reward.model.rows import OVER_LENGTH_POLICIES
 from mr_reward.runs.launch import Launch
 from mr_reward.runs.plan import RunPlan

@@ -13,7 +13,7 @@ from mr_reward.data.groups_file import read_groups
 from mr_reward.data.scored import ScoredGroup, read_scored
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import GroupScores, ResponseGroup, Scorer
-from mr_reward.grpo.rows import completion_text
+from mr_reward.grpo.groups import completion_text
 
 __all__ = ["Inspected", "load_source", "score_file"]
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from mr_reward.errors import GroupAssemblyError, GroupError, MediaError
 from mr_reward.groups import ResponseGroup
-from mr_reward.grpo.groups import plan_groups
-from mr_reward.grpo.rows import RolloutRow, completion_text, prompt_fingerprint, read_rollouts
+from mr_reward.grpo.groups import RolloutRow, completion_text, plan_groups, prompt_fingerprint, read_rollouts
+from mr_reward.templates.images import load_image
 
 
 def _rows(*fingerprints: str, response: str = "r") -> list[RolloutRow]:
@@ -166,3 +166,28 @@ def test_rollouts_need_one_completion_each() -> None:
 def test_turns_of_the_prompt_without_content_count_as_empty() -> None:
     prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]
     assert read_rollouts([prompt], [""], {})[0][0].messages[1]["content"] == [{"type": "text", "text": ""}]
+
+
+def test_an_image_is_decoded_once_for_all_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By object, by path and by content of a file; equal images that are different objects stay equal."""
+    red, also_red, blue = (Image.new("RGB", (4, 2), colour) for colour in ("red", "red", "blue"))
+    red.save(tmp_path / "red.png")
+    content = (tmp_path / "red.png").read_bytes()
+    decoded: list[Any] = []
+
+    def counting(source: Any) -> Image.Image:
+        decoded.append(source)
+        return load_image(source)
+
+    monkeypatch.setattr("mr_reward.grpo.groups.load_image", counting)
+    path = str(tmp_path / "red.png")
+    rows = [{"bytes": bytes(bytearray(content)), "path": None} for _ in range(8)]  # as `datasets` has them undecoded
+    for images in ([red] * 8, [path] * 8, [Path(path)] * 8, rows):
+        decoded.clear()
+        fingerprints = {row.fingerprint for row in read_rollouts(["?"] * 8, ["!"] * 8, {"image": images})[1]}
+        assert len(decoded) == 1 and len(fingerprints) == 1
+    decoded.clear()
+    columns = {"image": [red, also_red, blue, path, red, also_red, blue, path]}
+    fingerprints = [row.fingerprint for row in read_rollouts(["?"] * 8, ["!"] * 8, columns)[1]]
+    assert len(decoded) == 4
+    assert len(set(fingerprints)) == 2 and fingerprints[0] == fingerprints[1] == fingerprints[3] != fingerprints[2]
