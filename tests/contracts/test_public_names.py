@@ -144,3 +144,10 @@ def test_the_count_of_inner_sections_sees_functions_in_functions_and_methods() -
     assert "mr_reward.model.model.MultiResponseRewardModel.from_pretrained" not in names
     assert SECTION.search("One.\n\n    Args:\n        x: y.")
     assert not SECTION.search("Args: are none")
+
+
+def test_the_reference_shows_every_folder_once() -> None:
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    shown = re.findall(r"^::: mr_reward\.?(\S*)$", pages, re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    assert {folder for folder in PACKAGES if folder != "cli"} <= set(shown)
