@@ -22,8 +22,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from mr_reward.doctor.doctor import check_before_start, examine_recipe
-from mr_reward.doctor.findings import may_start, show_findings
+from mr_reward.doctor import check_before_start, examine_recipe, may_start, show_findings
 from mr_reward.errors import ConfigurationError
 from mr_reward.runs.arguments import PolicyTrainingArguments
 from mr_reward.runs.figure import RunFigure

@@ -35,7 +35,7 @@ MOVED = MappingProxyType(
         "evaluation.run": "evaluation.evaluator",
         "evaluation.scorers": "evaluation.judges",
         "grpo.arguments": "runs.arguments",
-        "grpo.doctor": "doctor.doctor",
+        "grpo.doctor": "doctor.examine",
         "grpo.findings": "doctor.findings",
         "grpo.recipe": "runs.recipe",
         "grpo.resume": "runs.resume",

@@ -10,9 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["Finding", "Level", "may_start", "show_findings"]
-
-Level = Literal["green", "yellow", "red"]
+__all__ = ["Finding", "may_start", "show_findings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +23,7 @@ class Finding:
         text: what was found, and for yellow and red what to do.
     """
 
-    level: Level
+    level: Literal["green", "yellow", "red"]
     what: str
     text: str
 

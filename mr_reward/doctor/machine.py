@@ -1,4 +1,4 @@
-"""Checks of the machine: versions, what an extra has to bring, devices, the output folder."""
+"""Checks of the machine: versions, packages, devices, the output folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from mr_reward.doctor.findings import Finding, Level
+from mr_reward.doctor.findings import Finding
 from mr_reward.training.resume import incomplete_reason
 
 __all__ = ["check_devices", "check_needed", "check_output_folder", "check_versions", "device_memory"]
@@ -26,11 +26,7 @@ _LITTLE_DISK = 5 * _GB
 
 
 def check_versions() -> Iterator[Finding]:
-    """Hold what is installed against what this package asks for.
-
-    Yields:
-        A line for the required packages and one for the extras.
-    """
+    """Compare what is installed with what this package asks for: a line for what it requires, one for the extras."""
     required, extras = [], {}
     for line in importlib.metadata.requires(_PACKAGE) or ():
         requirement = Requirement(line)
@@ -41,58 +37,36 @@ def check_versions() -> Iterator[Finding]:
     problems = [problem for problem in map(_problem, required) if problem is not None]
     python = f"Python {platform.python_version()}"
     if problems:
-        yield Finding(
-            "red", "versions", f"{python}; {'; '.join(problems)}; install them with pip install -U {_PACKAGE}"
-        )
+        text = f"{python}; {'; '.join(problems)}; install them with pip install -U {_PACKAGE}"
+        yield Finding("red", "versions", text)
     else:
         shown = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _MAIN_PACKAGES)
         yield Finding("green", "versions", f"{python}, {_PACKAGE} {importlib.metadata.version(_PACKAGE)}, {shown}")
-    found, wrong = [], []
-    for name in _EXTRA_PACKAGES:
-        version = _version(name)
-        if version is None:
-            found.append(f"no {name}")
-        elif name in extras and not extras[name].specifier.contains(version, prereleases=True):
-            wrong.append(f"{name} {version} is installed, expected {extras[name].specifier}")
-        else:
-            found.append(f"{name} {version}")
+    here = [extras.get(name, Requirement(name)) for name in _EXTRA_PACKAGES if _version(name) is not None]
+    wrong = [problem for problem in map(_problem, here) if problem is not None]
     if wrong:
         yield Finding("yellow", "extras", f"{'; '.join(wrong)}; other versions have not been tested")
     else:
-        yield Finding("green", "extras", ", ".join(found))
+        shown = ", ".join(f"{name} {_version(name)}" if _version(name) else f"no {name}" for name in _EXTRA_PACKAGES)
+        yield Finding("green", "extras", shown)
 
 
 def check_needed(packages: Mapping[str, str], *, here: bool) -> Iterator[Finding]:
-    """Packages that a recipe cannot do without.
-
-    Args:
-        packages: name of the module -> what needs it.
-        here: whether the run is to be on this machine; elsewhere a missing package says nothing.
-
-    Yields:
-        A line for each that is missing.
-    """
+    """A line for each module that is missing; `packages` names what needs it, `here` whether the run is to be here."""
     for name, reason in packages.items():
         if find_spec(name) is None:
             extra = _EXTRA_PACKAGES.get(name)
             source = f"{_PACKAGE}[{extra}]" if extra else name
-            level: Level = "red" if here else "yellow"
-            yield Finding(level, "packages", f"{reason} needs {name}, which is not installed; pip install '{source}'")
+            text = f"{reason} needs {name}, which is not installed; pip install '{source}'"
+            yield Finding("red" if here else "yellow", "packages", text)
 
 
 def check_devices(*, use_cpu: bool | None, bf16: bool, num_local_processes: int = 1) -> Finding:
-    """GPUs, cores and memory.
+    """GPUs, cores and memory; `use_cpu` is None without a run.
 
-    Args:
-        use_cpu: whether the run asks for the CPU; None without a run.
-        bf16: whether the run computes in bfloat16.
-        num_local_processes: of the run on one machine.
-
-    Returns:
-        One line. With fewer GPUs than the recipe wants it is yellow: it may be meant for another machine.
+    Too few GPUs are yellow: the run may be meant for another machine.
     """
-    cores = os.cpu_count() or 1
-    host = f"{cores} cores, {_host_memory() / _GB:.0f} GB of memory"
+    host = f"{os.cpu_count() or 1} cores, {_host_memory() / _GB:.0f} GB of memory"
     if not torch.cuda.is_available():
         if use_cpu is None:
             return Finding("green", "devices", f"no GPU; {host}")
@@ -112,15 +86,9 @@ def check_devices(*, use_cpu: bool | None, bf16: bool, num_local_processes: int 
 
 
 def device_memory(*, use_cpu: bool, num_local_processes: int) -> int | None:
-    """Memory that a process of the run has, if the run can be meant for this machine.
+    """Bytes that a process of the run has; None if this is not the machine of the run, or not known.
 
-    Args:
-        use_cpu: whether the run asks for the CPU, whose memory its processes share.
-        num_local_processes: of the run on one machine.
-
-    Returns:
-        Bytes: of the smallest GPU, or of all for a single process, over which transformers may spread a model; None if
-        this is not the machine, or not known.
+    Its share of the CPU's memory, or the smallest GPU; all GPUs for a single process: transformers spreads models.
     """
     if use_cpu:
         return _host_memory() // num_local_processes or None
@@ -133,52 +101,44 @@ def device_memory(*, use_cpu: bool, num_local_processes: int) -> int | None:
 def check_output_folder(folder: str | Path, *, resume: bool | str, num_processes: int = 1) -> Iterator[Finding]:
     """Whether the folder can be written, what is in it, and how much room there is.
 
-    Args:
-        folder: the run's `output_dir`.
-        resume: whether the run goes on from a checkpoint that is there, or the folder of the one it goes on from.
-        num_processes: of the run; a checkpoint holds something for each.
-
-    Yields:
-        One line, and another where disk space is short.
+    `resume` is whether the run resumes from the newest checkpoint there, or the folder of the one it resumes from.
     """
-    folder = Path(folder)
+    folder, what = Path(folder), "output folder"
     parent = next((path for path in (folder, *folder.parents) if path.exists()), Path())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        yield Finding(
-            "red", "output folder", f"{folder} cannot be written ({parent} is no folder that one may write to)"
-        )
+        yield Finding("red", what, f"{folder} cannot be written ({parent} is no folder that one may write to)")
         return
-    found = {path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()}
-    newest_first = sorted(found, key=lambda path: -int(path.name.split("-")[-1]))
-    whole = next((path.name for path in newest_first if incomplete_reason(path, num_processes) is None), None)
     if isinstance(resume, str):
         reason = incomplete_reason(Path(resume), num_processes)
-        text = (
-            f"goes on from {resume}" if reason is None else f"resume_from_checkpoint: {resume} is not whole ({reason})"
-        )
-        cure = "" if reason is None else "; name another, or say true for the newest whole one"
-        yield Finding("green" if reason is None else "red", "output folder", text + cure)
-    elif resume and whole is None and newest_first:
-        yield Finding(
-            "yellow",
-            "output folder",
-            f"{folder} holds {newest_first[0].name}, which is not whole "
-            f"({incomplete_reason(newest_first[0])}); the run begins anew",
-        )
-    elif resume and whole is not None:
-        yield Finding("green", "output folder", f"{folder}: goes on from {whole}")
-    elif newest_first:
-        yield Finding(
-            "yellow",
-            "output folder",
-            f"{folder} holds {newest_first[0].name} of an earlier run, which will be written over; say "
-            "resume_from_checkpoint: true to go on with it, or name another folder",
-        )
+        if reason is None:
+            yield Finding("green", what, f"resumes from {resume}")
+        else:
+            text = (
+                f"resume_from_checkpoint: {resume} is not whole ({reason}); name another, or say true for the newest"
+            )
+            yield Finding("red", what, f"{text} whole one")
     else:
-        yield Finding("green", "output folder", f"{folder}: can be written")
+        yield _newest_checkpoint(folder, resume, num_processes)
     free = shutil.disk_usage(parent).free
     if free < _LITTLE_DISK:
         yield Finding("yellow", "disk", f"{free / _GB:.1f} GB free at {parent}; a checkpoint may not fit")
+
+
+def _newest_checkpoint(folder: Path, resume: bool, num_processes: int) -> Finding:
+    what = "output folder"
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    newest_first = sorted(found, key=lambda path: -int(path.name.split("-")[-1]))
+    if not newest_first:
+        return Finding("green", what, f"{folder}: can be written")
+    if not resume:
+        text = f"{folder} holds {newest_first[0].name} of an earlier run, which will be written over; say"
+        return Finding("yellow", what, f"{text} resume_from_checkpoint: true to resume it, or name another folder")
+    whole = next((path.name for path in newest_first if incomplete_reason(path, num_processes) is None), None)
+    if whole is not None:
+        return Finding("green", what, f"{folder}: resumes from {whole}")
+    reason = incomplete_reason(newest_first[0], num_processes)
+    text = f"{folder} holds {newest_first[0].name}, which is not whole ({reason}); the run starts from the beginning"
+    return Finding("yellow", what, text)
 
 
 def _host_memory() -> int:

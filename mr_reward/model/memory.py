@@ -1,37 +1,20 @@
-"""How much memory a run will need, from configurations alone: nothing is loaded.
+"""How much memory a reward model will need, from its configuration alone: nothing is loaded.
 
-Estimates, to choose a recipe with; what allocators waste, CUDA's own share and the policy's activations are left out.
+Estimates, to choose a recipe with; what allocators waste and CUDA's own share are left out.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from mr_reward.checkpoint.zero3 import outside_zero3
 
-__all__ = [
-    "PolicyMemory",
-    "RewardMemory",
-    "activation_bytes",
-    "estimate_policy_memory",
-    "estimate_reward_memory",
-    "measure_reward_memory",
-]
-
-_IMAGE_TEXT = AutoModelForImageTextToText._model_mapping
+__all__ = ["RewardMemory", "activation_bytes", "estimate_reward_memory", "measure_reward_memory"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,21 +28,6 @@ class RewardMemory:
 
     weights: int
     activations: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyMemory:
-    """What training a policy needs on each GPU, activations left out.
-
-    Args:
-        weights: bytes of the weights.
-        gradients: bytes of the gradients.
-        optimizer: bytes of Adam's two moments, and of DeepSpeed's float32 copy of half-precision weights.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
 
 
 def estimate_reward_memory(
@@ -114,63 +82,6 @@ def measure_reward_memory(
     )
 
 
-def estimate_policy_memory(
-    config: PreTrainedConfig,
-    *,
-    dtype: torch.dtype,
-    num_processes: int = 1,
-    zero_stage: int = 0,
-    offload: bool = False,
-    lora_rank: int | None = None,
-    lora_targets: str | Sequence[str] | None = None,
-) -> PolicyMemory:
-    """Memory of a policy in training with Adam.
-
-    Adam's two moments have the parameter's dtype; under DeepSpeed they are float32, and half-precision weights have a
-    float32 copy beside them (12 bytes in all). ZeRO-1 splits the optimizer over the processes, ZeRO-2 the gradients
-    too, ZeRO-3 the weights too. With offload, what is split lies in CPU memory.
-
-    Args:
-        config: of the policy.
-        dtype: of its weights.
-        num_processes: GPUs.
-        zero_stage: 0 to 3; 0 is training without DeepSpeed.
-        offload: whether DeepSpeed moves optimizer and weights to the CPU.
-        lora_rank: r; None for full training.
-        lora_targets: names of the adapted modules, as peft takes them; None for all linear layers.
-
-    Returns:
-        The estimate, for each GPU.
-
-    Example:
-        >>> from transformers import LlamaConfig
-        >>> config = LlamaConfig(hidden_size=64, num_hidden_layers=2, intermediate_size=128, vocab_size=100)
-        >>> one = estimate_policy_memory(config, dtype=torch.bfloat16, zero_stage=1)
-        >>> one.optimizer == 6 * one.weights
-        True
-    """
-    auto = AutoModelForImageTextToText if type(config) in _IMAGE_TEXT else AutoModelForCausalLM
-    model = _on_meta(auto, config)
-    parameters = _count(model)
-    trained = parameters if lora_rank is None else _count_lora(model, lora_rank, lora_targets)
-    trained_bytes = dtype.itemsize if lora_rank is None else 4  # peft keeps adapters in float32
-    if zero_stage == 0:
-        moments = 2 * trained_bytes
-    else:
-        moments = 8 if trained_bytes == 4 else 12
-
-    def split(size: int, stage: int) -> int:
-        if zero_stage < stage:
-            return size
-        return 0 if offload else size // num_processes
-
-    return PolicyMemory(
-        weights=split(parameters * dtype.itemsize, 3),
-        gradients=split(trained * trained_bytes, 2),
-        optimizer=split(trained * moments, 1),
-    )
-
-
 def activation_bytes(text: PreTrainedConfig, dtype: torch.dtype, max_tokens: int, dense_mask: bool) -> int:
     """Of a forward pass, see `estimate_reward_memory`."""
     layer = max_tokens * (6 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
@@ -185,21 +96,3 @@ def _on_meta(auto: Any, config: PreTrainedConfig) -> nn.Module:
 
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _count_lora(model: nn.Module, rank: int, targets: str | Sequence[str] | None) -> int:
-    total = 0
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or not _is_target(name, targets):
-            continue
-        total += rank * (module.in_features + module.out_features)
-    return total
-
-
-def _is_target(name: str, targets: str | Sequence[str] | None) -> bool:
-    """As peft: "all-linear" leaves the output layer alone, a text is a pattern, a list holds ends of names."""
-    if targets is None or targets == "all-linear" or targets == ["all-linear"]:
-        return not name.endswith("lm_head")
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
-from trl import GRPOConfig, ModelConfig
+from trl import GRPOConfig
 
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup
@@ -22,8 +21,6 @@ from mr_reward.grpo.group_log import GroupLog
 from mr_reward.grpo.groups import read_rollouts
 from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
 from mr_reward.model.rows import OVER_LENGTH_POLICIES
-from mr_reward.runs.launch import Launch
-from mr_reward.runs.plan import RunPlan
 from mr_reward.scorers.offload import PLACEMENTS
 from mr_reward.scorers.opening import DTYPES
 
@@ -34,8 +31,9 @@ __all__ = [
     "load_prompts",
     "make_reward",
     "other_rewards",
-    "plan_run",
+    "scorer_options",
     "truths",
+    "unread_data",
 ]
 
 
@@ -163,11 +161,7 @@ def make_reward(arguments: PolicyArguments, args: GRPOConfig) -> MultiResponseRe
         reward=arguments.reward,
         server=arguments.reward_server,
         server_hash=arguments.reward_server_hash,
-        dtype=DTYPES.get(arguments.reward_dtype or ""),
-        max_tokens_per_batch=arguments.reward_max_tokens,
-        over_length=arguments.reward_over_length,
-        num_orders=arguments.reward_num_orders,
-        attn_implementation=arguments.reward_attn_implementation,
+        **scorer_options(arguments),
         placement=arguments.reward_placement,
         group_log=GroupLog(Path(str(args.output_dir)) / "groups", every=every) if every else None,
         timeout=args.ddp_timeout,
@@ -178,6 +172,17 @@ def truths(arguments: PolicyArguments) -> list[Callable[..., Any]]:
     """The reward functions that come with the data set."""
     source = arguments.sources.get(arguments.dataset or "")
     return [] if source is None else list(source.truths)
+
+
+def scorer_options(arguments: PolicyArguments) -> dict[str, Any]:
+    """How the recipe wants its reward model loaded and its groups scored."""
+    return {
+        "dtype": DTYPES.get(arguments.reward_dtype or ""),
+        "max_tokens_per_batch": arguments.reward_max_tokens,
+        "over_length": arguments.reward_over_length,
+        "num_orders": arguments.reward_num_orders,
+        "attn_implementation": arguments.reward_attn_implementation,
+    }
 
 
 def other_rewards(arguments: PolicyArguments, args: GRPOConfig) -> list[Callable[..., Any]]:
@@ -201,57 +206,6 @@ def import_reward(path: str) -> Callable[..., Any]:
     return found() if path.endswith("()") else found
 
 
-def plan_run(
-    arguments: PolicyArguments,
-    args: GRPOConfig,
-    model_config: ModelConfig,
-    launch: Launch,
-    prompts: list[ResponseGroup],
-    *,
-    use_cpu: bool,
-) -> RunPlan:
-    """What the checks before a run look at.
-
-    Args:
-        arguments: the recipe's own fields.
-        args: TRL's.
-        model_config: of the policy.
-        launch: how the run is started.
-        prompts: see `first_prompts`.
-        use_cpu: whether the recipe asks for the CPU, whatever `args` was given to be made here.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ConfigurationError: no policy is named, or another reward cannot be imported.
-    """
-    if not model_config.model_name_or_path:
-        raise ConfigurationError("model_name_or_path is missing; give the policy's folder or hub id")
-    return RunPlan(
-        args=args,
-        policy=model_config.model_name_or_path,
-        reward_model=arguments.reward_model,
-        reward_server=arguments.reward_server,
-        reward_server_hash=arguments.reward_server_hash,
-        reward_placement=arguments.reward_placement,
-        reward_dtype=DTYPES.get(arguments.reward_dtype or ""),
-        reward_max_tokens=arguments.reward_max_tokens,
-        reward_over_length=arguments.reward_over_length,
-        reward_attention=arguments.reward_attn_implementation,
-        num_reward_funcs=1 + len(other_rewards(arguments, args)),
-        launch=launch,
-        policy_dtype=DTYPES.get(model_config.dtype or "float32", torch.bfloat16),  # auto: most checkpoints are
-        policy_bits=4 if model_config.load_in_4bit else 8 if model_config.load_in_8bit else None,
-        lora_rank=model_config.lora_r if model_config.use_peft else None,
-        lora_targets=model_config.lora_target_modules,
-        use_cpu=use_cpu,
-        eval_dataset=arguments.eval_dataset,
-        unread=[name for name, _ in _named(arguments) if not _is_here(arguments, name)],
-        prompts=prompts,
-    )
-
-
 def first_prompts(arguments: PolicyArguments, count: int = 64) -> list[ResponseGroup]:
     """The first prompts of both data sets as groups, if they are on this machine."""
     groups = []
@@ -259,6 +213,11 @@ def first_prompts(arguments: PolicyArguments, count: int = 64) -> list[ResponseG
         if _is_here(arguments, name) or name.endswith((".json", ".jsonl")):
             groups += _read_groups(name, load_prompts(arguments, evaluation=evaluation, limit=count))
     return groups
+
+
+def unread_data(arguments: PolicyArguments) -> list[str]:
+    """The data sets that are not on this machine."""
+    return [name for name, _ in _named(arguments) if not _is_here(arguments, name)]
 
 
 def _named(arguments: PolicyArguments) -> list[tuple[str, bool]]:

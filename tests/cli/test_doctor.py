@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from large_model import large_reward_model
+from large_model import QWEN3_VL_4B, large_reward_model
 from safetensors.torch import load_file, save_file
-from test_memory import QWEN3_VL_4B
 from transformers import Qwen3VLConfig
 
 from mr_reward import MultiResponseRewardModel
@@ -94,7 +93,6 @@ BROKEN: list[tuple[list[Any], str, str]] = [
     (["--max_completion_length", 500_000], "row of a group", "context of"),
     (["--reward_max_tokens", 10], "row of a group", "into a pass of 10 tokens"),
     (["--num_generatoins", 8], "configuration", "num_generatoins"),
-    (["--loss_type", "best"], "objective", "loss_type is 'best'"),
     (["--dataset", "none.jsonl"], "configuration", "dataset none.jsonl is no file"),
     (["--dataset", "questions.jsonl"], "configuration", "columns ['question'], expected prompt among them"),
     (["--dataset", "pictures.jsonl"], "configuration", "image 'gone.png' does not exist"),

@@ -5,11 +5,35 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from mr_reward import MultiResponseRewardConfig, MultiResponseRewardModel
+
+# Qwen3-VL-4B-Instruct as published: 4.44 billion parameters.
+QWEN3_VL_4B: dict[str, Any] = {
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
+    "vision_config": {
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_heads": 16,
+        "out_hidden_size": 2560,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [5, 11, 17],
+    },
+    "tie_word_embeddings": True,
+}
 
 
 def large_reward_model(target: Path, source: Path, backbone: PreTrainedConfig) -> int:

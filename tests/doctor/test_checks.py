@@ -22,7 +22,6 @@ from transformers.utils import is_flash_attn_2_available
 
 from mr_reward import MultiResponseRewardConfig, MultiResponseRewardModel, ResponseGroup
 from mr_reward.doctor.findings import Finding
-from mr_reward.doctor.group_map import group_map
 from mr_reward.doctor.machine import (
     check_devices,
     check_needed,
@@ -30,7 +29,8 @@ from mr_reward.doctor.machine import (
     check_versions,
     device_memory,
 )
-from mr_reward.doctor.reward_model import check_weights, score_tiny, score_whole, shrink
+from mr_reward.doctor.planned_run import group_map
+from mr_reward.doctor.reward_model import check_attention, check_weights, score_tiny, score_whole, shrink
 from mr_reward.model.scorer import GroupScorer
 
 
@@ -42,7 +42,7 @@ def test_the_map_holds_every_rollout_once_and_every_group_has_one_scorer(ranks: 
         return
     held: dict[int, list[int]] = {}
     scorers: dict[int, int] = {}
-    for rank, line in enumerate(group_map(ranks, rows // ranks, size)):
+    for rank, line in enumerate(group_map(ranks, rows // ranks, size)[1]):
         found = re.fullmatch(rf"rank {rank}: groups? (.*), scores (.*)", line)
         assert found is not None, line
         mine = set()
@@ -57,7 +57,7 @@ def test_the_map_holds_every_rollout_once_and_every_group_has_one_scorer(ranks: 
 
 
 def test_a_long_map_is_cut_and_says_so() -> None:
-    lines = group_map(64, 128, 8)
+    lines = group_map(64, 128, 8)[1]
     assert len(lines) == 9 and lines[4] == "... 56 more ranks ..."
     assert lines[0] == "rank 0: groups 0 (all) 1 (all) 2 (all) 3 (all) 4 (all) ... 15 (all), scores 0 1 2 3 4 ... 15"
 
@@ -134,7 +134,7 @@ def test_output_folder(tmp_path: Path) -> None:
     assert levels[True].level == "yellow" and "checkpoint-10, which is not whole" in levels[True].text
     torch.save({}, run / "checkpoint-5" / "rng_state.pth")
     whole = next(iter(check_output_folder(run, resume=True)))
-    assert (whole.level, whole.text) == ("green", f"{run}: goes on from checkpoint-5")
+    assert (whole.level, whole.text) == ("green", f"{run}: resumes from checkpoint-5")
     for step, level in ((5, "green"), (10, "red"), (15, "red")):
         (named,) = check_output_folder(tmp_path / "other", resume=str(run / f"checkpoint-{step}"))
         assert named.level == level and f"checkpoint-{step}" in named.text
@@ -167,6 +167,11 @@ def _other_shape(path: Path) -> None:
     save_file({**load_file(path), "readouts.summary": torch.zeros(3)}, path)
 
 
+def on_meta(folder: Path) -> MultiResponseRewardModel:
+    with torch.device("meta"):
+        return MultiResponseRewardModel(MultiResponseRewardConfig.from_pretrained(folder))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -184,7 +189,7 @@ def test_weights(spoil: Callable[[Path], None] | None, message: str | None, fold
     shutil.copytree(folder, copy)
     if spoil is not None:
         spoil(copy / "model.safetensors")
-    finding = check_weights(copy, MultiResponseRewardConfig.from_pretrained(copy))
+    finding = check_weights(copy, on_meta(copy))
     assert finding.level == ("green" if message is None else "red")
     assert message is None or re.search(message, finding.text), finding.text
 
@@ -192,16 +197,16 @@ def test_weights(spoil: Callable[[Path], None] | None, message: str | None, fold
 def test_weights_in_shards(folder: Path, tmp_path: Path) -> None:
     model = reward_model("qwen3_vl", "set")
     model.save_pretrained(tmp_path, max_shard_size="100KB")
-    config = MultiResponseRewardConfig.from_pretrained(tmp_path)
-    assert check_weights(tmp_path, config).level == "green"
+    model = on_meta(tmp_path)
+    assert check_weights(tmp_path, model).level == "green"
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 2
     shards[1].unlink()
-    assert f"{shards[1]} is missing" in check_weights(tmp_path, config).text
+    assert f"{shards[1]} is missing" in check_weights(tmp_path, model).text
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     (tmp_path.parent / "elsewhere.safetensors").write_bytes(b"")
-    assert "is missing" in check_weights(tmp_path, config).text, "a path out of the folder is not followed"
+    assert "is missing" in check_weights(tmp_path, model).text, "a path out of the folder is not followed"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -217,8 +222,8 @@ def test_tiny_scores(name: str, layout: str, tmp_path: Path) -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert config.to_dict() == MultiResponseRewardConfig.from_pretrained(tmp_path).to_dict(), "made tiny as a copy"
     if layout == "causal" and not is_flash_attn_2_available():
-        missing = score_tiny(str(tmp_path), config, "flash_attention_2", ())
-        assert missing.level != "green" and "attention flash_attention_2 cannot run here" in missing.text
+        missing = check_attention(on_meta(tmp_path), "flash_attention_2", is_here=False)
+        assert missing.level == "yellow" and "attention flash_attention_2 cannot run here" in missing.text
 
 
 def test_scores_with_the_weights(folder: Path) -> None:

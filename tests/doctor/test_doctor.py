@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from http_server import running
-from large_model import large_reward_model
+from large_model import QWEN3_VL_4B, large_reward_model
 from safetensors.torch import save_file
 from tiny_models import reward_model
 from transformers import Qwen3VLConfig
@@ -25,7 +25,7 @@ from trl import ModelConfig
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
 from mr_reward.checkpoint.digest import weights_digest
-from mr_reward.doctor.doctor import check_before_start
+from mr_reward.doctor import check_before_start
 from mr_reward.errors import ConfigurationError
 from mr_reward.runs.arguments import PolicyTrainingArguments
 from mr_reward.runs.launch import Launch, read_environment, read_launch
@@ -138,10 +138,8 @@ LORA = "policy_qwen3vl_4b_lora_1gpu.yaml"
         ({"per_device_eval_batch_size": 3}, "The global eval batch size (3 * 1) must be divisible"),
         ({"vllm_max_model_length": 1000}, "vllm_max_model_length=1000 leaves no room for a prompt"),
         ({"model_name_or_path": "./none"}, "./none is no folder with a config.json"),
-        ({"scale_rewards": "prompt"}, "does not know; it knows group, none, batch"),
         ({"resume_from_checkpoint": "none"}, "resume_from_checkpoint: none is not whole"),
         ({"eval_dataset": "held_out.jsonl"}, "dataset held_out.jsonl is no file"),
-        ({"loss_type": "best"}, "loss_type is 'best', which this version of trl does not know"),
         ({"accelerate_config": "none.yaml"}, "none.yaml cannot be read as an accelerate file"),
         ({"reward_placement": "elsewhere"}, "reward_placement is 'elsewhere', expected one of resident, offload"),
         ({"reward": "best"}, "reward is 'best', expected one of centred"),
@@ -180,8 +178,6 @@ def test_broken_reward_models(check: Check, folder: Path, tmp_path: Path) -> Non
 
 def test_no_weight_is_loaded(check: Check, folder: Path, tmp_path: Path) -> None:
     """A reward model and a policy of four billion parameters whose weights are not there."""
-    from test_memory import QWEN3_VL_4B
-
     rm = tmp_path / "rm"
     numbers = large_reward_model(rm, folder / "outputs" / "rm", Qwen3VLConfig(**QWEN3_VL_4B))
     assert numbers > 4e9
@@ -192,11 +188,7 @@ def test_no_weight_is_loaded(check: Check, folder: Path, tmp_path: Path) -> None
     assert passed, shown
     assert time.monotonic() - started < 20
     assert f"{numbers / 1e6:,.1f} million numbers, names and shapes as expected" in shown
-    # LoRA: the weights whole, gradients and moments of the adapter only.
-    assert re.search(r"weights 8\.88 \+ gradients 0\.\d\d \+ optimizer 1\.\d\d", shown), shown
-    assert "weights 8.04" in shown or "weights 8.88" in shown  # without the language-model head, which is tied
-    passed, shown = check("policy_qwen3vl_4b_zero3_vllm_8gpu.yaml", model_name_or_path=tmp_path / "policy")
-    assert passed and "weights 1.11 + gradients 1.11 + optimizer 6.66 = 8.88 GB on each process" in shown, shown
+    assert "weights 8.88 + a forward pass" in shown, shown
 
 
 def test_prompts_are_measured(check: Check, folder: Path) -> None:
@@ -242,23 +234,21 @@ def test_policies_that_cannot_be_loaded(check: Check, folder: Path, tmp_path: Pa
         assert not passed and message in shown, shown
 
 
-def test_memory_is_held_against_that_of_the_machine(check: Check, folder: Path, tmp_path: Path) -> None:
-    """On the CPU, whose size is known here; 4.4 billion weights in float32 with gradients and moments are 71 GB."""
-    from test_memory import QWEN3_VL_4B
-
+def test_memory_is_compared_with_that_of_the_machine(
+    check: Check, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, whose size is known here. 4.4 billion weights in float32 are 17.8 GB, the tiny ones some MB."""
+    common = {"model_name_or_path": folder / "policy", "output_dir": tmp_path / "run"}
+    recipe, tiny_model = "policy_tiny_handwriting_cpu.yaml", folder / "outputs" / "rm"
+    large_reward_model(tmp_path / "large", tiny_model, Qwen3VLConfig(**QWEN3_VL_4B))
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    if not 5 < whole < 70:
-        pytest.skip("written for a machine with 5 to 70 GB")
-    Qwen3VLConfig(**QWEN3_VL_4B).save_pretrained(tmp_path)
-    save_file({}, tmp_path / "model.safetensors")
-    recipe = "policy_tiny_handwriting_cpu.yaml"
-    common = {"reward_model": folder / "outputs" / "rm", "output_dir": tmp_path / "run"}
-    passed, shown = check(recipe, **common, model_name_or_path=tmp_path)
-    assert not passed and re.search(r"71\.\d\d GB always, .* it does not fit", shown), shown
-    small = {"model_name_or_path": folder / "policy"}
-    passed, shown = check(recipe, **common, **small)
-    assert passed and f"of {whole:.1f} GB for a process" in shown, shown
-    passed, shown = check(recipe, **common, **small, reward_max_tokens=int((whole * 1e9 / 3) ** 0.5))  # its mask alone
+    passed, shown = check(recipe, **common, reward_model=tiny_model)
+    assert passed and f"of {whole:.1f} GB; the policy comes on top" in shown, shown
+    monkeypatch.setattr("mr_reward.doctor.reward_model.device_memory", lambda **options: 10e9)
+    passed, shown = check(recipe, **common, reward_model=tmp_path / "large")
+    assert not passed and re.search(r"weights 17\.\d\d .* of 10\.0 GB.*: it does not fit", shown), shown
+    dense = {"reward_model": tiny_model, "reward_attn_implementation": "sdpa"}
+    passed, shown = check(recipe, **common, **dense, reward_max_tokens=int((10e9 / 3) ** 0.5))  # its mask alone
     assert passed and "too tight; lower reward_max_tokens" in shown, shown
 
 

@@ -1,8 +1,7 @@
-"""`mr-reward doctor`: what is wrong with a recipe, a reward model or this machine, before anything is loaded."""
+"""What `mr-reward doctor` and a run that is about to start call."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,14 +12,13 @@ from rich.console import Console
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from mr_reward.doctor.findings import Finding, may_start, show_findings
-from mr_reward.doctor.machine import check_devices, check_versions
-from mr_reward.doctor.reward_model import score_whole
-from mr_reward.doctor.run import check_reward_folder, check_run
+from mr_reward.doctor.machine import check_devices, check_needed, check_output_folder, check_versions
+from mr_reward.doctor.planned_run import PlannedRun, check_trainer, needed_packages, planned_arguments
+from mr_reward.doctor.reward_model import check_reward_folder, check_reward_of_run, score_whole
 from mr_reward.errors import ConfigurationError, MRRewardError
-from mr_reward.runs.arguments import PolicyTrainingArguments
+from mr_reward.groups import ResponseGroup
 from mr_reward.runs.launch import Launch, read_environment, read_launch
-from mr_reward.runs.plan import RunPlan, planned_arguments
-from mr_reward.runs.recipe import PolicyArguments, first_prompts, plan_run
+from mr_reward.runs.recipe import PolicyArguments, scorer_options
 from mr_reward.scorers.opening import open_scorer, require_local
 
 __all__ = ["check_before_start", "examine_machine", "examine_recipe"]
@@ -56,18 +54,15 @@ def examine_recipe(
         launch = read_launch(accelerate_config) if accelerate_config is not None else Launch()
         if num_processes is not None:
             launch = replace(launch, num_processes=num_processes)
-        parser = TrlParser(
-            (recipe_type, planned_arguments(PolicyTrainingArguments, launch.num_processes), ModelConfig)
-        )
+        parser = TrlParser((recipe_type, planned_arguments(launch.num_processes), ModelConfig))
         parser.error = _refuse  # argparse would end the process
-        # On a machine without a GPU the trainer's configuration refuses bf16 unless it is told to use the CPU.
-        recipe, args, model_config = parser.parse_args_and_config(args=[*arguments, "--use_cpu", "true"])
-        plan = plan_run(recipe, args, model_config, launch, first_prompts(recipe), use_cpu=_asks_for_cpu(arguments))
+        recipe, args, model_config = parser.parse_args_and_config(args=list(arguments))
+        run = PlannedRun.of(recipe, args, model_config, launch, use_cpu=args.asks_for_cpu)
     except (MRRewardError, OSError, ValueError, yaml.YAMLError) as error:
         return [Finding("red", "configuration", str(error))]
-    findings = check_run(plan)
-    if score and may_start(findings) and plan.reward_model is not None:
-        findings.append(_score(plan))
+    findings = _check_run(run)
+    if score and may_start(findings) and recipe.reward_model is not None:
+        findings.append(_score(recipe.reward_model, run.prompts, scorer_options(recipe)))
     return findings
 
 
@@ -85,7 +80,7 @@ def examine_machine(model: str | None = None, *, score: bool = False) -> list[Fi
     if model is not None:
         findings += check_reward_folder(model)
         if score and may_start(findings):
-            findings.append(_score_folder(model, (), {}))
+            findings.append(_score(model, (), {}))
     return findings
 
 
@@ -104,10 +99,8 @@ def check_before_start(recipe: PolicyArguments, args: GRPOConfig, model_config: 
     if recipe.skip_doctor:
         return True
     try:
-        plan = plan_run(
-            recipe, args, model_config, read_environment(), first_prompts(recipe), use_cpu=bool(args.use_cpu)
-        )
-        findings = check_run(plan)
+        run = PlannedRun.of(recipe, args, model_config, read_environment(), use_cpu=bool(args.use_cpu))
+        findings = _check_run(run)
     except (MRRewardError, OSError, ValueError) as error:
         findings = [Finding("red", "configuration", str(error))]
     good = may_start(findings)
@@ -122,35 +115,27 @@ def check_before_start(recipe: PolicyArguments, args: GRPOConfig, model_config: 
     return good
 
 
-def _refuse(message: str) -> NoReturn:
-    raise ConfigurationError(message)
+def _check_run(run: PlannedRun) -> list[Finding]:
+    """Everything that can be known before a run, in seconds, without loading a weight."""
+    args, launch = run.args, run.launch
+    given = str(args.resume_from_checkpoint or "false")  # on the command line everything is text
+    resume = given.lower() == "true" if given.lower() in ("true", "false") else given
+    findings = [
+        *check_versions(),
+        *check_needed(needed_packages(run), here=run.is_here),
+        check_devices(use_cpu=run.use_cpu, bf16=bool(args.bf16), num_local_processes=launch.num_local_processes),
+        *check_output_folder(str(args.output_dir), resume=resume, num_processes=launch.num_processes),
+        *check_trainer(run),
+    ]
+    return [*findings, *check_reward_of_run(run, try_it=may_start(findings))]
 
 
-def _asks_for_cpu(arguments: Sequence[str]) -> bool:
-    """What the recipe says, before it is told to use the CPU here."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    parser.add_argument("--use_cpu", nargs="?", const=True)
-    given, _ = parser.parse_known_args(arguments)
-    value = given.use_cpu
-    if value is None and given.config is not None:
-        with open(given.config, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-        value = content.get("use_cpu") if isinstance(content, dict) else None
-    return str(value).lower() in ("true", "1", "yes")
-
-
-def _score(plan: RunPlan) -> Finding:
-    options = {
-        "dtype": plan.reward_dtype,
-        "attn_implementation": plan.reward_attention,
-        "max_tokens_per_batch": plan.reward_max_tokens,
-    }
-    return _score_folder(str(plan.reward_model), plan.prompts, options)
-
-
-def _score_folder(model: str, prompts: Sequence[Any], options: dict[str, Any]) -> Finding:
+def _score(model: str, prompts: Sequence[ResponseGroup], options: dict[str, Any]) -> Finding:
     try:
         return score_whole(require_local(open_scorer(model, **options), "--score"), prompts)
     except MRRewardError as error:
         return Finding("red", "score", str(error))
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigurationError(message)
