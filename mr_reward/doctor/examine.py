@@ -75,6 +75,10 @@ def examine_machine(model: str | None = None, *, score: bool = False) -> list[Fi
 
     Returns:
         The findings.
+
+    Example:
+        >>> may_start(examine_machine("rm"))  # doctest: +SKIP
+        True
     """
     findings = [*check_versions(), check_devices(use_cpu=None, bf16=False)]
     if model is not None:
@@ -95,6 +99,11 @@ def check_before_start(recipe: PolicyArguments, args: GRPOConfig, model_config: 
     Returns:
         Whether the run may start. The first rank shows everything, another what is red on it; what is yellow is
         logged.
+
+    Example:
+        >>> recipe = TrlParser((PolicyArguments, GRPOConfig, ModelConfig)).parse_args_and_config()  # doctest: +SKIP
+        >>> check_before_start(*recipe)  # doctest: +SKIP
+        True
     """
     if recipe.skip_doctor:
         return True

@@ -21,6 +21,10 @@ class Finding:
         level: green is fine, yellow could not be checked or costs something, red would fail.
         what: the part that was looked at.
         text: what was found, and for yellow and red what to do.
+
+    Example:
+        >>> Finding("green", "devices", "no GPU; 2 cores").level
+        'green'
     """
 
     level: Literal["green", "yellow", "red"]
@@ -36,6 +40,10 @@ def may_start(findings: Sequence[Finding]) -> bool:
 
     Returns:
         True if the run may start.
+
+    Example:
+        >>> may_start([Finding("yellow", "disk", "1.2 GB free"), Finding("red", "policy", "./no is no folder")])
+        False
     """
     return all(finding.level != "red" for finding in findings)
 
@@ -47,6 +55,9 @@ def show_findings(findings: Sequence[Finding], console: Console, *, title: str) 
         findings: of any checks.
         console: where to.
         title: over the table.
+
+    Example:
+        >>> show_findings([Finding("green", "disk", "20 GB free")], Console(), title="this machine")  # doctest: +SKIP
     """
     table = Table("", "what", "found", title=escape(title))
     for finding in findings:
