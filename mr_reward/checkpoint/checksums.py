@@ -7,11 +7,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["CHECKSUM_FILE", "changed_file", "write_checksums", "written_whole", "written_whole_file"]
+__all__ = ["CHECKSUM_FILE", "changed_file", "listed_files", "write_checksums", "written_whole", "written_whole_file"]
 
 CHECKSUM_FILE = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` reads it too
 # For people, who may edit it.
@@ -101,23 +101,26 @@ def write_checksums(folder: str | Path, *, leave_out: Sequence[str] = ()) -> Non
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in {_CARD, CHECKSUM_FILE, *leave_out}:
             name = path.relative_to(folder).as_posix()
-            size = path.stat().st_size
             lines.append(f"{_sha256(path, flush=True)}  {name}\n")
-            if path.suffix == _WEIGHTS or size > _SMALL:
-                lines.append(f"# {size} {_sketch(path)}  {name}\n")
+            if path.suffix == _WEIGHTS or path.stat().st_size > _SMALL:
+                lines.append(f"# {_sketch(path)}  {name}\n")
     (folder / CHECKSUM_FILE).write_text("".join(lines))
 
 
-def changed_file(
-    folder: Path, *, verify: bool = True, find: Callable[[str], str | Path | None] | None = None
-) -> str | None:
+def listed_files(folder: Path) -> dict[str, tuple[str, str | None]]:
+    """Name -> checksum, and size and sketch of a large file; ValueError or OSError where the list cannot be read."""
+    lines = [line.partition("  ")[::2] for line in (folder / CHECKSUM_FILE).read_text(encoding="ascii").splitlines()]
+    sketches = {name: known.removeprefix("# ") for known, name in lines if known.startswith("# ")}
+    return {name: (known, sketches.get(name)) for known, name in lines if not known.startswith("# ")}
+
+
+def changed_file(folder: Path, *, verify: bool = True) -> str | None:
     """The first file of a folder that is not what was saved.
 
     Args:
         folder: of a checkpoint; without `SHA256SUMS` nothing is known, and nothing is found.
         verify: read every byte. Otherwise of large files the size and a sketch: the header of weights and the first
             bytes of each tensor, which tells another model or half a file, but not one wrong bit.
-        find: where a listed file is, None if nowhere; by default below the folder.
 
     Returns:
         Its name; None if all are as they were.
@@ -126,27 +129,20 @@ def changed_file(
         >>> changed_file(Path("rm"))  # doctest: +SKIP
     """
     try:
-        lines = (folder / CHECKSUM_FILE).read_text(encoding="ascii").splitlines()
+        listed = listed_files(folder)
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
         return CHECKSUM_FILE
-    entries = [line.partition("  ")[::2] for line in lines]
-    sketches = {name: known.removeprefix("# ") for known, name in entries if known.startswith("# ")}
-    for digest, name in entries:
-        if digest.startswith("# "):
-            continue
+    for name, (digest, sketch) in listed.items():
         # A name that leads elsewhere is not looked at.
-        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).is_file():
             return name or CHECKSUM_FILE
-        path = Path((folder / name if find is None else find(name)) or folder)
-        if not path.is_file():
-            return name
-        if verify or (name not in sketches and path.suffix != _WEIGHTS):
-            if _sha256(path) != digest:
+        if verify or (sketch is None and Path(name).suffix != _WEIGHTS):
+            if _sha256(folder / name) != digest:
                 return name
         # A list of an earlier release has no sketches: the header says at loading whether weights are whole.
-        elif name in sketches and sketches[name] != f"{path.stat().st_size} {_sketch(path)}":
+        elif sketch is not None and sketch != _sketch(folder / name):
             return name
     return None
 
@@ -159,10 +155,11 @@ def _sha256(path: Path, *, flush: bool = False) -> str:
 
 
 def _sketch(path: Path) -> str:
-    """Checksum of the beginning of a file, or of a safetensors header and the first bytes of each tensor."""
+    """Size, and checksum of the beginning of a file or of a safetensors header and the first bytes of each tensor."""
+    size = path.stat().st_size
     with path.open("rb", buffering=0) as content:
         if path.suffix != _WEIGHTS:
-            return hashlib.sha256(content.read(_SMALL)).hexdigest()
+            return f"{size} {hashlib.sha256(content.read(_SMALL)).hexdigest()}"
         length = content.read(8)
         header = content.read(min(int.from_bytes(length, "little"), _LONGEST_HEADER))
         sketch = hashlib.sha256(length + header)
@@ -173,4 +170,4 @@ def _sketch(path: Path) -> str:
                 sketch.update(content.read(_TENSOR_BYTES))
         except (AttributeError, LookupError, OSError, OverflowError, RecursionError, TypeError, ValueError):
             pass  # no header, so not the one that was written
-        return sketch.hexdigest()
+        return f"{size} {sketch.hexdigest()}"

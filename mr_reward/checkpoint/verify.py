@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from mr_reward.checkpoint.checksums import CHECKSUM_FILE, changed_file
+from mr_reward.checkpoint.checksums import CHECKSUM_FILE, changed_file, listed_files
 from mr_reward.errors import CheckpointError, MRRewardError
 
 __all__ = [
@@ -98,11 +98,11 @@ def check_checksums(name: str, revision: str | None = None, *, verify: bool = Fa
     if not has_file(name, CHECKSUM_FILE, revision):
         return
     folder = Path(str(cached_file(name, CHECKSUM_FILE, revision=revision))).parent
-
-    def find(file: str) -> str | None:  # of a hub repository only files that were asked for are on this machine
-        return str(cached_file(name, file, revision=revision)) if has_file(name, file, revision) else None
-
-    changed = changed_file(folder, verify=verify, find=None if Path(name).is_dir() else find)
+    if not Path(name).is_dir():  # of a hub repository only files that were asked for are on this machine
+        with reading(name):
+            for file in listed_files(folder):
+                has_file(name, file, revision)
+    changed = changed_file(folder, verify=verify)
     if changed is not None:
         raise CheckpointError(
             f"{name}: {changed} is missing or not the file that was saved (by {CHECKSUM_FILE}), so scores would not "

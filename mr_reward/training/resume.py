@@ -11,11 +11,24 @@ from safetensors import SafetensorError, safe_open
 
 from mr_reward.checkpoint.checksums import changed_file
 
-__all__ = ["incomplete_reason", "last_complete_checkpoint"]
+__all__ = ["checkpoint_to_resume", "incomplete_reason", "last_complete_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
 _TORCH_SUFFIXES = {".bin", ".pt", ".pth"}
+
+
+def checkpoint_to_resume(name: str | bool | None, output_dir: str | Path, num_ranks: int = 1) -> str | None:
+    """What `resume_from_checkpoint` stands for: a folder, or with true the newest whole one below `output_dir`.
+
+    With true a run without a checkpoint starts from the beginning, so that one command serves the first launch and
+    every restart. On the command line everything is text, "true" and "false" too.
+    """
+    if isinstance(name, str) and name.lower() in ("true", "false"):
+        name = name.lower() == "true"
+    if name is True:
+        return last_complete_checkpoint(output_dir, num_ranks)
+    return name or None
 
 
 def last_complete_checkpoint(output_dir: str | Path, num_ranks: int = 1) -> str | None:

@@ -31,7 +31,7 @@ from mr_reward.training.collator import GroupCollator
 from mr_reward.training.data import EvaluationGroups, TrainingGroups, check_groups
 from mr_reward.training.evaluation import evaluation_metrics
 from mr_reward.training.losses import get_loss
-from mr_reward.training.resume import last_complete_checkpoint
+from mr_reward.training.resume import checkpoint_to_resume
 from mr_reward.training.saving import check_can_save, naming_a_full_disk, save_whole_model
 
 __all__ = ["RewardTrainer"]
@@ -151,10 +151,9 @@ class RewardTrainer(Trainer):
         Returns:
             transformers' `TrainOutput`.
         """
-        if resume_from_checkpoint is True:
-            # Nobody writes before every rank is here, so all ranks find the same folder.
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.world_size)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        # Nobody writes before every rank is here, so all ranks find the same folder.
+        folder = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.args.world_size)
+        return super().train(resume_from_checkpoint=folder, **options)
 
     def compute_loss(
         self,
