@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,28 +15,21 @@ from mr_reward.serving.batcher import Batcher
 __all__ = ["GroupCollector", "Rollout"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rollout:
-    """One response and the prompt that it answers.
+    """One response and the prompt that it answers."""
 
-    Args:
-        key: equal for the rollouts of a group, and different for groups that are on their way at the same time.
-        prompt: text or chat messages.
-        response: the text to judge.
-        images: of the prompt: paths, encoded bytes or PIL images.
-    """
-
-    key: str
-    prompt: Any
+    key: str  # equal for the rollouts of a group, different for groups that are on their way at the same time
+    prompt: Any  # text or chat messages
     response: str
-    images: Sequence[Any] = ()
+    images: Sequence[Any] = ()  # of the prompt: paths, encoded bytes or PIL images
 
 
 @dataclass(slots=True)
-class _Waiting:
-    """A group that is not whole yet."""
-
-    rollouts: list[tuple[Rollout, asyncio.Future[float]]] = field(default_factory=list)
+class _Group:
+    rollouts: list[Rollout] = field(default_factory=list)
+    is_whole: asyncio.Event = field(default_factory=asyncio.Event)
+    rewards: asyncio.Task[list[float]] | None = None  # carries its error to each that waits, of whatever type
 
 
 class GroupCollector:
@@ -46,15 +38,6 @@ class GroupCollector:
     Two groups with the same key at the same time cannot be told apart: the first N rollouts that come are one group.
     As they answer the same prompt each is compared with N - 1 others all the same. A caller that gives up (is
     cancelled) takes its rollout out of a group that is not whole yet, so one that asks again does not count twice.
-
-    Args:
-        batcher: scores the groups.
-        num_generations: N.
-        reward: a name of `mr_reward.grpo.reward.REWARD_TRANSFORMS`.
-        deadline: seconds that a rollout waits for the others of its group.
-
-    Raises:
-        ConfigurationError: an argument has a value that does not exist.
     """
 
     def __init__(
@@ -72,7 +55,7 @@ class GroupCollector:
         self._size = num_generations
         self._transform = REWARD_TRANSFORMS[reward]
         self._deadline = deadline
-        self._waiting: dict[str, _Waiting] = {}
+        self._waiting: dict[str, _Group] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -80,66 +63,49 @@ class GroupCollector:
         return sum(len(group.rollouts) for group in self._waiting.values())
 
     async def reward(self, rollout: Rollout) -> float:
-        """The reward of a rollout, once its group is whole.
+        """The reward of a rollout, once its group is whole and scored.
 
-        Args:
-            rollout: the rollout.
-
-        Returns:
-            Its reward.
-
-        Raises:
-            GroupAssemblyError: the others of its group did not come in time.
-            MRRewardError: the group cannot be scored.
+        A group that is not whole or not scored in time is a GroupAssemblyError; an error of the scorer comes as it is.
         """
-        group = self._waiting.setdefault(rollout.key, _Waiting())
-        future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        entry = (rollout, future)
-        group.rollouts.append(entry)
+        group = self._waiting.setdefault(rollout.key, _Group())
+        group.rollouts.append(rollout)
         if len(group.rollouts) == self._size:
             del self._waiting[rollout.key]
-            await self._score(group)
+            group.rewards = asyncio.create_task(self._score(group.rollouts))
+            group.rewards.add_done_callback(lambda task: task.exception())  # read, also if all callers gave up
+            group.is_whole.set()
         try:
             async with asyncio.timeout(self._deadline):
+                await group.is_whole.wait()
+                assert group.rewards is not None
                 # Shielded: what has become whole is scored, also if this caller gives up.
-                return await asyncio.shield(future)
+                return (await asyncio.shield(group.rewards))[group.rollouts.index(rollout)]
         except TimeoutError as error:
-            raise GroupAssemblyError(
-                f"group {rollout.key[:80]!r}: {len(group.rollouts)} of {self._size} rollouts came within "
-                f"{self._deadline:.0f} s; give the trainer's number of samples per prompt as num_generations, send "
-                "all of a group to one server, or raise the deadline (below the trainer's own)"
-            ) from error
+            if group.is_whole.is_set():
+                text = f"all {self._size} rollouts came, but were not scored within {self._deadline:.0f} s; raise the "
+            else:
+                text = (
+                    f"{len(group.rollouts)} of {self._size} rollouts came within {self._deadline:.0f} s; give the "
+                    "trainer's number of samples per prompt as num_generations, send all of a group to one server, or "
+                    "raise the "
+                )
+            message = f"group {rollout.key[:80]!r}: {text}deadline (below the trainer's own)"
+            raise GroupAssemblyError(message) from error
         finally:
             if self._waiting.get(rollout.key) is group:
-                group.rollouts.remove(entry)
+                group.rollouts.remove(rollout)
                 if not group.rollouts:
                     del self._waiting[rollout.key]
 
-    async def _score(self, group: _Waiting) -> None:
-        rollouts, futures = zip(*group.rollouts, strict=True)
-        try:
-            first = rollouts[0]
-            whole = ResponseGroup(
-                prompt=first.prompt,
-                images=first.images,
-                responses=[rollout.response for rollout in rollouts],
-                id=first.key[:80],
-            )
-            job = self._batcher.add(uuid.uuid4().hex, b"", [whole])
-            await asyncio.wait([job.result])
-            (result,) = job.result.result()
-            if result.scores is None:
-                raise OverLengthError(f"{whole.name} got no reward: {result.drop_reason}")
-        except ValueError as error:  # all errors about a group are
-            _fail(futures, error)
-        except RuntimeError as error:
-            _fail(futures, error)
-        else:
-            for future, value in zip(futures, self._transform(result.scores), strict=True):
-                future.set_result(value)
-
-
-def _fail(futures: Sequence[asyncio.Future[float]], error: Exception) -> None:
-    for future in futures:
-        future.set_exception(error)
-        future.exception()  # read here, as a caller that gave up will not
+    async def _score(self, rollouts: Sequence[Rollout]) -> list[float]:
+        first = rollouts[0]
+        whole = ResponseGroup(
+            prompt=first.prompt,
+            images=first.images,
+            responses=[rollout.response for rollout in rollouts],
+            id=first.key[:80],
+        )
+        (result,) = await self._batcher.submit([whole])
+        if result.scores is None:
+            raise OverLengthError(f"{whole.name} got no reward: {result.drop_reason}")
+        return list(self._transform(result.scores))

@@ -13,8 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +84,11 @@ def build_collecting_app(
     tokenizer = getattr(scorer.model.processor, "tokenizer", scorer.model.processor)
     endings = [token for token in (tokenizer.eos_token, tokenizer.pad_token, *_CHAT_ENDINGS) if token]
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        running = asyncio.create_task(batcher.run())
-        yield
-        running.cancel()
-        await asyncio.wait([running])
+    app = FastAPI(lifespan=batcher.running, openapi_url=None, docs_url=None, redoc_url=None)
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:  # a bug; uvicorn logs it
+        return _answer({"error": f"{type(error).__name__} in the server; its log has the details"}, 500)
 
     @app.get("/health")
     def health() -> Response:

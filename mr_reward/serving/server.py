@@ -9,8 +9,6 @@ import ipaddress
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -95,13 +93,6 @@ def build_app(scorer: GroupScorer, *, token: str | None = None, limits: ServerLi
     limits = limits or ServerLimits()
     service = _Service(scorer, limits)
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        running = asyncio.create_task(service.batcher.run())
-        yield
-        running.cancel()
-        await asyncio.wait([running])
-
     def check_token(request: Request) -> None:
         given = request.headers.get("authorization", "").encode("latin-1")
         if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
@@ -109,7 +100,11 @@ def build_app(scorer: GroupScorer, *, token: str | None = None, limits: ServerLi
 
     # No pages that describe the interface: they load scripts from elsewhere, and need no token.
     app = FastAPI(
-        dependencies=[Depends(check_token)], lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
+        dependencies=[Depends(check_token)],
+        lifespan=service.batcher.running,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
     )
 
     @app.get("/health")
@@ -209,6 +204,9 @@ class _Service:
         self._layout = scorer.model.config.layout
         self._model_hash, self._options = scored_by(scorer)
         self._reads = asyncio.Semaphore(_PARALLEL_READS)
+        # By content: a client that asks again because an answer took too long waits for the same one, else a slow
+        # server would begin again with each attempt.
+        self._running: dict[bytes, asyncio.Future[list[GroupScores]]] = {}
         self.batcher = Batcher(scorer.score_detailed, max_wait=limits.max_wait, max_pending=limits.max_pending)
         logger.info("model %s, layout %s, options %s", self._model_hash, self._layout, self._options)
 
@@ -248,18 +246,17 @@ class _Service:
         return await self._answer_for(message, content, groups)
 
     async def _answer_for(self, message: ScoreRequest, content: bytes, groups: list[ResponseGroup]) -> Response:
-        job = self.batcher.find(message.request_id)
-        if job is not None and job.content != content:
-            return _refuse(409, "Conflict", f"the id {message.request_id} belongs to another request; draw a new one")
-        if job is None:
+        scoring = self._running.get(content)
+        if scoring is None:
             if not self.batcher.has_room(len(groups)):
                 text = f"{self.batcher.pending} groups are waiting already"
                 return _refuse(429, "Busy", text, {"Retry-After": "1"})
-            job = self.batcher.add(message.request_id, content, groups)
-        await asyncio.wait([job.result])  # as a client that gave up does not cancel it for the one that asks again
-        error = job.result.exception()
+            scoring = self._running[content] = self.batcher.submit(groups)
+            scoring.add_done_callback(lambda _: self._running.pop(content))
+        await asyncio.wait([scoring])  # the future carries the error, of whatever type
+        error = scoring.exception()
         if error is None:
-            results = list(map(_to_result, message.groups, job.result.result()))
+            results = list(map(_to_result, message.groups, scoring.result()))
             return _answer(
                 ScoreAnswer(
                     request_id=message.request_id,

@@ -36,8 +36,6 @@ INCOMPLETE = {
     "backbones.split_media",
     "data.converters.Converter",
     "data.converters.get_converter",
-    "scorers.build_scorer",
-    "scorers.connect_scorer",
     "serving.ServerLimits",
 }
 SECTION = re.compile(r"^\s*(Args|Returns|Raises|Yields):$", re.MULTILINE)

@@ -214,6 +214,40 @@ def test_a_trainer_that_hangs_up_and_asks_again_counts_once(folder: Path, collec
     assert asyncio.run(scenario()) == pytest.approx(rows.expected(folder)[N : 2 * N], abs=SAME)
 
 
+@pytest.mark.parametrize("error", [TypeError, KeyError, ValueError, RuntimeError])
+def test_a_failure_of_the_scorer_reaches_every_rollout_at_once(error: type[Exception]) -> None:
+    """Also one that is a bug: all that wait get it, and not at the deadline."""
+    scorer = GroupScorer(reward_model("llama"))
+
+    def fail(groups: Any) -> Any:
+        raise error("a bug")
+
+    scorer.score_detailed = fail  # type: ignore[method-assign]
+    info = {"index": "a", "prompt": "?"}
+    with running(build_collecting_app(scorer, num_generations=N, deadline=60.0)) as url:
+
+        async def posts() -> list[Any]:
+            calls = (compute_score_single("mine", str(i), None, info, server=url) for i in range(N))
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        started = time.perf_counter()
+        found = asyncio.run(posts())
+        assert time.perf_counter() - started < 20
+        assert [type(one) for one in found] == [ScoringServerError] * N
+        assert all(error.__name__ in str(one) for one in found), found
+        assert httpx2.get(url + "/health").json()["waiting_rollouts"] == 0
+
+
+def test_a_group_that_is_scored_too_slowly_is_not_said_to_lack_rollouts() -> None:
+    scorer = GroupScorer(reward_model("llama"))
+    original = scorer.score_detailed
+    scorer.score_detailed = lambda groups: (time.sleep(1.5), original(groups))[1]  # type: ignore[method-assign]
+    info = {"index": "a", "prompt": "?"}
+    with running(build_collecting_app(scorer, num_generations=1, deadline=0.5)) as url:
+        with pytest.raises(ScoringServerError, match="all 1 rollouts came, but were not scored within"):
+            asyncio.run(compute_score_single("mine", "a", None, info, server=url))
+
+
 def test_bad_posts_are_refused(collecting: str) -> None:
     for body, message in (
         ({"query": ["ab"], "prompts": ["x"], "labels": [""]}, "does not hold its prompt"),

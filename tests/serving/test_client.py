@@ -145,7 +145,6 @@ def test_a_fault_in_the_middle_is_mended(fault: str, scorer: GroupScorer, groups
         assert_same(remote.score_detailed(given), scorer.score_detailed(given))
         remote.close()
     assert spoiled.num_requests == 4 + 3
-    # The same id again, so that the server answers from memory.
     assert sorted(Counter(spoiled.request_ids).values())[-1] > 1
     assert len(set(spoiled.request_ids)) == 4
 
@@ -158,15 +157,31 @@ def test_reordered_results_find_their_groups(scorer: GroupScorer, groups: Groups
         remote.close()
 
 
-def test_a_slow_answer_is_not_scored_twice(scorer: GroupScorer, groups: Groups) -> None:
+def test_a_slow_answer_is_asked_for_again(scorer: GroupScorer, groups: Groups) -> None:
     given = groups(3)
     expected = scorer.score_detailed(given)
-    calls = count_calls(scorer)
     with running(Faulty(build_app(scorer), once("slow"), pause=3.0)) as url:
         remote = client(url, attempt_timeout=1.0)
         started = time.monotonic()
         assert_same(remote.score_detailed(given), expected)
         assert time.monotonic() - started < 3.0
+        remote.close()
+
+
+def test_a_slow_server_scores_once_however_often_it_is_asked(scorer: GroupScorer, groups: Groups) -> None:
+    given = groups(3)
+    expected = scorer.score_detailed(given)
+    calls: list[int] = []
+
+    def slow(batch: list[ResponseGroup]) -> list[GroupScores]:
+        calls.append(len(batch))
+        time.sleep(3.0)
+        return expected
+
+    scorer.score_detailed = slow  # type: ignore[method-assign,assignment]
+    with running(build_app(scorer)) as url:
+        remote = client(url, attempt_timeout=0.5)
+        assert_same(remote.score_detailed(given), expected)
         remote.close()
     assert calls == [3]
 

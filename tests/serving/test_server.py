@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -113,25 +114,6 @@ def test_a_body_that_does_not_say_its_length(server: httpx2.Client) -> None:
     assert answer.status_code == 413
 
 
-def test_the_same_id_is_answered_from_memory(server: httpx2.Client, scorer: GroupScorer) -> None:
-    calls: list[int] = []
-    original = scorer.model.forward
-
-    def counted(*args: Any, **inputs: Any) -> Any:
-        calls.append(1)
-        return original(*args, **inputs)
-
-    scorer.model.forward = counted  # type: ignore[method-assign]
-    try:
-        first = server.post("/v1/score", json=body("a")).json()
-        assert server.post("/v1/score", json=body("a")).json() == first
-        assert len(calls) == 1
-        other = server.post("/v1/score", json=body("a", responses=["6", "7"]))
-        assert other.status_code == 409 and "belongs to another request" in other.json()["message"]
-    finally:
-        del scorer.model.forward
-
-
 def test_token(scorer: GroupScorer) -> None:
     with running(build_app(scorer, token="secret")) as url, httpx2.Client(base_url=url) as http:
         for path in ("/health", "/v1/score"):
@@ -206,6 +188,49 @@ def test_what_waits_is_scored_together_and_too_much_has_to_come_again(held: Held
             assert [answer.result().status_code for answer in [first, *more]] == [200] * 4
         assert http.get("/health").json()["pending_groups"] == 0
     assert [len(groups) for groups in held.calls] == [1, 3]
+
+
+def test_a_request_that_comes_again_while_it_is_scored_waits_for_the_same_scores(held: Held) -> None:
+    with (
+        running(app_of(held)) as url,
+        httpx2.Client(base_url=url, timeout=20) as http,
+        ThreadPoolExecutor(8) as threads,
+    ):
+        with pytest.raises(httpx2.ReadTimeout):
+            http.post("/v1/score", json=body("a"), timeout=0.3)
+        again = threads.submit(http.post, "/v1/score", json=body("a"))
+        time.sleep(0.5)
+        other = threads.submit(
+            http.post, "/v1/score", json=body("a", responses=["6", "7", "8"])
+        )  # the id alone is nothing
+        while http.get("/health").json()["pending_groups"] < 2:
+            pass
+        held.go.set()
+        assert len(again.result().json()["results"][0]["scores"]) == 2
+        assert len(other.result().json()["results"][0]["scores"]) == 3
+    assert [len(groups) for groups in held.calls] == [1, 1]
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, AttributeError])
+def test_whatever_the_scoring_thread_raises_is_told_at_once(
+    error: type[Exception], scorer: GroupScorer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(groups: Any) -> Any:
+        raise error("a bug")
+
+    scorer.score_detailed = fail  # type: ignore[method-assign]
+    with caplog.at_level(logging.ERROR), running(build_app(scorer)) as url, httpx2.Client(base_url=url) as http:
+        for _ in range(2):  # the server goes on
+            answer = http.post("/v1/score", json=body(), timeout=5)
+            assert answer.status_code == 500 and answer.json()["message"].startswith(f"{error.__name__} in the server")
+        assert http.get("/health").json()["pending_groups"] == 0
+
+
+def test_a_scorer_that_loses_a_result_is_told_at_once(scorer: GroupScorer) -> None:
+    scorer.score_detailed = lambda groups: []  # type: ignore[method-assign]
+    with running(build_app(scorer)) as url, httpx2.Client(base_url=url) as http:
+        for _ in range(2):
+            assert http.post("/v1/score", json=body(), timeout=5).status_code == 500
 
 
 def test_one_bad_request_does_not_spoil_the_others(held: Held, caplog: pytest.LogCaptureFixture) -> None:
