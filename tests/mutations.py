@@ -256,10 +256,10 @@ MUTATIONS = [
     ),
     Mutation(
         "resume: a torn line is kept",
-        "mr_reward.cli.score._check_done",
-        'not content.endswith(b"\\n")',
-        "not content",
-        "tests/cli/test_score.py",
+        "mr_reward.data.jsonl.ResumableJsonLines",
+        'line.endswith(b"\\n")',
+        "True",
+        "tests/data/test_jsonl.py tests/cli/test_score.py",
     ),
     Mutation(
         "a changed weight is not noticed",

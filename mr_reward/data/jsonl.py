@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
@@ -64,13 +65,11 @@ class ResumableJsonLines:
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = FileIO(self.path, "a")
-        try:
+        with ExitStack() as to_close:
+            self._file = to_close.enter_context(FileIO(self.path, "a"))
             self._lock()
             self._size = sum(map(len, self._whole_lines()))
-        except BaseException:
-            self._file.close()
-            raise
+            to_close.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
