@@ -1,8 +1,9 @@
-"""`mr-reward data convert | inspect | decontaminate | handwriting`."""
+"""`mr-reward data convert | stats | decontaminate | handwriting`."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from tqdm.auto import tqdm
 from mr_reward.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from mr_reward.data.converters.conversion import BadRow
+    from mr_reward.data.conversion import BadRow
     from mr_reward.groups import ResponseGroup
 
 __all__ = ["data"]
 
 data = typer.Typer(help="Ranked groups: convert public data sets, look at them, clean them.", no_args_is_help=True)
+
+logger = logging.getLogger(__name__)
 
 _SHOWN_BAD_ROWS = 20
 _TABLE_COLUMNS = 4  # more are not to be read on a screen
@@ -54,8 +57,10 @@ def convert(
 
     Example: mr-reward data convert nectar berkeley-nest/Nectar nectar.jsonl --limit 10000
     """
-    from mr_reward.data.converters import Conversion, get_converter, read_rows
+    from mr_reward.data.conversion import Conversion
+    from mr_reward.data.converters import get_converter
     from mr_reward.data.preferences import save_preferences
+    from mr_reward.data.sources import read_rows
 
     converter = get_converter(name, axis=axis)
     if not Path(source).exists():
@@ -83,25 +88,35 @@ def _list_bad_rows(bad_rows: Sequence[BadRow], console: Console) -> None:
 
 
 @data.command()
-def inspect(
+def stats(
     files: Annotated[list[Path], typer.Argument(help=".jsonl files of ranked groups")],
     skip_bad: SkipBad = False,
 ) -> None:
     """Show sizes, ties, lengths, modalities and where the best response stands, by source.
 
-    Example: mr-reward data inspect train.jsonl val.jsonl
+    Example: mr-reward data stats train.jsonl val.jsonl
     """
     from mr_reward.data.preferences import load_preferences
-    from mr_reward.data.statistics import inspect_groups, render_inspections
+    from mr_reward.data.stats import group_stats, stats_table
 
     for path in files:
         groups = load_preferences(path, skip_bad=skip_bad)
         sources = sorted({group.source for group in groups if group.source is not None})
-        entries = [inspect_groups(groups, path.name)]
+        entries = [group_stats(groups, path.name)]
         if len(sources) > 1:
-            entries += [inspect_groups([g for g in groups if g.source == source], source) for source in sources]
+            entries += [group_stats([g for g in groups if g.source == source], source) for source in sources]
         for start in range(0, len(entries), _TABLE_COLUMNS):
-            Console().print(render_inspections(entries[start : start + _TABLE_COLUMNS]))
+            Console().print(stats_table(entries[start : start + _TABLE_COLUMNS]))
+
+
+@data.command(hidden=True)
+def inspect(files: list[Path], skip_bad: SkipBad = False) -> None:
+    """The name of `mr-reward data stats` in version 0.1.0.
+
+    Example: mr-reward data inspect train.jsonl
+    """
+    logger.warning("`mr-reward data inspect` is `mr-reward data stats` now; the old name goes with the next version")
+    stats(files, skip_bad)
 
 
 @data.command()

@@ -41,9 +41,9 @@ def inspect(
 
     Example: mr-reward inspect groups.jsonl --model rm --score --group 7 --png group.png
     """
-    from mr_reward.viewer.figure import plot_views
     from mr_reward.viewer.load import load_source, score_file
     from mr_reward.viewer.page import render_page
+    from mr_reward.viewer.png import plot_views
     from mr_reward.viewer.views import Lengths, make_view
 
     if score:

@@ -6,7 +6,7 @@ WildVision and VLFeedback, and MM-RLHF-RewardBench shares ids and media with MM-
 A training group is removed if one of these matches an item of a benchmark:
 
 - `id`: an id of a data set that VL-RewardBench quotes (`RLAIF-V-12`), or a path of MM-RLHF's media (`mcq/073712.png`);
-- `image`: the same picture, see `image_match`; `video`: the same for at least half of its frames (16 are looked at);
+- `image`: the same picture, see `matching`; `video`: the same for at least half of its frames (16 are looked at);
 - `prompt`: the same text up to case and white space. Text alone says little where an image or video belongs to it
   ("Describe this image."), so that there it counts only if it is long (`MIN_PROMPT`) and no template (`STOCK_LIMIT`);
 - `response`: the same text of more than `MIN_RESPONSE` characters, unless it is a stock phrase: "I'm sorry, but I
@@ -27,8 +27,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from mr_reward.data.image_match import Fingerprint, ImageIndex, fingerprint
-from mr_reward.data.normalisation import normalised_text, prompt_text
+from mr_reward.data.matching import Fingerprint, ImageIndex, fingerprint, normalised_text, prompt_text
 from mr_reward.errors import MediaError
 from mr_reward.groups import ResponseGroup
 
@@ -36,9 +35,8 @@ __all__ = ["Decontamination", "Item", "Removal", "decontaminate"]
 
 MIN_RESPONSE = 40  # characters, normalised
 MIN_PROMPT = 80
-STOCK_LIMIT = (
-    10  # training prompts (of a response) or groups (of a prompt); what more of them share is no trace of one
-)
+# Training prompts (of a response) or groups (of a prompt); what more of them share is no trace of one.
+STOCK_LIMIT = 10
 VIDEO_FRAMES = 16
 
 _QUOTED_ID = re.compile(r"(?:rlaif-v|rlhf-v|hallucination_pair|wildvision-battle|lrvinstruction|svit|jailbreak)[-_].+")
@@ -46,39 +44,23 @@ _MM_RLHF_PATH = re.compile(r"(?:^|/)((?:mcq|long|short|safety|video)/\d{5,})(?=[
 
 
 class Item(NamedTuple):
-    """An item of a benchmark.
-
-    Args:
-        benchmark: its name.
-        id: the item's id, its number if it has none.
-    """
+    """An item of a benchmark."""
 
     benchmark: str
-    id: str
+    id: str  # its number if it has none
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """A training group that was removed.
-
-    Args:
-        group: the group.
-        matches: what it shares with what: (item, reason), sorted; the reason is `id`, `prompt`, `image`, `video` or
-            `response`.
-    """
+    """A training group that was removed."""
 
     group: ResponseGroup
-    matches: list[tuple[Item, str]]
+    matches: list[tuple[Item, str]]  # sorted; the reason is `id`, `prompt`, `image`, `video` or `response`
 
 
 @dataclass(frozen=True, slots=True)
 class Decontamination:
-    """What is left and what was removed.
-
-    Args:
-        kept: the clean groups, in their order.
-        removed: the others.
-    """
+    """What is left, in its order, and what was removed."""
 
     kept: list[ResponseGroup]
     removed: list[Removal]

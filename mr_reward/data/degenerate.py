@@ -16,22 +16,10 @@ MASTER_KEYS = (":", ",", ".", "Solution", "Thought process:", "Let's solve this 
 
 
 def with_degenerate_negative(group: ResponseGroup, rng: random.Random) -> ResponseGroup:
-    """Add one response that is worth nothing, ranked behind all others.
+    """One response more, at the end, that is worth nothing and ranked behind all others of a ranked group.
 
-    It is the empty text, the first quarter of one of the responses, or a "master key": an opener such as a lone colon
-    that has fooled model judges (arXiv 2507.08794). A policy finds such texts when the reward model never saw them.
-
-    Args:
-        group: a ranked group.
-        rng: draws the kind.
-
-    Returns:
-        A new group with one response more at its end; the same group if it already holds that text.
-
-    Example:
-        >>> group = ResponseGroup(prompt="2 + 2?", responses=["It is 4.", "5"], rankings=[1, 2])
-        >>> with_degenerate_negative(group, random.Random(0)).rankings
-        (1, 2, 3)
+    It is the empty text, the first quarter of one of the responses, or a "master key". A policy finds such texts when
+    the reward model never saw them. A group that already holds the drawn text is returned as it is.
     """
     cut = rng.choice(group.responses)
     text = rng.choice(("", cut[: len(cut) // 4], rng.choice(MASTER_KEYS)))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from mr_reward.checkpoint.checksums import written_whole_file
 from mr_reward.errors import MediaError
 from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import load_image
@@ -24,24 +25,11 @@ VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mp
 
 
 def resolve_media(group: ResponseGroup, root: Path, within: Path | None = None) -> ResponseGroup:
-    """Turn the media of a row into media that can be opened: paths that exist, encoded bytes, PIL images.
+    """The group with media that can be opened: paths that exist, encoded bytes, PIL images.
 
-    Args:
-        group: images are paths, bytes, PIL images or rows of `datasets` (`{"bytes": ..., "path": ...}`); a video is a
-            list of such frames, or holds one path, that of a folder of frames.
-        root: relative paths count from here.
-        within: what the row names has to lie in here; None for `root` or the working folder.
-
-    Returns:
-        A group with absolute or root-relative `Path`s, bytes or PIL images.
-
-    Raises:
-        MediaError: a medium that does not exist, lies elsewhere, is no image, or is a video file; the message names
-            the field.
-
-    Example:
-        >>> resolve_media(group, Path("data")).images  # doctest: +SKIP
-        (PosixPath('data/a.png'),)
+    Images are given as paths, bytes, PIL images or rows of `datasets` (`{"bytes": ..., "path": ...}`); a video is a
+    list of such frames, or of one path, that of a folder of frames. Relative paths count from `root`, and what a row
+    names has to lie in `within`, or, if that is None, in `root` or the working folder.
     """
     if not group.images and not group.videos:
         return group
@@ -53,17 +41,7 @@ def resolve_media(group: ResponseGroup, root: Path, within: Path | None = None) 
 
 
 def frames_in(folder: Path) -> list[Path]:
-    """The images of a folder in the order of the numbers in their names (frame 2 before frame 10).
-
-    Args:
-        folder: with one image file per frame.
-
-    Returns:
-        Their paths.
-
-    Raises:
-        MediaError: no image in the folder.
-    """
+    """The images of a folder in the order of the numbers in their names (frame 2 before frame 10)."""
     frames = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     if not frames:
         raise MediaError(f"{str(folder)!r} holds no image file, expected one for each frame of the video")
@@ -71,37 +49,16 @@ def frames_in(folder: Path) -> list[Path]:
 
 
 def rebase_path(path: str, root: Path, folder: Path) -> str:
-    """The same file, named from another folder.
-
-    Args:
-        path: absolute, a URL (both stay as they are), or relative to `root`.
-        root: where the path counts from.
-        folder: where it is to count from.
-
-    Returns:
-        The path, with forward slashes.
-
-    Example:
-        >>> rebase_path("a.png", Path("data"), Path("out"))
-        '../data/a.png'
-    """
+    """A path that counts from `root`, counted from `folder`; absolute ones and URLs stay as they are."""
     if Path(path).is_absolute() or path.startswith(("http://", "https://")):
         return path
     return Path(os.path.relpath(root / path, folder)).as_posix()
 
 
 def write_image(image: Any, folder: Path) -> Path:
-    """Write an image under the hash of its content; what is there already is left alone.
+    """Write an image as `<sha256>.<type>`; what is there already is left alone.
 
-    Args:
-        image: encoded bytes, written as they are, or anything that `load_image` takes, written as PNG.
-        folder: where to; made if needed.
-
-    Returns:
-        The path, `<sha256>.<type>`.
-
-    Raises:
-        MediaError: no image.
+    Encoded bytes are written as they are, anything else that `load_image` takes as PNG.
     """
     if isinstance(image, (bytes, bytearray)):
         content, suffix = bytes(image), _suffix(bytes(image))
@@ -111,10 +68,8 @@ def write_image(image: Any, folder: Path) -> Path:
         content, suffix = buffer.getvalue(), ".png"
     path = folder / f"{sha256(content).hexdigest()}{suffix}"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with written_whole_file(path) as unfinished:
+            unfinished.write_bytes(content)
     return path
 
 

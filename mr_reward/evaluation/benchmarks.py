@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mr_reward.data.converters.base import field, image_field, strip_placeholders
-from mr_reward.data.converters.reading import Rows, read_rows
+from mr_reward.data.fields import field, image_field, strip_placeholders
 from mr_reward.data.media_files import resolve_media
 from mr_reward.data.preferences import load_preferences
+from mr_reward.data.sources import RowSource, read_rows
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 from mr_reward.evaluation import official
 from mr_reward.evaluation.items import EvaluationItem
@@ -48,7 +48,7 @@ class BenchmarkData:
 
     benchmark: Benchmark
     source: str  # file, folder or hub id
-    rows: Rows
+    rows: RowSource
 
     def __iter__(self) -> Iterator[EvaluationItem]:
         read = self.benchmark.read

@@ -188,7 +188,7 @@ def test_responses_are_shuffled_and_the_same_at_every_run(tmp_path: Path) -> Non
     assert {best(group) for group in groups} == {"Good"}
     assert 70 < sum(group.responses[0] == "Good" for group in groups) < 130
     assert len({group.id for group in groups}) == 200
-    assert "order gives it away" in (output := run("data", "inspect", tmp_path / "a.jsonl")) and "yes" not in output
+    assert "order gives it away" in (output := run("data", "stats", tmp_path / "a.jsonl")) and "yes" not in output
     run("data", "convert", "skywork", source, tmp_path / "c.jsonl", "--keep-order")
     assert {group.responses[0] for group in load_preferences(tmp_path / "c.jsonl")} == {"Good"}
 
@@ -205,13 +205,13 @@ def test_inspect_shows_sources_and_leaks(tmp_path: Path) -> None:
         {"prompt": str(i), "responses": ["a", "bb"], "rankings": [1, 2], "source": ("x", "y")[i % 2]}
         for i in range(80)
     ]
-    output = run("data", "inspect", write_jsonl(tmp_path / "t.jsonl", rows))
+    output = run("data", "stats", write_jsonl(tmp_path / "t.jsonl", rows))
     assert "t.jsonl" in output and "yes, place 1" in output and "80" in output and "40" in output
 
 
 def test_inspect_splits_wide_tables(tmp_path: Path) -> None:
     rows = [{"prompt": str(i), "responses": ["a", "b"], "rankings": [1, 2], "source": f"set{i}"} for i in range(6)]
-    output = run("data", "inspect", write_jsonl(tmp_path / "t.jsonl", rows))
+    output = run("data", "stats", write_jsonl(tmp_path / "t.jsonl", rows))
     assert all(f"set{i}" in output for i in range(6)) and output.count("modality") == 2
 
 
@@ -268,7 +268,7 @@ def test_decontaminate_with_published_benchmarks(tmp_path: Path) -> None:
         run(*arguments, "--benchmark", f"vl_rewardbench={tmp_path / 'vl'}")
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "decontaminate"])
+@pytest.mark.parametrize("command", ["convert", "stats", "decontaminate"])
 def test_help_shows_an_example(command: str) -> None:
     assert f"Example: mr-reward data {command}" in " ".join(run("data", command, "--help").split())
 
@@ -280,7 +280,7 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
             "-c",
             "from mr_reward.cli import main; main()",
             "data",
-            "inspect",
+            "stats",
             str(tmp_path / "no.jsonl"),
         ],
         capture_output=True,
@@ -291,3 +291,14 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().startswith("error:") and "no.jsonl" in result.stderr
     assert issubclass(GroupError, MRRewardError)
+
+
+def test_the_old_name_of_stats_works_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", [{"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2]}])
+    expected = run("data", "stats", path)
+    assert not caplog.messages
+    assert run("data", "inspect", path) == expected
+    assert caplog.messages == [
+        "`mr-reward data inspect` is `mr-reward data stats` now; the old name goes with the next version"
+    ]
+    assert "inspect" not in run("data", "--help")

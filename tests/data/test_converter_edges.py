@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from test_converters import CRITIC, PICTURE, ROWS, changed, chat, convert, ratings
 
-from mr_reward.data.converters import CONVERTERS, SkippedRow
-from mr_reward.data.converters.base import graded_group
+from mr_reward.data.converters import CONVERTERS, SkippedRow, graded_group
 from mr_reward.errors import GroupError
 
 

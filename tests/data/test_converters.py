@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mr_reward.data.converters import CONVERTERS, SkippedRow, get_converter
-from mr_reward.data.converters.base import graded_group
+from mr_reward.data.converters import CONVERTERS, SkippedRow, get_converter, graded_group
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import ResponseGroup
 

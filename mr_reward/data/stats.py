@@ -1,7 +1,4 @@
-"""What a set of ranked groups looks like: sizes, ties, lengths, media, and whether the order gives the answer away.
-
-Legend: N responses of a group.
-"""
+"""What a set of ranked groups looks like: sizes, ties, lengths, media, and whether the order gives the answer away."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from mr_reward.data.normalisation import normalised_text, prompt_text
+from mr_reward.data.matching import normalised_text, prompt_text
 from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import load_image
 
-__all__ = ["Inspection", "inspect_groups", "render_inspections"]
+__all__ = ["GroupStats", "group_stats", "stats_table"]
 
 # A best response at one place more often than this many times the even share lets a model learn the place, if it is no
 # chance: so many standard errors above it (counted as a Poisson variable, which has more spread than a share).
@@ -31,43 +28,26 @@ _LEAK_MIN_GROUPS = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inspection:
-    """Counts of one set of groups.
-
-    Args:
-        name: of the set.
-        num_groups: groups.
-        sizes: N -> groups of that size.
-        with_ties: groups in which two responses share a rank.
-        tied_pairs: share of the pairs of responses of a ranked group that share a rank.
-        all_tied: groups without an ordered pair; they teach nothing.
-        unranked: groups without rankings.
-        lengths: characters of a response: mean, median, 95th percentile.
-        best_length: mean characters of the best responses.
-        other_length: mean characters of the others.
-        longest_is_best: share of the groups with an order in which the longest response is a best one (the first of
-            equally long ones): what a judge of length would get.
-        best_positions: place in the group -> how often a best response stands there, ties counted in parts.
-        expected_positions: the same, were the places drawn evenly.
-        modalities: text, image, video, or several joined by + -> groups.
-        repeated_prompts: groups whose prompt, media included, occurred before.
-    """
+class GroupStats:
+    """Counts of one set of groups."""
 
     name: str
     num_groups: int
-    sizes: dict[int, int]
-    with_ties: int
-    tied_pairs: float
-    all_tied: int
-    unranked: int
-    lengths: tuple[float, float, float]
-    best_length: float
-    other_length: float
+    sizes: dict[int, int]  # N -> groups of that size
+    with_ties: int  # groups in which two responses share a rank
+    tied_pairs: float  # share of the pairs of responses of a ranked group that share a rank
+    all_tied: int  # groups without an ordered pair; they teach nothing
+    unranked: int  # groups without rankings
+    lengths: tuple[float, float, float]  # characters of a response: mean, median, 95th percentile
+    best_length: float  # mean characters of the best responses
+    other_length: float  # of the others
+    # Share of the groups with an order in which the longest response (the first of equally long ones) is a best one:
+    # what a judge of length would get.
     longest_is_best: float
-    best_positions: dict[int, float]
-    expected_positions: dict[int, float]
-    modalities: dict[str, int]
-    repeated_prompts: int
+    best_positions: dict[int, float]  # place -> how often a best response stands there, ties counted in parts
+    expected_positions: dict[int, float]  # the same, were the places drawn evenly
+    modalities: dict[str, int]  # text, image, video, or several joined by + -> groups
+    repeated_prompts: int  # groups whose prompt, media included, occurred before
 
     @property
     def leaking_position(self) -> int | None:
@@ -83,20 +63,8 @@ class Inspection:
         return place if place is not None and ratios[place] > _LEAK_FACTOR else None
 
 
-def inspect_groups(groups: Sequence[ResponseGroup], name: str = "all") -> Inspection:
-    """Count.
-
-    Args:
-        groups: any groups, ranked or not.
-        name: of the set, for the table.
-
-    Returns:
-        The counts.
-
-    Example:
-        >>> inspect_groups([ResponseGroup(prompt="a", responses=["b", "c"], rankings=[1, 1])]).all_tied
-        1
-    """
+def group_stats(groups: Sequence[ResponseGroup], name: str = "all") -> GroupStats:
+    """Count, for any groups, ranked or not."""
     ranked = [group for group in groups if group.rankings is not None]
     lengths = sorted(len(text) for group in groups for text in group.responses)
     best_lengths: list[int] = []
@@ -119,7 +87,7 @@ def inspect_groups(groups: Sequence[ResponseGroup], name: str = "all") -> Inspec
                 positions[i] += (i in best) / len(best)
                 expected[i] += 1 / len(ranks)
     prompts = Counter(_prompt_key(group) for group in groups)
-    return Inspection(
+    return GroupStats(
         name=name,
         num_groups=len(groups),
         sizes=dict(sorted(Counter(group.num_responses for group in groups).items())),
@@ -142,16 +110,9 @@ def inspect_groups(groups: Sequence[ResponseGroup], name: str = "all") -> Inspec
     )
 
 
-def render_inspections(inspections: Sequence[Inspection]) -> Table:
-    """One column for each set.
-
-    Args:
-        inspections: counts of several sets.
-
-    Returns:
-        A table for rich's console.
-    """
-    table = Table("", *(escape(entry.name) for entry in inspections))
+def stats_table(sets: Sequence[GroupStats]) -> Table:
+    """One column for each set."""
+    table = Table("", *(escape(entry.name) for entry in sets))
     rows = {
         "groups": lambda x: str(x.num_groups),
         "responses per group": lambda x: ", ".join(f"{n}: {count}" for n, count in x.sizes.items()),
@@ -172,7 +133,7 @@ def render_inspections(inspections: Sequence[Inspection]) -> Table:
         ),
     }
     for label, cell in rows.items():
-        table.add_row(label, *(cell(entry) for entry in inspections))
+        table.add_row(label, *(cell(entry) for entry in sets))
     return table
 
 

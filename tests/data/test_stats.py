@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from mr_reward import ResponseGroup
-from mr_reward.data.statistics import inspect_groups, render_inspections
+from mr_reward.data.stats import group_stats, stats_table
 
 GROUPS = [
     ResponseGroup(prompt="a", responses=["1234", "12"], rankings=[1, 2], source="x"),
@@ -21,12 +21,12 @@ GROUPS = [
 
 
 def test_counts_by_hand() -> None:
-    found = inspect_groups(GROUPS, "four")
+    found = group_stats(GROUPS, "four")
     assert (found.num_groups, found.sizes) == (4, {1: 1, 2: 2, 3: 1})
     assert (found.with_ties, found.all_tied, found.unranked) == (2, 1, 1)
     assert found.modalities == {"text": 2, "image": 1, "video": 1}
     assert found.repeated_prompts == 0, "the same words about a picture are another prompt"
-    assert inspect_groups([*GROUPS, GROUPS[1]]).repeated_prompts == 1
+    assert group_stats([*GROUPS, GROUPS[1]]).repeated_prompts == 1
     assert found.tied_pairs == 2 / 5
     assert found.longest_is_best == 1.0
     assert found.lengths == (15 / 8, 1.5, 3.0)
@@ -49,20 +49,20 @@ def groups_with_best_at(place: int | None, count: int = 60) -> list[ResponseGrou
 
 def test_an_order_that_gives_the_answer_away_is_seen() -> None:
     for place in range(4):
-        assert inspect_groups(groups_with_best_at(place)).leaking_position == place
-    assert inspect_groups(groups_with_best_at(None)).leaking_position is None
+        assert group_stats(groups_with_best_at(place)).leaking_position == place
+    assert group_stats(groups_with_best_at(None)).leaking_position is None
 
 
 @pytest.mark.parametrize(("first_wins", "leaks"), [(0.5, False), (0.56, False), (0.65, True), (0.35, True)])
 def test_a_lean_to_one_side_is_seen_in_pairs(first_wins: float, leaks: bool) -> None:
     ranks = [[1, 2] if i < first_wins * 1000 else [2, 1] for i in range(1000)]
     groups = [ResponseGroup(prompt=str(i), responses=["a", "b"], rankings=r) for i, r in enumerate(ranks)]
-    assert (inspect_groups(groups).leaking_position is not None) == leaks
+    assert (group_stats(groups).leaking_position is not None) == leaks
 
 
 def test_the_table_shows_it() -> None:
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(render_inspections([inspect_groups(groups_with_best_at(0), "leaky"), inspect_groups(GROUPS, "few")]))
+    console.print(stats_table([group_stats(groups_with_best_at(0), "leaky"), group_stats(GROUPS, "few")]))
     text = console.export_text()
     assert "leaky" in text and "yes, place 1; shuffle" in text and "1: 100%" in text
     assert "image: 1" in text

@@ -1,4 +1,4 @@
-"""Find the same picture again, also after it was resized or encoded anew.
+"""When two texts are the same up to case and layout, and two images up to size and encoding.
 
 Two images are the same if their decoded RGB pixels are, or if all of this holds: their 64-bit perceptual hashes (signs
 of the low frequencies of a 32 x 32 thumbnail, as in the pHash library) differ in at most 4 bits, their shapes agree
@@ -12,6 +12,7 @@ changes, and about 19 of 20 line drawings, whose hashes turn more easily. Flat i
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -22,9 +23,10 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dctn
 
+from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import load_image
 
-__all__ = ["Fingerprint", "ImageIndex", "fingerprint", "same_picture"]
+__all__ = ["Fingerprint", "ImageIndex", "fingerprint", "normalised_text", "prompt_text", "same_picture"]
 
 MAX_DISTANCE = 4
 MIN_CORRELATION = 0.993
@@ -37,39 +39,33 @@ _THUMBNAIL_SIDE = 64
 _BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))  # first bit, bits
 
 
+def normalised_text(text: str) -> str:
+    """Lower case, white space collapsed, Unicode in one form (NFKC)."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def prompt_text(group: ResponseGroup) -> str:
+    """The prompt's text without system turns, which do not change what is asked; several turns with their roles."""
+    turns = [message for message in group.messages if message["role"] != "system"]
+    lines = []
+    for message in turns:
+        text = "\n".join(block["text"] for block in message["content"] if block["type"] == "text")
+        lines.append(text if len(turns) == 1 else f"{message['role']}: {text}")
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Fingerprint:
-    """What of an image is compared.
+    """What of an image is compared."""
 
-    Args:
-        digest: SHA-256 of size and RGB pixels.
-        phash: 64 bits, None for a flat image.
-        thumbnail: (4096,) grey values, uint8.
-        log_aspect: logarithm of width / height.
-    """
-
-    digest: bytes
-    phash: int | None
-    thumbnail: np.ndarray
-    log_aspect: float
+    digest: bytes  # SHA-256 of size and RGB pixels
+    phash: int | None  # 64 bits, None for a flat image
+    thumbnail: np.ndarray  # (4096,) grey values, uint8
+    log_aspect: float  # logarithm of width / height
 
 
 def fingerprint(image: Any) -> Fingerprint:
-    """Decode an image and take its fingerprint.
-
-    Args:
-        image: anything that `load_image` takes.
-
-    Returns:
-        The fingerprint.
-
-    Raises:
-        MediaError: no image.
-
-    Example:
-        >>> fingerprint(Image.new("RGB", (8, 8))).phash is None
-        True
-    """
+    """Decode an image (anything that `load_image` takes) and take its fingerprint."""
     rgb = load_image(image)
     digest = sha256(f"{rgb.size}".encode() + rgb.tobytes()).digest()
     grey = rgb.convert("L")
@@ -84,15 +80,7 @@ def fingerprint(image: Any) -> Fingerprint:
 
 
 def same_picture(a: Fingerprint, b: Fingerprint) -> bool:
-    """Whether two images show the same picture, see the head of this file.
-
-    Args:
-        a: one.
-        b: the other.
-
-    Returns:
-        The answer.
-    """
+    """Whether two images show the same picture."""
     if a.digest == b.digest:
         return True
     if a.phash is None or b.phash is None or (a.phash ^ b.phash).bit_count() > MAX_DISTANCE:
@@ -103,39 +91,20 @@ def same_picture(a: Fingerprint, b: Fingerprint) -> bool:
 
 
 class ImageIndex:
-    """Images with their owners; looking one up costs a few dictionary look-ups, whatever the size.
-
-    Example:
-        >>> index = ImageIndex()
-        >>> index.add(fingerprint(Image.linear_gradient("L")), "item 1")
-        >>> index.find(fingerprint(Image.linear_gradient("L").resize((128, 128))))
-        {'item 1'}
-    """
+    """Images with their owners; looking one up costs a few dictionary look-ups, whatever the size."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[Fingerprint, Hashable]] = []
         self._by_key: dict[Hashable, list[int]] = defaultdict(list)
 
     def add(self, image: Fingerprint, owner: Hashable) -> None:
-        """Add an image.
-
-        Args:
-            image: its fingerprint.
-            owner: what `find` returns.
-        """
+        """Add an image; `find` returns its owner."""
         for key in _keys(image):
             self._by_key[key].append(len(self._entries))
         self._entries.append((image, owner))
 
     def find(self, image: Fingerprint) -> set[Hashable]:
-        """The owners of the same picture.
-
-        Args:
-            image: its fingerprint.
-
-        Returns:
-            Owners, none if the picture is new.
-        """
+        """The owners of the same picture."""
         candidates = {entry for key in _keys(image) for entry in self._by_key.get(key, ())}
         return {owner for known, owner in map(self._entries.__getitem__, candidates) if same_picture(known, image)}
 

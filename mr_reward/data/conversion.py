@@ -6,12 +6,13 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from mr_reward.data.converters.base import Converter, SkippedRow
-from mr_reward.data.converters.reading import Rows
+from mr_reward.data.converters import Converter, SkippedRow
 from mr_reward.data.media_files import resolve_media
+from mr_reward.data.sources import RowSource
 from mr_reward.errors import GroupError, MRRewardError
 from mr_reward.groups import ResponseGroup
 
@@ -20,17 +21,11 @@ __all__ = ["BadRow", "Conversion"]
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that is no group.
+class BadRow(NamedTuple):
+    """A row that is no group."""
 
-    Args:
-        where: file and line.
-        reason: the field, what was found and what was expected.
-    """
-
-    where: str
-    reason: str
+    where: str  # file and line
+    reason: str  # the field, what was found and what was expected
 
 
 class Conversion:
@@ -44,12 +39,11 @@ class Conversion:
         rows: its rows.
         media_root: relative paths in the rows count from here; the folder of the source if None.
         limit: stop after so many rows.
-        skip_bad: leave a bad row out and go on; otherwise it is an error.
+        skip_bad: leave a bad row out and continue; otherwise it is an error.
         keep_order: do not shuffle the responses.
 
     Attributes:
         num_rows: rows that were read.
-        num_groups: groups that were made.
         skipped: rows without a preference, by reason.
         bad_rows: rows that contradict the schema or whose media are missing.
 
@@ -65,7 +59,7 @@ class Conversion:
     def __init__(
         self,
         converter: Converter,
-        rows: Rows,
+        rows: RowSource,
         *,
         media_root: str | Path | None = None,
         limit: int | None = None,
@@ -80,12 +74,11 @@ class Conversion:
         self.keep_order = keep_order
         self._convert = converter.make(row for _, row in rows)
         self.num_rows = 0
-        self.num_groups = 0
         self.skipped: Counter[str] = Counter()
         self.bad_rows: list[BadRow] = []
 
     def __iter__(self) -> Iterator[ResponseGroup]:
-        self.num_rows = self.num_groups = 0
+        self.num_rows = 0
         self.skipped.clear()
         self.bad_rows.clear()
         for place, row in self.rows:
@@ -98,23 +91,21 @@ class Conversion:
                 group = self._finish(self._convert(row))
             except SkippedRow as reason:
                 self.skipped[str(reason)] += 1
-                continue
             except MRRewardError as error:
                 if not self.skip_bad:
                     raise GroupError(
                         f"{place}: {error} (converter {self.converter.name}; --skip-bad leaves such rows out)"
                     ) from error
                 self.bad_rows.append(BadRow(place, str(error)))
-                continue
-            self.num_groups += 1
-            yield group
+            else:
+                yield group
         if self.bad_rows:
             logger.warning("%s: skipped %d of %d rows as bad", self.rows.name, len(self.bad_rows), self.num_rows)
 
     def _finish(self, group: ResponseGroup) -> ResponseGroup:
-        """Find the media, name the group and its source, shuffle the responses."""
+        """Find the media, name the group, shuffle the responses."""
         name = group.id if group.id is not None else f"{self.converter.name}-{self.num_rows}"
-        group = replace(resolve_media(group, self.media_root), id=name, source=group.source or self.converter.name)
+        group = replace(resolve_media(group, self.media_root), id=name)
         if self.keep_order:
             return group
         # By the row's number too: ids need not be unique.

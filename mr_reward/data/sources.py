@@ -12,7 +12,7 @@ from typing import Any
 from mr_reward.data.jsonl import read_json_lines
 from mr_reward.errors import ConfigurationError, GroupError
 
-__all__ = ["Rows", "read_rows"]
+__all__ = ["RowSource", "read_rows"]
 
 SUFFIXES = (".parquet", ".jsonl", ".json")  # of a folder with several kinds the first kind is read
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -20,27 +20,18 @@ _BATCH = 64  # rows in memory at a time; they may hold images
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows that can be read more than once, from the start each time.
-
-    Args:
-        name: of the source.
-        folder: relative paths in the rows count from here, unless told otherwise.
-        read: starts a reading of (place, row); a row that cannot be read is a `GroupError`.
-
-    Example:
-        >>> for place, row in read_rows("data.jsonl"): ...  # doctest: +SKIP
-    """
+class RowSource:
+    """Rows that can be read more than once, from the start each time, as (place, row)."""
 
     name: str
-    folder: Path
-    read: Callable[[], Iterator[tuple[str, Any]]]
+    folder: Path  # relative paths in the rows count from here, unless told otherwise
+    read: Callable[[], Iterator[tuple[str, Any]]]  # starts a reading; a row that cannot be read is a `GroupError`
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         return self.read()
 
 
-def read_rows(source: str | Path, *, split: str | None = None, config: str | None = None) -> Rows:
+def read_rows(source: str | Path, *, split: str | None = None, config: str | None = None) -> RowSource:
     """Open a data set; its rows are read when they are asked for.
 
     Args:
@@ -62,10 +53,10 @@ def read_rows(source: str | Path, *, split: str | None = None, config: str | Non
     if path.is_file():
         if split or config:
             raise ConfigurationError(f"{path} is one file, expected no split and no config with it; leave them out")
-        return Rows(str(path), path.parent, lambda: _read_file(path))
+        return RowSource(str(path), path.parent, lambda: _read_file(path))
     if path.is_dir():
         files = _files(path, split, config)
-        return Rows(str(path), path, lambda: (row for file in files for row in _read_file(file)))
+        return RowSource(str(path), path, lambda: (row for file in files for row in _read_file(file)))
     if path.suffix not in SUFFIXES and _HUB_ID.fullmatch(str(source)):
         return _hub_rows(str(source), split or "train", config)
     raise ConfigurationError(
@@ -122,7 +113,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         raise GroupError(f"{path} cannot be read as parquet ({error}); replace it") from error
 
 
-def _hub_rows(hub_id: str, split: str, config: str | None) -> Rows:
+def _hub_rows(hub_id: str, split: str, config: str | None) -> RowSource:
     import datasets
 
     try:
@@ -140,4 +131,4 @@ def _hub_rows(hub_id: str, split: str, config: str | None) -> Rows:
         rows = (row for batch in batches for row in batch)
         yield from ((f"{hub_id} [{split}], row {number}", row) for number, row in enumerate(rows, start=1))
 
-    return Rows(hub_id, Path("."), read)
+    return RowSource(hub_id, Path("."), read)
