@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _SHOWN_BAD_ROWS = 20
 _TABLE_COLUMNS = 4  # more are not to be read on a screen
 
+RankedFiles = Annotated[list[Path], typer.Argument(help=".jsonl files of ranked groups")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count and list bad rows instead of stopping")]
 
 
@@ -89,7 +90,7 @@ def _list_bad_rows(bad_rows: Sequence[BadRow], console: Console) -> None:
 
 @data.command()
 def stats(
-    files: Annotated[list[Path], typer.Argument(help=".jsonl files of ranked groups")],
+    files: RankedFiles,
     skip_bad: SkipBad = False,
 ) -> None:
     """Show sizes, ties, lengths, modalities and where the best response stands, by source.
@@ -110,7 +111,7 @@ def stats(
 
 
 @data.command(hidden=True)
-def inspect(files: list[Path], skip_bad: SkipBad = False) -> None:
+def inspect(files: RankedFiles, skip_bad: SkipBad = False) -> None:
     """The name of `mr-reward data stats` in version 0.1.0.
 
     Example: mr-reward data inspect train.jsonl
