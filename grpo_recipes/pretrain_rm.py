@@ -26,8 +26,7 @@ from mr_reward.checkpoint.zero3 import outside_zero3
 from mr_reward.data.preferences import load_preferences
 from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.evaluator import evaluate_groups
-from mr_reward.training.arguments import RewardTrainingArguments
-from mr_reward.training.trainer import RewardTrainer
+from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments
 from mr_reward.worlds.handwriting import make_groups
 
 

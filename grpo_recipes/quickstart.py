@@ -30,7 +30,7 @@ from trl import GRPOConfig, ModelConfig, SFTConfig, SFTTrainer, TrlParser
 from mr_reward import GroupScorer, MultiResponseRewardModel
 from mr_reward.evaluation.evaluator import evaluate_groups
 from mr_reward.evaluation.plots import plot_curves, plot_scored_groups
-from mr_reward.training.arguments import RewardTrainingArguments
+from mr_reward.training.trainer import RewardTrainingArguments
 from mr_reward.worlds.handwriting import make_groups, make_sft_rows, make_tasks
 from mr_reward.worlds.handwriting_policy import handwriting_accuracy, policy_answers
 from mr_reward.worlds.tiny import build_qwen3_vl, build_qwen3_vl_processor

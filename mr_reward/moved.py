@@ -53,6 +53,7 @@ MOVED = MappingProxyType(
         "scoring:GroupScores": "groups:GroupScores",
         "scoring:Scorer": "groups:Scorer",
         "serving.client": "scorers.remote",
+        "training.arguments": "training.trainer",
         "zero3": "checkpoint.zero3",
     }
 )

@@ -26,7 +26,7 @@ from trl import GRPOConfig, ModelConfig
 from typer.testing import CliRunner
 
 from mr_reward.cli.app import app
-from mr_reward.training.arguments import RewardTrainingArguments
+from mr_reward.training.trainer import RewardTrainingArguments
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
 from mr_reward.worlds.handwriting_policy import HandwritingArguments

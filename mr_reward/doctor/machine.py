@@ -14,7 +14,7 @@ import torch
 from packaging.requirements import Requirement
 
 from mr_reward.doctor.findings import Finding
-from mr_reward.training.resume import incomplete_reason
+from mr_reward.training.saving import incomplete_reason
 
 __all__ = ["check_devices", "check_needed", "check_output_folder", "check_versions", "device_memory"]
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from mr_reward.training.arguments import backend_for_deepspeed
+from mr_reward.training.trainer import backend_for_deepspeed
 
 __all__ = ["PolicyTrainingArguments"]
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig
 
-from mr_reward.training.resume import last_complete_checkpoint
+from mr_reward.training.saving import which_checkpoint
 
 __all__ = ["ContinuedEpochs", "checkpoint_to_resume", "updates_per_generation"]
 
@@ -37,7 +37,6 @@ def checkpoint_to_resume(args: GRPOConfig) -> str | None:
         >>> checkpoint_to_resume(GRPOConfig("new", num_generations=8, bf16=False, use_cpu=True)) is None
         True
     """
-    name = args.resume_from_checkpoint
     period = updates_per_generation(args)
     if args.save_strategy == "steps" and args.save_steps % period:
         logger.warning(
@@ -47,11 +46,7 @@ def checkpoint_to_resume(args: GRPOConfig) -> str | None:
             period,
             period,
         )
-    if isinstance(name, str) and name.lower() in ("true", "false"):  # on the command line everything is text
-        name = name.lower() == "true"
-    if name is True:
-        return last_complete_checkpoint(str(args.output_dir), args.world_size)
-    return name or None
+    return which_checkpoint(args.resume_from_checkpoint, str(args.output_dir), args.world_size)
 
 
 def updates_per_generation(args: GRPOConfig) -> int:

@@ -150,17 +150,6 @@ def centring_penalty(scores: Tensor, mask: Tensor) -> Tensor:
     """Mean square of the groups' mean scores: keeps scores near 0, so that they can be read across groups.
 
     For N = 2 it is a quarter of the penalty of Eisenstein et al. (arXiv 2312.09244), the square of the sum.
-
-    Args:
-        scores: (B, N) any float dtype; cast to float32.
-        mask: (B, N) bool, True where there is a response, at least one in every row.
-
-    Returns:
-        () float32.
-
-    Example:
-        >>> centring_penalty(torch.tensor([[1.0, 3.0]]), torch.tensor([[True, True]]))
-        tensor(4.)
     """
     total = scores.float().masked_fill(~mask, 0.0).sum(dim=-1)
     return (total / mask.sum(dim=-1)).square().mean()

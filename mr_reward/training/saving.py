@@ -1,55 +1,28 @@
-"""Write a trained reward model, whatever its weights are spread over."""
+"""Checkpoints of a run: a full disk is named, and what a kill in the middle of saving leaves is not resumed from."""
 
 from __future__ import annotations
 
+import json
+import logging
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from accelerate import Accelerator, init_empty_weights
-from peft import PeftModel, get_peft_model
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
-from mr_reward.checkpoint.zero3 import outside_zero3
-from mr_reward.errors import ConfigurationError
-from mr_reward.model.model import MultiResponseRewardModel
+from mr_reward.checkpoint.checksums import changed_file
 
-__all__ = ["check_can_save", "naming_a_full_disk", "save_whole_model"]
+__all__ = ["incomplete_reason", "last_complete_checkpoint", "naming_a_full_disk", "which_checkpoint"]
 
+logger = logging.getLogger(__name__)
 
-def check_can_save(accelerator: Accelerator) -> None:
-    """Refuse a DeepSpeed configuration under which a trained model could not be written.
-
-    Args:
-        accelerator: the Trainer's.
-
-    Raises:
-        ConfigurationError: ZeRO-3 that does not collect the weights for saving.
-    """
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
-        raise ConfigurationError(
-            "got a ZeRO-3 configuration that leaves the weights in parts when it saves; set zero3_save_16bit_model: "
-            "true in accelerate's file (stage3_gather_16bit_weights_on_model_save in DeepSpeed's), as "
-            "configs/deepspeed/zero3.yaml does"
-        )
+_TORCH_SUFFIXES = {".bin", ".pt", ".pth"}
 
 
 @contextmanager
 def naming_a_full_disk(output_dir: str | Path | None) -> Iterator[None]:
-    """A block that writes checkpoints; torch's own message about a full disk speaks of positions in a file only.
-
-    Args:
-        output_dir: of the run.
-
-    Raises:
-        OSError: torch could not write a file; the message says what is left and how to go on.
-
-    Example:
-        >>> with naming_a_full_disk("out"):
-        ...     trainer.train()  # doctest: +SKIP
-    """
+    """A block that writes checkpoints; torch's own message about a full disk speaks of positions in a file only."""
     try:
         yield
     except RuntimeError as error:
@@ -59,31 +32,63 @@ def naming_a_full_disk(output_dir: str | Path | None) -> Iterator[None]:
             raise
         raise OSError(
             f"a checkpoint in {output_dir} could not be written ({error}); is the disk full? Earlier checkpoints are "
-            "whole: make room, and go on with resume_from_checkpoint"
+            "whole: make room, and resume with resume_from_checkpoint"
         ) from error
 
 
-def save_whole_model(
-    model: MultiResponseRewardModel | PeftModel, weights: dict[str, Tensor], folder: str | Path
-) -> None:
-    """Write a folder that `MultiResponseRewardModel.from_pretrained` loads; LoRA is merged into the backbone.
+def which_checkpoint(name: str | bool | None, output_dir: str | Path, num_ranks: int = 1) -> str | None:
+    """What `resume_from_checkpoint` stands for: a folder, or with true the newest whole one below `output_dir`.
 
-    The model itself is not touched: its weights may be partitioned over several ranks, and training may go on.
-
-    Args:
-        model: the trained model.
-        weights: its whole state dict, as `Accelerator.get_state_dict` collects it.
-        folder: where to.
+    With true a run without a checkpoint starts from the beginning, so that one command serves the first launch and
+    every restart. On the command line everything is text, "true" and "false" too.
     """
-    if not isinstance(model, PeftModel):
-        model.save_pretrained(folder, state_dict=weights)
-        return
-    trained: Any = model.get_base_model()
-    with outside_zero3(), init_empty_weights():
-        plain = MultiResponseRewardModel(trained.config)
-        adapted = get_peft_model(plain, model.peft_config[model.active_adapter])
-    # Copies: merging changes the weights in place. On the CPU there is room for them.
-    adapted.load_state_dict({key: value.to("cpu", copy=True) for key, value in weights.items()}, assign=True)
-    merged: Any = adapted.merge_and_unload()
-    merged.processor = trained.processor
-    merged.save_pretrained(folder)
+    if isinstance(name, str) and name.lower() in ("true", "false"):
+        name = name.lower() == "true"
+    if name is True:
+        return last_complete_checkpoint(output_dir, num_ranks)
+    return name or None
+
+
+def last_complete_checkpoint(output_dir: str | Path, num_ranks: int = 1) -> str | None:
+    """The newest whole `checkpoint-*` folder; newer broken ones are named in a warning and left alone.
+
+    Each of `num_ranks` processes of the run needs its random state.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for folder in sorted(folders, key=lambda path: -int(path.name.split("-")[-1])):
+        reason = incomplete_reason(folder, num_ranks)
+        if reason is None:
+            logger.info("resuming from %s", folder)
+            return str(folder)
+        logger.warning("%s is not whole (%s), looking for an older checkpoint", folder, reason)
+    logger.info("%s holds no whole checkpoint, training starts from the beginning", output_dir)
+    return None
+
+
+def incomplete_reason(folder: Path, num_ranks: int = 1) -> str | None:
+    """Why a checkpoint folder cannot be resumed from.
+
+    `trainer_state.json` is written last, so a run killed while saving leaves none, or half of one. Every weight and
+    state file is opened besides: a full disk truncates files as well. Weights are compared with their checksums.
+    """
+    try:
+        step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"trainer_state.json cannot be read: {error}"
+    if f"checkpoint-{step}" != folder.name:
+        return f"its state is of step {step}"
+    names = ["rng_state.pth"] if num_ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(num_ranks)]
+    for name in names:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _TORCH_SUFFIXES and not zipfile.is_zipfile(path):
+            return f"{path.name} is cut off"
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except SafetensorError as error:
+                return f"{path.name} is cut off: {error}"
+    changed = changed_file(folder)
+    return f"{changed} is missing or not the file that was saved" if changed else None

@@ -1,40 +1,45 @@
-"""`RewardTrainer`: transformers' Trainer on N-way preferences.
+"""`RewardTrainer`: transformers' Trainer on N-way preferences, and its arguments.
 
 Legend: B groups, N responses.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from mr_reward.checkpoint.checksums import write_checksums
 from mr_reward.checkpoint.verify import non_finite_cause
-from mr_reward.checkpoint.zero3 import match_partitioned_dtype
-from mr_reward.errors import NonFiniteScoreError
+from mr_reward.checkpoint.zero3 import match_partitioned_dtype, outside_zero3
+from mr_reward.errors import ConfigurationError, NonFiniteScoreError
 from mr_reward.groups import ResponseGroup
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.out_of_memory import memory_advice
-from mr_reward.model.rows import Packer
+from mr_reward.model.rows import OVER_LENGTH_POLICIES, Packer
 from mr_reward.templates.rendering import Renderer
-from mr_reward.training.arguments import RewardTrainingArguments
-from mr_reward.training.collator import GroupCollator
-from mr_reward.training.data import EvaluationGroups, TrainingGroups, check_groups
-from mr_reward.training.evaluation import evaluation_metrics
+from mr_reward.training.batches import (
+    EvaluationGroups,
+    GroupCollator,
+    TrainingGroups,
+    check_groups,
+    evaluation_metrics,
+)
 from mr_reward.training.losses import get_loss
-from mr_reward.training.resume import checkpoint_to_resume
-from mr_reward.training.saving import check_can_save, naming_a_full_disk, save_whole_model
+from mr_reward.training.saving import naming_a_full_disk, which_checkpoint
 
-__all__ = ["RewardTrainer"]
+__all__ = ["RewardTrainer", "RewardTrainingArguments", "backend_for_deepspeed"]
 
 # Trained in full beside a LoRA adapter: both are new, an adapter on top of random weights could not learn them.
 _NEW_MODULES = ["head", "readouts"]
@@ -42,10 +47,89 @@ _NEW_MODULES = ["head", "readouts"]
 Groups = Sequence[ResponseGroup]
 
 
-class RewardTrainer(Trainer):
-    """Trains a reward model on ranked groups; the order of the responses is drawn anew every epoch.
+@dataclass
+class RewardTrainingArguments(TrainingArguments):
+    """Arguments of `RewardTrainer`.
 
-    Evaluation reports `mr_reward.training.evaluation.evaluation_metrics` beside the loss.
+    transformers' own fields cover the rest: `label_smoothing_factor` (for the losses of `mr_reward.training.losses`),
+    `train_sampling_strategy` (`batch_rebalance` forms micro-batches of equal cost in tokens, `group_by_length` batches
+    of equal length), `gradient_checkpointing`, `bf16`, `deepspeed`, `metric_for_best_model`, `resume_from_checkpoint`.
+
+    Args:
+        loss: `best_of_n`, `plackett_luce` or `bradley_terry`, see `mr_reward.training.losses`.
+        margin: score difference that `bradley_terry` asks for per rank of difference.
+        center_rewards_coefficient: weight of the penalty on the groups' mean scores; the name is TRL's.
+        max_tokens: largest number of tokens of a training row (prompt, media and all responses of a group).
+        eval_max_tokens: the same in evaluation, where groups are whole; None for `max_tokens`.
+        over_length: `error`, `drop_group` or `truncate_responses`, applied and counted before the first step.
+        max_responses: train on random subsets of at most so many responses per row, drawn again every epoch; None for
+            all responses.
+        degenerate_negatives: probability with which a training row gets one worthless response, ranked last.
+        mixture_weights: share of each training set, in their order; None for their sizes.
+        eval_orders: 2 scores every evaluation group in a second order and reports `order_flip_rate`; 1 saves the time.
+
+    Raises:
+        ConfigurationError: an unknown loss or policy, options that the loss cannot take, `use_cpu` with DeepSpeed.
+
+    Example:
+        >>> RewardTrainingArguments("rm", loss="plackett_luce", max_tokens=4096, use_cpu=True).loss
+        'plackett_luce'
+    """
+
+    loss: str = field(default="best_of_n", metadata={"help": "best_of_n, plackett_luce or bradley_terry"})
+    margin: float = field(default=0.0, metadata={"help": "Score difference per rank that bradley_terry asks for"})
+    center_rewards_coefficient: float | None = field(
+        default=None, metadata={"help": "Weight of the penalty on the groups' mean scores"}
+    )
+    max_tokens: int = field(default=16384, metadata={"help": "Largest number of tokens of a group's row"})
+    eval_max_tokens: int | None = field(default=None, metadata={"help": "The same in evaluation, None for max_tokens"})
+    over_length: str = field(default="error", metadata={"help": "error, drop_group or truncate_responses"})
+    max_responses: int | None = field(default=None, metadata={"help": "Responses of a training row, None for all"})
+    degenerate_negatives: float = field(
+        default=0.0, metadata={"help": "Probability of a worthless response in a training row"}
+    )
+    mixture_weights: list[float] | None = field(
+        default=None, metadata={"help": "Share of each training set, None for their sizes"}
+    )
+    eval_orders: int = field(default=2, metadata={"help": "2 measures order flips in evaluation, 1 saves the time"})
+    ddp_backend: str | None = field(default=None, metadata={"help": "gloo without a GPU if DeepSpeed runs"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Groups are no columns; keep False"})
+    label_names: list[str] | None = field(default_factory=lambda: ["rankings"], metadata={"help": "Keep as it is"})
+
+    def __post_init__(self) -> None:
+        self.ddp_backend = backend_for_deepspeed(self.ddp_backend, use_cpu=self.use_cpu)
+        super().__post_init__()
+        get_loss(
+            self.loss,
+            margin=self.margin,
+            label_smoothing=self.label_smoothing_factor,
+            centring_coefficient=self.center_rewards_coefficient or 0.0,
+        )
+        if self.over_length not in OVER_LENGTH_POLICIES:
+            raise ConfigurationError(
+                f"unknown over-length policy {self.over_length!r}, expected one of {', '.join(OVER_LENGTH_POLICIES)}"
+            )
+
+
+def backend_for_deepspeed(ddp_backend: str | None, *, use_cpu: bool) -> str | None:
+    """The backend of a run that may have been launched with DeepSpeed on a machine without a GPU.
+
+    accelerate knows none for it, and then every process takes itself for a whole run.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return ddp_backend
+    if use_cpu:
+        raise ConfigurationError(
+            "got use_cpu=true in a run that was launched with DeepSpeed; accelerate would leave DeepSpeed "
+            "out. Remove use_cpu: on a machine without a GPU DeepSpeed runs on the CPU by itself"
+        )
+    return "gloo" if ddp_backend is None and not torch.accelerator.is_available() else ddp_backend
+
+
+class RewardTrainer(Trainer):
+    """Trains a reward model on ranked groups; the order of the responses is drawn again every epoch.
+
+    Evaluation reports `mr_reward.training.batches.evaluation_metrics` beside the loss.
 
     Args:
         model: the reward model.
@@ -138,7 +222,7 @@ class RewardTrainer(Trainer):
             processing_class=model.processor,
             **options,
         )
-        check_can_save(self.accelerator)
+        _check_can_save(self.accelerator)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """Train, from the start or from a checkpoint.
@@ -152,7 +236,7 @@ class RewardTrainer(Trainer):
             transformers' `TrainOutput`.
         """
         # Nobody writes before every rank is here, so all ranks find the same folder.
-        folder = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.args.world_size)
+        folder = which_checkpoint(resume_from_checkpoint, str(self.args.output_dir), self.args.world_size)
         return super().train(resume_from_checkpoint=folder, **options)
 
     def compute_loss(
@@ -162,20 +246,10 @@ class RewardTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The configured loss over the scores of a batch.
+        """The loss over the scores of a batch of `GroupCollator`, and if asked for the scores (B, N).
 
-        Args:
-            model: the (wrapped) reward model.
-            inputs: a batch of `GroupCollator`.
-            return_outputs: also return the scores.
-            num_items_in_batch: groups of one optimizer step over all ranks, so that every group weighs the same
-                whatever micro-batch and rank it is on; None for the plain mean (evaluation).
-
-        Returns:
-            The loss, or the loss and `{"scores": (B, N)}`.
-
-        Raises:
-            NonFiniteScoreError: the model gave NaN or infinity.
+        `num_items_in_batch`: groups of one optimizer step over all ranks, so that every group weighs the same whatever
+        micro-batch and rank it is on; None for the plain mean (evaluation).
         """
         rankings, mask = inputs["rankings"], inputs["response_mask"]
         scores = model(**{key: value for key, value in inputs.items() if key != "rankings"}).scores
@@ -196,7 +270,7 @@ class RewardTrainer(Trainer):
         with memory_advice(
             f"step {self.state.global_step} has up to {self.args.per_device_train_batch_size} groups of "
             f"{self.args.max_tokens} tokens: lower per_device_train_batch_size (and raise "
-            "gradient_accumulation_steps) or max_tokens, or set gradient_checkpointing; then go on with "
+            "gradient_accumulation_steps) or max_tokens, or set gradient_checkpointing; then resume with "
             "resume_from_checkpoint"
         ):
             return super().training_step(*args, **options)
@@ -276,7 +350,7 @@ class RewardTrainer(Trainer):
         # DeepSpeed ZeRO-3 collects the parts of all ranks here, on the CPU of the one that writes.
         weights = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save:
-            save_whole_model(self.accelerator.unwrap_model(self.model), weights, folder)
+            _save_whole_model(self.accelerator.unwrap_model(self.model), weights, folder)
 
 
 def _with_lora(model: MultiResponseRewardModel, config: LoraConfig) -> nn.Module:
@@ -286,3 +360,35 @@ def _with_lora(model: MultiResponseRewardModel, config: LoraConfig) -> nn.Module
         config.target_modules = model.adapter.lora_targets
         config.exclude_modules = rf".*({'|'.join(_NEW_MODULES)})\..*"
     return get_peft_model(model, config)
+
+
+def _check_can_save(accelerator: Accelerator) -> None:
+    """Refuse a DeepSpeed configuration under which a trained model could not be written."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
+        raise ConfigurationError(
+            "got a ZeRO-3 configuration that leaves the weights in parts when it saves; set zero3_save_16bit_model: "
+            "true in accelerate's file (stage3_gather_16bit_weights_on_model_save in DeepSpeed's), as "
+            "configs/deepspeed/zero3.yaml does"
+        )
+
+
+def _save_whole_model(
+    model: MultiResponseRewardModel | PeftModel, weights: dict[str, Tensor], folder: str | Path
+) -> None:
+    """Write a folder that `MultiResponseRewardModel.from_pretrained` loads; LoRA is merged into the backbone.
+
+    The model itself is not touched: its weights may be partitioned over several ranks, and training may continue.
+    """
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder, state_dict=weights)
+        return
+    trained: Any = model.get_base_model()
+    with outside_zero3(), init_empty_weights():
+        plain = MultiResponseRewardModel(trained.config)
+        adapted = get_peft_model(plain, model.peft_config[model.active_adapter])
+    # Copies: merging changes the weights in place. On the CPU there is room for them.
+    adapted.load_state_dict({key: value.to("cpu", copy=True) for key, value in weights.items()}, assign=True)
+    merged: Any = adapted.merge_and_unload()
+    merged.processor = trained.processor
+    merged.save_pretrained(folder)

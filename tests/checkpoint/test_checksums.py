@@ -27,7 +27,7 @@ from mr_reward.checkpoint.checksums import (
 )
 from mr_reward.checkpoint.verify import check_checksums
 from mr_reward.errors import CheckpointError
-from mr_reward.training.resume import incomplete_reason
+from mr_reward.training.saving import incomplete_reason
 
 # Saves the second model over the first one, again and again, or once with room for `limit` bytes a file.
 SAVE = """

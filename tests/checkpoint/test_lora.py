@@ -23,8 +23,7 @@ from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.errors import CheckpointError
 from mr_reward.model.export import merge
 from mr_reward.model.rows import collate
-from mr_reward.training.arguments import RewardTrainingArguments
-from mr_reward.training.trainer import RewardTrainer, _with_lora
+from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments, _with_lora
 
 # The merged weights are rounded sums: scores that are 0.1 to 1 apart differ by some 1e-7.
 TOLERANCE = 1e-5

@@ -18,8 +18,7 @@ from tiny_models import family, random_group, score
 from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel, ResponseGroup
 from mr_reward.errors import CheckpointError, ConfigurationError, GroupError
 from mr_reward.evaluation.evaluator import evaluate_groups
-from mr_reward.training.arguments import RewardTrainingArguments
-from mr_reward.training.trainer import RewardTrainer
+from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments
 from mr_reward.worlds import tiny
 
 TEMPLATES = ("mr2rm-assistant", "mr2rm-user")

@@ -157,7 +157,7 @@ def test_recipe_under_zero3_and_its_resume(world: Path, tmp_path: Path) -> None:
     resumed = tmp_path / "resumed"
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-6", "completions_0000[56].parquet"))
     log = launch(3, tmp_path / "resumed.log", script, "--config", recipe(world, resumed))
-    assert "going on from" in log
+    assert "resuming from" in log
     for step, (found, expected) in enumerate(zip(tables(resumed), tables(whole), strict=True), start=1):
         pd.testing.assert_frame_equal(found, expected, check_exact=False, atol=1e-5, rtol=0, obj=f"step {step}")
     histories = [

@@ -28,7 +28,7 @@ from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.backbones import merge_media, molmo2, qwen_vl
 from mr_reward.backbones.base import concatenate_media, different_pictures
 from mr_reward.model.rows import PackedRow, collate
-from mr_reward.training.collator import GroupCollator
+from mr_reward.training.batches import GroupCollator
 
 TOWERS = {"qwen3_vl": "visual", "qwen2_5_vl": "visual", "molmo2": "vision_tower"}
 INDEX_KEYS = {"image_index", "video_index"}

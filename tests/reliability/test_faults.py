@@ -33,7 +33,7 @@ from mr_reward.cli.app import app
 from mr_reward.data.preferences import save_preferences
 from mr_reward.errors import NonFiniteScoreError
 from mr_reward.scorers.remote import RemoteScorer
-from mr_reward.training.resume import last_complete_checkpoint
+from mr_reward.training.saving import last_complete_checkpoint
 from mr_reward.worlds import tiny
 
 

@@ -26,7 +26,7 @@ from trl import GRPOConfig
 
 from mr_reward import MultiResponseRewardModel
 from mr_reward.runs.resume import checkpoint_to_resume, updates_per_generation
-from mr_reward.training.resume import last_complete_checkpoint
+from mr_reward.training.saving import last_complete_checkpoint
 from mr_reward.worlds import tiny
 
 RECIPE = Path(__file__).parents[2] / "grpo_recipes" / "train_policy.py"
@@ -159,7 +159,7 @@ def test_kill_at_a_random_moment_and_resume(uninterrupted: Path, world: Path, se
         process.wait()
     assert kills, "no run lived long enough to be killed: the machine is too fast for this test"
     run_to_the_end(arguments, output)
-    assert "going on from" in output.with_suffix(".log").read_text()
+    assert "resuming from" in output.with_suffix(".log").read_text()
     assert_same_run(output, uninterrupted)
 
 
@@ -206,7 +206,7 @@ def test_half_a_checkpoint_is_passed_over_in_a_later_epoch(uninterrupted: Path, 
         (output / "completions" / f"completions_{step:05d}.parquet").unlink()
     run_to_the_end(command(world, output, save_total_limit=None), output)
     log = output.with_suffix(".log").read_text()
-    assert "checkpoint-16 is not whole" in log and "going on from" in log
+    assert "checkpoint-16 is not whole" in log and "resuming from" in log
     assert_same_run(output, uninterrupted)
 
 

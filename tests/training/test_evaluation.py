@@ -14,8 +14,7 @@ from transformers import TrainerCallback
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.evaluation.evaluator import evaluate_groups
-from mr_reward.training.data import EvaluationGroups
-from mr_reward.training.evaluation import evaluation_metrics
+from mr_reward.training.batches import EvaluationGroups, evaluation_metrics
 from mr_reward.training.trainer import RewardTrainer
 
 

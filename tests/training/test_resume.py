@@ -21,8 +21,7 @@ import yaml
 from safetensors.torch import load_file
 from test_trainer import easy_groups
 
-from mr_reward.training.resume import incomplete_reason, last_complete_checkpoint
-from mr_reward.training.saving import naming_a_full_disk
+from mr_reward.training.saving import incomplete_reason, last_complete_checkpoint, naming_a_full_disk
 from mr_reward.worlds import tiny
 
 RECIPE = Path(__file__).parents[2] / "grpo_recipes" / "pretrain_rm.py"

@@ -15,9 +15,8 @@ from mr_reward.errors import ConfigurationError, GroupError, MediaError, OverLen
 from mr_reward.groups import dense_ranks
 from mr_reward.model.rows import Packer
 from mr_reward.templates.rendering import Renderer
-from mr_reward.training.arguments import RewardTrainingArguments
-from mr_reward.training.collator import GroupCollator
-from mr_reward.training.trainer import RewardTrainer
+from mr_reward.training.batches import GroupCollator
+from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import make_groups
 

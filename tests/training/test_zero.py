@@ -22,7 +22,7 @@ from torch import nn
 from mr_reward import GroupScorer
 from mr_reward.checkpoint.zero3 import match_partitioned_dtype
 from mr_reward.errors import ConfigurationError
-from mr_reward.training.resume import last_complete_checkpoint
+from mr_reward.training.saving import last_complete_checkpoint
 from mr_reward.worlds import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +149,7 @@ class TestTwoProcesses:
         shutil.copytree(zero3_lora / f"checkpoint-{STEPS // 2}", output / f"checkpoint-{STEPS // 2}")
         options = {**LORA, "per_device_train_batch_size": 4, "eval_file": [str(world / "train.jsonl")]}
         train(world, output, two_processes(*ZERO_3), **options)
-        assert "going on from" in output.with_suffix(".log").read_text()
+        assert "resuming from" in output.with_suffix(".log").read_text()
         assert losses(output) == pytest.approx(losses(zero3_lora), abs=1e-6)
         found, expected = (load_file(folder / "model.safetensors") for folder in (output, zero3_lora))
         for name, weight in expected.items():

@@ -13,7 +13,7 @@ from mr_reward.data.degenerate import MASTER_KEYS, with_degenerate_negative
 from mr_reward.errors import ConfigurationError, GroupError, OverLengthError
 from mr_reward.model.rows import Packer
 from mr_reward.templates.rendering import Renderer
-from mr_reward.training.data import (
+from mr_reward.training.batches import (
     CheckedGroups,
     EvaluationGroups,
     TrainingGroups,

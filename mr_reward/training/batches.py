@@ -1,4 +1,4 @@
-"""What the Trainer draws from: ranked groups, checked once, then mixed, subsampled, augmented and shuffled by index.
+"""From ranked groups to batches: checked once, then mixed, subsampled, augmented and shuffled by index; and back.
 
 Everything random about an item follows from (seed, epoch, index), never from a global generator, so that a resumed run
 sees the same items whatever was prefetched when it was cut off.
@@ -14,31 +14,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from mr_reward.data.degenerate import MASTER_KEYS, with_degenerate_negative
 from mr_reward.errors import ConfigurationError, GroupError, OverLengthError
-from mr_reward.groups import ResponseGroup
-from mr_reward.model.rows import Packer
+from mr_reward.groups import ResponseGroup, undo_order
+from mr_reward.metrics import ranking_metrics
+from mr_reward.model.rows import Packer, collate
 from mr_reward.templates.rendering import Renderer
 
-__all__ = ["CheckedGroups", "EvaluationGroups", "TrainingGroups", "check_groups"]
+__all__ = [
+    "CheckedGroups",
+    "EvaluationGroups",
+    "GroupCollator",
+    "TrainingGroups",
+    "check_groups",
+    "evaluation_metrics",
+]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedGroups:
-    """Groups that can be trained on.
-
-    Args:
-        groups: the groups that were kept.
-        num_tokens: for each the length of its row, of its longest one if responses are subsampled or added.
-    """
+    """Groups that can be trained on."""
 
     groups: list[ResponseGroup]
-    num_tokens: list[int]
+    num_tokens: list[int]  # of each group's row, the longest one if responses are subsampled or added
 
 
 def check_groups(
@@ -53,23 +59,8 @@ def check_groups(
 ) -> CheckedGroups:
     """Read every group once before the first step: images open, rankings are there, rows fit.
 
-    Args:
-        groups: ranked groups.
-        packer: with the budget and over-length policy.
-        name: of the data set, for messages.
-        training: leave out groups in which all responses are tied; they teach nothing.
-        max_responses: responses that a training row may hold.
-        degenerate_negatives: a training row may hold one response more.
-        show_progress: show a bar.
-
-    Returns:
-        The groups that are kept; what was dropped or will be truncated is logged with its count. A prompt that fills
-        the row by itself drops the group under `truncate_responses` too.
-
-    Raises:
-        GroupError: a group without rankings or with a single response, or no group left.
-        MediaError: an image that cannot be read.
-        OverLengthError: a group that does not fit, under the policy `error`.
+    Training leaves out groups whose responses are all tied, which teach nothing. What is dropped or will be truncated
+    is logged with its count; a prompt that fills the row by itself drops the group under `truncate_responses` too.
     """
     kept: list[ResponseGroup] = []
     num_tokens: list[int] = []
@@ -120,21 +111,6 @@ class TrainingGroups(Dataset):
 
     With weights, source k takes up the share `weights[k]` of an epoch, whose length is such that no source is cut
     short: the others are repeated, each time with other orders and subsets.
-
-    Args:
-        sources: checked groups of each source.
-        weights: shares of an epoch, one per source, in any unit; None for the sizes of the sources.
-        max_responses: rows hold a random choice of at most so many responses, with at least two ranks among them.
-        degenerate_negatives: probability with which a row gets one worthless response, see
-            `with_degenerate_negative`.
-        seed: of everything random.
-
-    Raises:
-        ConfigurationError: weights that do not match the sources, fewer than 2 responses, no probability.
-
-    Example:
-        >>> data = TrainingGroups([checked], max_responses=4)  # doctest: +SKIP
-        >>> data.set_epoch(1); group = data[0]  # doctest: +SKIP
     """
 
     def __init__(
@@ -177,11 +153,7 @@ class TrainingGroups(Dataset):
         return [tokens for _, tokens in self._items]
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other orders, subsets and negatives; accelerate's data loader calls it.
-
-        Args:
-            epoch: from 0 on.
-        """
+        """Draw other orders, subsets and negatives; accelerate's data loader calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -198,16 +170,7 @@ class TrainingGroups(Dataset):
 
 
 class EvaluationGroups(Dataset):
-    """Every group in its own order and, if asked for, once more in a fixed random one.
-
-    Args:
-        groups: ranked groups.
-        num_orders: 1 or 2.
-        seed: of the second order.
-
-    Raises:
-        ConfigurationError: another number of orders.
-    """
+    """Every group in its own order and, if asked for, once more in a fixed random one."""
 
     def __init__(self, groups: Sequence[ResponseGroup], *, num_orders: int = 2, seed: int = 0) -> None:
         if num_orders not in (1, 2):
@@ -223,6 +186,44 @@ class EvaluationGroups(Dataset):
 
     def __getitem__(self, index: int) -> ResponseGroup:
         return self.groups[index % len(self.groups)].select(self.orders[index])
+
+
+class GroupCollator:
+    """Packs B ranked groups into the inputs of the model and `rankings` (B, N) int64, 0 in empty slots."""
+
+    def __init__(self, packer: Packer) -> None:
+        self.packer = packer
+
+    def __call__(self, groups: Sequence[ResponseGroup]) -> dict[str, Tensor]:
+        """Make one batch; groups that the packer drops are left out."""
+        # A dropped group leaves with its rankings, or the labels of the following ones would shift.
+        kept = [(group, row) for group in groups if (row := self.packer.pack(group)) is not None]
+        if not kept:
+            raise OverLengthError(
+                f"all {len(groups)} groups of a batch were dropped, rows are limited to {self.packer.max_tokens} "
+                "tokens; raise max_tokens, or take out such groups with check_groups first"
+            )
+        batch = collate([row for _, row in kept]).model_inputs()
+        rankings = torch.zeros_like(batch["response_mask"], dtype=torch.long)
+        for i, (group, _) in enumerate(kept):
+            rankings[i, : group.num_responses] = torch.tensor(group.rankings)
+        return {**batch, "rankings": rankings}
+
+
+def evaluation_metrics(data: EvaluationGroups, predictions: Any) -> dict[str, float]:
+    """`ranking_metrics` of the groups in their own order and, where there are two orders, `order_flip_rate`.
+
+    `predictions`: (items, N) scores in the order of `data`; slots beyond an item's responses hold anything.
+    """
+    rows = np.asarray(predictions, dtype=np.float64)
+    scores = [undo_order(row.tolist(), order) for row, order in zip(rows, data.orders, strict=True)]
+    count = len(data.groups)
+    return ranking_metrics(
+        scores[:count],
+        [group.rankings or () for group in data.groups],
+        lengths=[[len(response) for response in group.responses] for group in data.groups],
+        reordered=scores[count:] or None,
+    )
 
 
 def _longest(
