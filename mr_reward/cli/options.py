@@ -21,17 +21,7 @@ NumOrders = Annotated[int, typer.Option(min=1, help="Orders of the responses to 
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype of `--dtype`.
-
-    Args:
-        name: as given; None if it was not.
-
-    Returns:
-        The dtype, or None.
-
-    Raises:
-        ConfigurationError: no such dtype.
-    """
+    """The dtype of `--dtype`, None if it was not given."""
     from mr_reward.scorers.opening import DTYPES
 
     if name is not None and name not in DTYPES:

@@ -37,6 +37,9 @@ def load_source(source: Path, step: int | None = None) -> tuple[str, list[Inspec
     Raises:
         ConfigurationError: there is no such file, folder or step.
         GroupError: a file that holds no scored groups.
+
+    Example:
+        >>> title, groups = load_source(Path("outputs/quickstart/policy"), step=20)  # doctest: +SKIP
     """
     if source.is_dir():
         return _from_run(source, step)

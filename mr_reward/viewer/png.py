@@ -30,6 +30,9 @@ def plot_views(views: Sequence[GroupView], path: Path, title: str) -> None:
 
     Raises:
         ConfigurationError: matplotlib is missing.
+
+    Example:
+        >>> plot_views(views, Path("step.png"), "step 20")  # doctest: +SKIP
     """
     if find_spec("matplotlib") is None:
         raise ConfigurationError("--png needs matplotlib; install mr-reward[eval]")

@@ -6,7 +6,7 @@ import base64
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -36,15 +36,9 @@ _CONTROLS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of a row.
+    """Tokens of a row."""
 
-    Args:
-        prompt: of the prompt with its media.
-        responses: N numbers.
-        layout: of the reward model.
-    """
-
-    prompt: int
+    prompt: int  # with its media
     responses: tuple[int, ...]
     layout: str
 
@@ -57,15 +51,10 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Who sees whom, one cell for each part of the row.
+    """Who sees whom, one cell for each part of the row."""
 
-    Args:
-        labels: P, then 1 s (c) 2 s (c) ...
-        cells: [query][key], True where it sees it.
-    """
-
-    labels: tuple[str, ...]
-    cells: tuple[tuple[bool, ...], ...]
+    labels: tuple[str, ...]  # P, then 1 s (c) 2 s (c) ...
+    cells: tuple[tuple[bool, ...], ...]  # [query][key], True where it sees it
 
     @classmethod
     def of(cls, layout: str, num_responses: int) -> Matrix:
@@ -81,66 +70,35 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseView:
-    """A response as it is shown.
+    """A response as it is shown."""
 
-    Args:
-        slot: its number in the group, from 1 on.
-        text: with control characters made visible.
-        score: None if the group was dropped.
-        rank: 1 = best.
-        share: of the way from the lowest to the highest score, for a bar.
-        advantage: None if there is none.
-        reward: None if there is none.
-        length: in `unit`.
-        flags: what is special about it.
-        true_rank: from the data, if it was ranked.
-    """
-
-    slot: int
-    text: str
-    score: float | None
-    rank: int | None
-    share: float
+    slot: int  # its number in the group, from 1 on
+    text: str  # with control characters made visible
+    score: float | None  # None if the group was dropped
+    rank: int | None  # 1 = best
+    share: float  # of the way from the lowest to the highest score, for a bar
     advantage: float | None
-    reward: float | None
-    length: int
-    flags: tuple[str, ...]
-    true_rank: int | None
+    length: int  # in the group's `unit`
+    flags: tuple[str, ...]  # what is special about it
+    true_rank: int | None  # from the data, if it was ranked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupView:
-    """A group as it is shown.
-
-    Args:
-        name: of the group.
-        turns: role and pieces; a piece is text, or the data URI of an image with its caption.
-        responses: best first.
-        spread: standard deviation of the scores, None without scores.
-        correlation: of score and length, None where it is not defined.
-        result: what scoring gave.
-        advantage_note: where the advantages come from.
-        unit: tokens or characters.
-        prompt_length: in tokens, None if they were not counted.
-        matrix: of the layout, None if that is not known.
-        layout: its name, or None.
-        filters: the names of `FILTERS` that apply.
-        step: of the run, or None.
-    """
+    """A group as it is shown."""
 
     name: str
-    turns: tuple[tuple[str, tuple[dict[str, str], ...]], ...]
-    responses: tuple[ResponseView, ...]
-    spread: float | None
-    correlation: float | None
+    turns: tuple[tuple[str, tuple[dict[str, str], ...]], ...]  # role, pieces: text, or an image's data URI and caption
+    responses: tuple[ResponseView, ...]  # best first
     result: GroupScores
-    advantage_note: str
-    unit: str
-    prompt_length: int | None
-    matrix: Matrix | None
+    spread: float | None  # standard deviation of the scores, None without scores
+    correlation: float | None  # of score and length, None where it is not defined
+    advantage_note: str  # where the advantages come from
+    unit: str  # tokens or characters
+    prompt_length: int | None  # in tokens, None if they were not counted
+    matrix: Matrix | None  # of the layout, None if that is not known
     layout: str | None
-    filters: tuple[str, ...] = field(default=())
-    step: int | None = None
+    filters: tuple[str, ...]  # the names of `FILTERS` that apply
 
 
 def make_view(scored: ScoredGroup, advantages: Sequence[float] | None, lengths: Lengths | None) -> GroupView:
@@ -156,6 +114,12 @@ def make_view(scored: ScoredGroup, advantages: Sequence[float] | None, lengths: 
 
     Raises:
         MediaError: an image that cannot be read.
+
+    Example:
+        >>> group = ResponseGroup(prompt="2 + 2?", responses=["4", "5"])
+        >>> result = GroupScores(scores=(1.0, -1.0), truncated=(False, False))
+        >>> make_view(ScoredGroup(group=group, result=result), None, None).spread
+        1.4142135623730951
     """
     group, result = scored.group, scored.result
     scores = result.scores
@@ -179,7 +143,6 @@ def make_view(scored: ScoredGroup, advantages: Sequence[float] | None, lengths: 
                 rank=None if ranks is None else ranks[i],
                 share=1.0 if high == low or score is None else (score - low) / (high - low),
                 advantage=None if advantages is None else advantages[i],
-                reward=None if scored.rewards is None else scored.rewards[i],
                 length=counts[i],
                 flags=tuple(flags),
                 true_rank=None if group.rankings is None else group.rankings[i],
@@ -207,23 +170,11 @@ def make_view(scored: ScoredGroup, advantages: Sequence[float] | None, lengths: 
         matrix=None if layout is None else Matrix.of(layout, group.num_responses),
         layout=layout,
         filters=tuple(name for name in FILTERS if holds[name]),
-        step=scored.step,
     )
 
 
 def visible_text(text: str) -> str:
-    """Text in which nothing is hidden: control, zero-width and direction characters and lone surrogates by number.
-
-    Args:
-        text: anything.
-
-    Returns:
-        Text that has a UTF-8 form.
-
-    Example:
-        >>> visible_text("a\\u202eb")
-        'a⟨U+202E⟩b'
-    """
+    """Text that hides nothing: control, zero-width and direction characters and lone surrogates by number."""
     return _CONTROLS.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
