@@ -19,8 +19,8 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from mr_reward.errors import MediaError
-from mr_reward.groups import ResponseGroup
+from mr_reward.errors import GroupError, MediaError
+from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.templates.images import load_image
 
 __all__ = [
@@ -90,14 +90,29 @@ class ScoreRequest(_Message):
 
 
 class WireResult(_Message):
-    """As `mr_reward.groups.GroupScores`, with the id of the group."""
+    """The id of a group, and beside it what `GroupScores.to_dict` gives, whatever that is."""
 
+    model_config = ConfigDict(extra="allow", strict=True)
+    __pydantic_extra__: dict[str, list[float] | list[bool] | float | str | None]
     id: str
-    scores: list[float] | None
-    truncated: list[bool]
-    order_spread: float = 0.0
-    order_flip_rate: float | None = None
-    drop_reason: str | None = None
+
+    @classmethod
+    def of(cls, id: str, scored: GroupScores) -> WireResult:
+        """The result of the group with this id."""
+        return cls.model_validate({**scored.to_dict(), "id": id})
+
+    def scored(self, group: ResponseGroup) -> GroupScores:
+        """The result of the group; ValueError if it cannot be one."""
+        try:
+            scored = GroupScores.from_dict(self.__pydantic_extra__, group)
+        except GroupError as error:  # of the answer, not of the group
+            raise ValueError(str(error)) from error
+        if scored.scores is None and scored.drop_reason is None:
+            raise ValueError("a group without scores and without a reason")
+        for number in (scored.order_spread, scored.order_flip_rate):
+            if isinstance(number, str | list):
+                raise ValueError(f"{number!r:.80} where a number has to be")
+        return scored
 
 
 class ScoreAnswer(_Message):

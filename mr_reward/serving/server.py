@@ -26,7 +26,6 @@ from mr_reward.scorers.wire import (
     Health,
     ScoreAnswer,
     ScoreRequest,
-    WireGroup,
     WireResult,
     dump,
     from_wire,
@@ -256,7 +255,9 @@ class _Service:
         await asyncio.wait([scoring])  # the future carries the error, of whatever type
         error = scoring.exception()
         if error is None:
-            results = list(map(_to_result, message.groups, scoring.result()))
+            results = [
+                WireResult.of(group.id, scored) for group, scored in zip(message.groups, scoring.result(), strict=True)
+            ]
             return _answer(
                 ScoreAnswer(
                     request_id=message.request_id,
@@ -293,17 +294,6 @@ class _Service:
         if len({group.id for group in message.groups}) < len(message.groups):
             raise ValueError("two groups have the same id")
         return message, [from_wire(group, self._limits.max_pixels) for group in message.groups]
-
-
-def _to_result(group: WireGroup, scored: GroupScores) -> WireResult:
-    return WireResult(
-        id=group.id,
-        scores=None if scored.scores is None else list(scored.scores),
-        truncated=list(scored.truncated),
-        order_spread=scored.order_spread,
-        order_flip_rate=scored.order_flip_rate,
-        drop_reason=scored.drop_reason,
-    )
 
 
 def _answer(message: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
