@@ -6,7 +6,7 @@
 
 Every field of `RewardTrainingArguments` (all of transformers' `TrainingArguments`) and of TRL's `ModelConfig` (LoRA
 included) can stand in the YAML file or on the command line. With `resume_from_checkpoint: true` the same command
-starts a run and goes on with it after it was killed.
+starts a run and resumes it after it was killed.
 """
 
 import json

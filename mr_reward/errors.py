@@ -52,7 +52,7 @@ class GroupAssemblyError(MRRewardError, ValueError):
 
 
 class NonFiniteScoreError(MRRewardError, RuntimeError):
-    """The reward model produced NaN or infinity; the run must not go on with it."""
+    """The reward model produced NaN or infinity; the run must not use them."""
 
 
 class PeerRankError(MRRewardError, RuntimeError):

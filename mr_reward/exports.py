@@ -23,18 +23,9 @@ _EXTRAS = {
 
 
 def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """The module-level `__getattr__` of a folder's `__init__`.
+    """The `__getattr__` of a folder's `__init__`; `homes`: exported name -> module below the folder that defines it.
 
-    Args:
-        package: `__name__` of the folder.
-        homes: exported name -> module below the folder that defines it.
-
-    Returns:
-        The function; it raises ConfigurationError where a package of an extra is missing.
-
-    Example:
-        >>> lazy_exports("mr_reward", {"dense_ranks": "groups"})("dense_ranks")([2.0, 1.0])
-        (2, 1)
+    Where a package of an extra is missing the error names the extra.
     """
 
     def load(name: str) -> Any:

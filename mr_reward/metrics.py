@@ -1,7 +1,9 @@
 """How well scores order the responses of a group, with every tie rule named.
 
 Pure functions: one sequence of numbers per group in, groups of any sizes, plain floats out. Legend: B groups, N
-responses (its own for each group).
+responses (its own for each group). `scores` are B sequences of N floats, `rankings` B sequences of N whole numbers
+from 1 on, 1 = best. Other sizes and other ranks raise ConfigurationError, scores that are not finite
+NonFiniteScoreError.
 
 Throughout: higher scores are better, lower ranks are better, ties share a rank. Ranks count by their order only, so
 dense (1, 2, 2, 3) and competition (1, 2, 2, 4) counting agree. The accuracies are strict: where the ranks differ and
@@ -46,15 +48,10 @@ _NUM_CALIBRATION_BINS = 10
 
 
 class KendallTau(NamedTuple):
-    """Kendall's tau-b over groups.
+    """Kendall's tau-b over groups."""
 
-    Args:
-        mean: mean over the groups where it is defined; NaN if there is none.
-        undefined_groups: how many groups were left out.
-    """
-
-    mean: float
-    undefined_groups: int
+    mean: float  # over the groups where it is defined; NaN if there is none
+    undefined_groups: int  # left out
 
 
 def best_of_n_accuracy(scores: GroupNumbers, rankings: GroupNumbers) -> float:
@@ -63,16 +60,7 @@ def best_of_n_accuracy(scores: GroupNumbers, rankings: GroupNumbers) -> float:
     Tie rules: picking any of several tied best responses is right. Where a best and a worse response share the highest
     score the group is wrong. A group whose responses are all tied best (N = 1 included) is right, as no pick is wrong.
 
-    Args:
-        scores: B sequences of N floats, higher is better.
-        rankings: B sequences of N whole numbers from 1 on, 1 = best, ties share a rank.
-
-    Returns:
-        A share from 0 to 1. Random scores give 1/N with one best response.
-
-    Raises:
-        ConfigurationError: the numbers of groups or responses differ, or a rank is not one.
-        NonFiniteScoreError: a score is NaN or infinite.
+    A share from 0 to 1. Random scores give 1/N with one best response.
 
     Example:
         >>> best_of_n_accuracy([[0.9, 0.1], [0.2, 0.2]], [[1, 2], [1, 2]])
@@ -88,16 +76,7 @@ def pairwise_accuracy(scores: GroupNumbers, rankings: GroupNumbers) -> float:
     Tie rules: pairs that share a rank are left out; an ordered pair with equal scores is wrong. The pairs of all
     groups are pooled, so a group counts with its number of ordered pairs.
 
-    Args:
-        scores: B sequences of N floats, higher is better.
-        rankings: B sequences of N whole numbers from 1 on, 1 = best, ties share a rank.
-
-    Returns:
-        A share from 0 to 1; NaN without an ordered pair. Random scores give 0.5.
-
-    Raises:
-        ConfigurationError: the numbers of groups or responses differ, or a rank is not one.
-        NonFiniteScoreError: a score is NaN or infinite.
+    A share from 0 to 1; NaN without an ordered pair. Random scores give 0.5.
 
     Example:
         >>> pairwise_accuracy([[3.0, 2.0, 2.0]], [[1, 2, 3]])
@@ -113,16 +92,7 @@ def kendall_tau_b(scores: GroupNumbers, rankings: GroupNumbers) -> KendallTau:
     undefined where all scores or all ranks of a group are equal. Read `undefined_groups` beside the mean: a model that
     gives one score to everything is left out here, while the accuracies count it as wrong.
 
-    Args:
-        scores: B sequences of N floats, higher is better.
-        rankings: B sequences of N whole numbers from 1 on, 1 = best, ties share a rank.
-
-    Returns:
-        The mean, from -1 to 1, and the number of groups left out. Random scores give 0.
-
-    Raises:
-        ConfigurationError: the numbers of groups or responses differ, or a rank is not one.
-        NonFiniteScoreError: a score is NaN or infinite.
+    The mean, from -1 to 1, and the number of groups left out. Random scores give 0.
 
     Example:
         >>> kendall_tau_b([[3.0, 2.0, 1.0], [0.5, 0.5]], [[1, 2, 3], [1, 2]])
@@ -141,16 +111,7 @@ def ndcg(scores: GroupNumbers, rankings: GroupNumbers) -> float:
     ranks after its own, 0 for the worst. Tie rules: responses with equal scores share the mean gain of the places they
     fill; groups with one rank only (N = 1 included) have no gain to order and are left out.
 
-    Args:
-        scores: B sequences of N floats, higher is better.
-        rankings: B sequences of N whole numbers from 1 on, 1 = best, ties share a rank.
-
-    Returns:
-        From 0 to 1, NaN without a group to order. Random scores are far from 0: compare with a random baseline.
-
-    Raises:
-        ConfigurationError: the numbers of groups or responses differ, or a rank is not one.
-        NonFiniteScoreError: a score is NaN or infinite.
+    From 0 to 1, NaN without a group to order. Random scores are far from 0: compare with a random baseline.
 
     Example:
         >>> ndcg([[3.0, 2.0, 1.0]], [[1, 2, 3]])
@@ -163,21 +124,11 @@ def ndcg(scores: GroupNumbers, rankings: GroupNumbers) -> float:
 def order_flip_rate(scores_a: GroupNumbers, scores_b: GroupNumbers, atol: float = 1e-6) -> float:
     """Share of groups whose winner differs between two orders of the same responses.
 
+    `scores_b` are those under the other order, **put back into the order of `scores_a`**: one response at place i.
     Tie rule: the winners of a group are all responses within `atol` of its highest score; it has flipped if the two
     orders have no winner in common. 0 for a permutation-equivariant model.
 
-    Args:
-        scores_a: B sequences of N floats, the scores under one order.
-        scores_b: B sequences of N floats under the other order, **put back into the order of `scores_a`**: entry i of
-            both is the same response.
-        atol: scores that differ by at most this much are tied; 0 or more.
-
-    Returns:
-        A share from 0 to 1. Independent random scores give 1 - 1/N.
-
-    Raises:
-        ConfigurationError: the numbers of groups or responses differ, or `atol` is negative.
-        NonFiniteScoreError: a score is NaN or infinite.
+    A share from 0 to 1. Independent random scores give 1 - 1/N.
 
     Example:
         >>> order_flip_rate([[1.0, 0.0], [1.0, 0.0]], [[0.9, 0.1], [0.1, 0.9]])
@@ -201,16 +152,7 @@ def pairwise_calibration_error(scores: GroupNumbers, rankings: GroupNumbers) -> 
     choice of one would change the result; tied pairs are left out. The pairs of all groups are pooled. Unlike the
     accuracies, tau-b and NDCG this depends on the scale of the scores.
 
-    Args:
-        scores: B sequences of N floats, higher is better.
-        rankings: B sequences of N whole numbers from 1 on, 1 = best, ties share a rank.
-
-    Returns:
-        From 0 (calibrated) to 1; NaN without an ordered pair. Constant scores give 0: they claim nothing.
-
-    Raises:
-        ConfigurationError: the numbers of groups or responses differ, or a rank is not one.
-        NonFiniteScoreError: a score is NaN or infinite.
+    From 0 (calibrated) to 1; NaN without an ordered pair. Constant scores give 0: they claim nothing.
 
     Example:
         >>> round(pairwise_calibration_error([[2.0, 0.0]], [[1, 2]]), 4)
@@ -232,16 +174,7 @@ def score_length_correlation(scores: GroupNumbers, lengths: GroupNumbers) -> flo
     Spearman, not Pearson: one rambling response must not decide it. Within groups, since prompts that call for long
     answers say nothing about a preference for length. Groups whose scores or lengths are all equal are left out.
 
-    Args:
-        scores: B sequences of N floats.
-        lengths: B sequences of N lengths in any one unit (tokens, characters).
-
-    Returns:
-        From -1 to 1; NaN if it is undefined in every group. Random scores give 0.
-
-    Raises:
-        ConfigurationError: the numbers of groups or responses differ.
-        NonFiniteScoreError: a score is NaN or infinite.
+    From -1 to 1; NaN if it is undefined in every group. Random scores give 0.
 
     Example:
         >>> round(score_length_correlation([[0.1, 0.2, 0.9]], [[5, 6, 700]]), 6)
@@ -260,15 +193,7 @@ def mean_score_spread(scores: GroupNumbers) -> float:
     The population's (division by N), so that a group of one response has spread 0. It falls to 0 when a model stops
     telling responses apart, and grows without bound when it overfits.
 
-    Args:
-        scores: B sequences of N floats.
-
-    Returns:
-        0 or more.
-
-    Raises:
-        ConfigurationError: no groups, or a group without responses.
-        NonFiniteScoreError: a score is NaN or infinite.
+    0 or more.
 
     Example:
         >>> mean_score_spread([[1.0, -1.0], [5.0]])
