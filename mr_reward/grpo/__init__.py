@@ -1,0 +1,16 @@
+"""Group-wise rewards in GRPO: the rollouts of all ranks -> groups -> rewards."""
+
+from typing import TYPE_CHECKING
+
+from mr_reward.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from mr_reward.grpo.group_log import GroupLog
+    from mr_reward.grpo.groups import plan_groups
+    from mr_reward.grpo.reward import MultiResponseReward
+
+__all__ = ["GroupLog", "MultiResponseReward", "plan_groups"]
+
+__getattr__ = lazy_exports(
+    __name__, {"GroupLog": "group_log", "MultiResponseReward": "reward", "plan_groups": "groups"}
+)

@@ -15,7 +15,7 @@ class GroupLog:
     """Writes the groups that a rank has scored to `step_00005.rank0.jsonl`, in an evaluation `eval_step_...`.
 
     A file holds all groups of a step, whatever the number of reward calls, and appears when it is whole. A run that is
-    resumed writes the files of the steps that it does again anew. Images lie beside a file, each once.
+    resumed writes the files of the steps that it repeats again. Images lie beside a file, each once.
 
     Args:
         folder: where to write; `mr-reward inspect` looks for `groups` in the output folder of a run.

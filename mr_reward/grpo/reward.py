@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.data.scored import ScoredGroup
 from mr_reward.errors import ConfigurationError
-from mr_reward.groups import ResponseGroup
+from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.grpo.agreement import check_same_weights, group_size, is_evaluating
 from mr_reward.grpo.exchange import Exchange
 from mr_reward.grpo.group_log import GroupLog
 from mr_reward.grpo.groups import Completion, PlannedGroup, Prompt, plan_groups, read_rollouts
-from mr_reward.grpo.telemetry import GroupOutcome, describe_rows, measure
+from mr_reward.grpo.telemetry import describe_rows, measure
 from mr_reward.model.rows import OVER_LENGTH_POLICIES
 from mr_reward.scorers.opening import is_url, open_scorer
 
@@ -248,20 +248,18 @@ class MultiResponseReward:
             if self._group_log is not None:
                 step, evaluating = 0 if state is None else state.global_step, is_evaluating(kwargs.get("log_metric"))
                 self._group_log.write(self.last_scored, step=step, rank=rank, evaluating=evaluating)
-        outcomes: dict[int, GroupOutcome] = {}
-        for scored, _ in phase.gathered:
-            outcomes.update(scored)
-        ordered = [outcomes[group.index] for group in plan]
+        by_index = {index: result for scored, _ in phase.gathered for index, result in scored.items()}
+        results = [by_index[group.index] for group in plan]
 
         if (log_metric := kwargs.get("log_metric")) is not None:
-            for key, value in measure(plan, ordered, math.fsum(seconds for _, seconds in phase.gathered)).items():
+            for key, value in measure(plan, results, math.fsum(seconds for _, seconds in phase.gathered)).items():
                 log_metric(key, value)
         start = sum(len(rows) for rows in rows_by_rank[:rank])
         mine = slice(start, start + len(local))
         if (log_extra := kwargs.get("log_extra")) is not None:
-            for name, column in describe_rows(plan, ordered).items():
+            for name, column in describe_rows(plan, results).items():
                 log_extra(name, column[mine])
-        return [value for outcome in ordered for value in self._rewards(outcome)][mine]
+        return [value for result in results for value in self._rewards(result)][mine]
 
     def _weights_digest(self) -> str:
         """Checksum of the model that scores for this rank: its own, or that of its server."""
@@ -270,8 +268,8 @@ class MultiResponseReward:
 
     def _score(
         self, own: Sequence[PlannedGroup], local: Sequence[ResponseGroup], prefix: str, step: int | None
-    ) -> tuple[dict[int, GroupOutcome], float]:
-        """Score the groups that this rank owns; their outcomes by group index, and the seconds it took."""
+    ) -> tuple[dict[int, GroupScores], float]:
+        """Score the groups that this rank owns; their results by group index, and the seconds it took."""
         self.last_scored = []
         if not own:
             return {}, 0.0
@@ -293,18 +291,17 @@ class MultiResponseReward:
         for group, result in zip(groups, results, strict=True):
             if result.scores is None:
                 logger.warning("%s gets no reward: %s", group.id, result.drop_reason)
-        outcomes = [GroupOutcome(result.scores, result.truncated, result.order_flip_rate) for result in results]
         self.last_scored = [
-            ScoredGroup(group=group, result=result, rewards=tuple(self._rewards(outcome)), step=step)
-            for group, result, outcome in zip(groups, results, outcomes, strict=True)
+            ScoredGroup(group=group, result=result, rewards=tuple(self._rewards(result)), step=step)
+            for group, result in zip(groups, results, strict=True)
         ]
-        return {planned.index: outcome for planned, outcome in zip(own, outcomes, strict=True)}, seconds
+        return {planned.index: result for planned, result in zip(own, results, strict=True)}, seconds
 
-    def _rewards(self, outcome: GroupOutcome) -> list[float | None]:
+    def _rewards(self, result: GroupScores) -> list[float | None]:
         """N rewards of a group; None for each if it was dropped."""
-        if outcome.scores is None:
-            return [None] * len(outcome.truncated)
-        return [*REWARD_TRANSFORMS[self.reward](outcome.scores)]
+        if result.scores is None:
+            return [None] * len(result.truncated)
+        return [*REWARD_TRANSFORMS[self.reward](result.scores)]
 
 
 def _refuse_local_options(options: Mapping[str, Any]) -> None:

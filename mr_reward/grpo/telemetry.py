@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from mr_reward.groups import dense_ranks
+from mr_reward.groups import GroupScores, dense_ranks
 from mr_reward.grpo.groups import PlannedGroup
 
-__all__ = ["COLUMN_KEYS", "METRIC_KEYS", "GroupOutcome", "describe_rows", "measure", "repeated_share"]
+__all__ = ["COLUMN_KEYS", "METRIC_KEYS", "describe_rows", "measure", "repeated_share"]
 
 METRIC_KEYS = (
     "mr_reward/score_mean",
@@ -39,22 +38,7 @@ COLUMN_KEYS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class GroupOutcome:
-    """What the owner of a group tells all ranks.
-
-    Args:
-        scores: N scores in row order; None if the group was dropped.
-        truncated: N flags, whether the response was cut before scoring.
-        order_flip_rate: how often another order of the responses has another winner; None if not measured.
-    """
-
-    scores: tuple[float, ...] | None
-    truncated: tuple[bool, ...]
-    order_flip_rate: float | None = None
-
-
-def measure(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome], seconds: float) -> dict[str, float]:
+def measure(plan: Sequence[PlannedGroup], results: Sequence[GroupScores], seconds: float) -> dict[str, float]:
     """All metrics of one call, `METRIC_KEYS` -> value.
 
     `score_mean` is over all scored responses, before any transform. `score_spread` is the mean within-group standard
@@ -70,26 +54,24 @@ def measure(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome], seco
     NaN where nothing is defined; TRL (1.16) leaves NaN out when it averages over the steps of a log, and logs None if
     there is nothing else.
     """
-    scored = [
-        (group, outcome.scores) for group, outcome in zip(plan, outcomes, strict=True) if outcome.scores is not None
-    ]
+    scored = [(group, result.scores) for group, result in zip(plan, results, strict=True) if result.scores is not None]
     values = (
         _mean(score for _, scores in scored for score in scores),
         _mean(statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in scored),
         _mean(float(min(scores) == max(scores)) for _, scores in scored),
         _mean(float(group.straddles) for group in plan),
         float(len(plan) - len(scored)),
-        float(sum(sum(outcome.truncated) for outcome in outcomes)),
+        float(sum(sum(result.truncated) for result in results)),
         _mean(1.0 - len(set(group.responses)) / len(group.responses) for group in plan),
         _mean(repeated_share(response) for group in plan for response in group.responses),
         _mean(_length_correlations(scored)),
-        _mean(outcome.order_flip_rate for outcome in outcomes if outcome.order_flip_rate is not None),
+        _mean(result.order_flip_rate for result in results if result.order_flip_rate is not None),
         1000.0 * seconds / len(plan) if plan else math.nan,
     )
     return dict(zip(METRIC_KEYS, values, strict=True))
 
 
-def describe_rows(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome]) -> dict[str, list[Any]]:
+def describe_rows(plan: Sequence[PlannedGroup], results: Sequence[GroupScores]) -> dict[str, list[Any]]:
     """Columns of the completions table, `COLUMN_KEYS` -> a value for each row of the global batch.
 
     `mr_reward_group` is the number of the group in the global batch. `mr_reward_score` is the score before the
@@ -99,17 +81,17 @@ def describe_rows(plan: Sequence[PlannedGroup], outcomes: Sequence[GroupOutcome]
     `mr_reward_truncated` tells whether the response was cut before scoring.
     """
     columns: dict[str, list[Any]] = {key: [] for key in COLUMN_KEYS}
-    for group, outcome in zip(plan, outcomes, strict=True):
+    for group, result in zip(plan, results, strict=True):
         size = len(group.responses)
         slots = {text: slot for slot, text in enumerate(dict.fromkeys(group.responses))}
         repeats = [text in group.responses[:i] for i, text in enumerate(group.responses)]
         values = (
             [group.index] * size,
-            [None] * size if outcome.scores is None else outcome.scores,
-            [None] * size if outcome.scores is None else dense_ranks([-score for score in outcome.scores]),
+            [None] * size if result.scores is None else result.scores,
+            [None] * size if result.scores is None else dense_ranks([-score for score in result.scores]),
             [slots[text] for text in group.responses],
             [slots[text] if again else -1 for text, again in zip(group.responses, repeats, strict=True)],
-            outcome.truncated,
+            result.truncated,
         )
         for key, column in zip(COLUMN_KEYS, values, strict=True):
             columns[key].extend(column)

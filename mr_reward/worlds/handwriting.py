@@ -10,14 +10,13 @@ one in the middle; wording is drawn independently of being right, so neither is 
 the picture tells. What stays is what anybody knows without looking: that a response without a number is seldom the
 best, and that the largest of three digits is often 9.
 
-Example:
-    >>> group = make_groups("train", 1, num_responses=4, seed=0)[0]
-    >>> group.num_responses, min(group.rankings)
-    (4, 1)
+How good a text is as an answer is a pure function of question, digits and text (`grade`): candidates that were made up
+and completions of a policy are graded alike.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +29,6 @@ from sklearn.datasets import load_digits
 
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import Message, ResponseGroup, dense_ranks
-from mr_reward.worlds.handwriting_grading import QUESTIONS, correct_answer, grade, is_correct
 
 __all__ = [
     "QUESTIONS",
@@ -48,6 +46,26 @@ __all__ = [
 ]
 
 Media = Literal["image", "video"]
+
+# Short, because the tiny models read one token per byte.
+QUESTIONS = {
+    "read": "Number?",
+    "sum": "Sum?",
+    "largest": "Largest?",
+    "even": "How many even?",
+}
+
+# How quality is measured, see `grade`.
+PARTIAL = 0.45  # the most that a partly right answer can reach: below a right one, however it is worded
+REFUSAL = 0.10
+WRONG = 0.05
+WORDING = {"bare": 1.0, "sentence": 0.8, "rambling": 0.5}
+SENTENCE_LENGTH = 30  # characters; a longer text is rambling
+TOLERANCE = {"sum": 5, "largest": 4, "even": 2}  # an answer this far off is plainly wrong
+
+_NUMBER = re.compile(r"[0-9]+")
+_REFUSAL = re.compile(r"\b(cannot|can't|unable|not sure|no idea)\b", re.IGNORECASE)
+_MAX_NUMBER_LENGTH = 18  # digits; int() of a policy's endless digits would be slow, and no answer is as long
 
 SPLITS = {"train": 0.75, "validation": 0.10, "test": 0.15}  # shares of each digit's scans
 TILE_SIZE = 32  # pixels; one image token of the tiny VLMs shows one digit
@@ -70,21 +88,13 @@ _EMPTY_HANDED_CHANCES = (0.35, 0.25, 0.15, 0.25)
 
 @dataclass(frozen=True)
 class HandwritingTask:
-    """One question about k handwritten digits.
+    """One question about k handwritten digits."""
 
-    Args:
-        id: a name such as "handwriting-test-00012".
-        question: a key of `QUESTIONS`.
-        digits: the k digits shown, each 0..9.
-        scans: k indices into scikit-learn's `load_digits`.
-        media: "image" (side by side) or "video" (one a frame).
-    """
-
-    id: str
-    question: str
-    digits: tuple[int, ...]
-    scans: tuple[int, ...]
-    media: Media = "image"
+    id: str  # such as "handwriting-test-00012"
+    question: str  # a key of `QUESTIONS`
+    digits: tuple[int, ...]  # the k digits shown
+    scans: tuple[int, ...]  # k indices into scikit-learn's `load_digits`
+    media: Media = "image"  # "image" (side by side) or "video" (one a frame)
 
     @property
     def text(self) -> str:
@@ -126,13 +136,9 @@ def _tile(scan: int) -> np.ndarray:
 
 @cache
 def split_scans(split: str) -> np.ndarray:
-    """The scans of a split; disjoint from those of the others, the same for every user seed.
+    """The scans of a split, sorted indices into `load_digits`, int64 [about 1348, 180 or 269].
 
-    Args:
-        split: a key of `SPLITS`.
-
-    Returns:
-        Sorted indices into `load_digits`, int64 [about 1348, 180 or 269]; every digit has the same share of its scans.
+    Disjoint from those of the other splits, the same for every user seed; every digit has the same share of its scans.
     """
     if split not in SPLITS:
         raise ConfigurationError(f"got split {split!r}, expected one of {list(SPLITS)}")
@@ -147,6 +153,72 @@ def split_scans(split: str) -> np.ndarray:
     result = np.sort(np.concatenate(chosen))
     result.flags.writeable = False  # the cache hands out the same array
     return result
+
+
+def correct_answer(question: str, digits: Sequence[int]) -> str:
+    """The right answer, a string of digits; for "read" it has one for each digit shown, leading zeros included."""
+    if question == "read":
+        return "".join(map(str, digits))
+    if question == "sum":
+        return str(sum(digits))
+    if question == "largest":
+        return str(max(digits))
+    if question == "even":
+        return str(sum(digit % 2 == 0 for digit in digits))
+    raise ConfigurationError(f"got question {question!r}, expected one of {list(QUESTIONS)}")
+
+
+def is_correct(question: str, digits: Sequence[int], response: str) -> bool:
+    """Whether a response is the right answer and nothing else (white space around it is allowed)."""
+    return response.strip() == correct_answer(question, digits)
+
+
+def grade(question: str, digits: Sequence[int], response: str) -> float:
+    """The true quality of any text as an answer. A pure function: candidates and policies are graded alike.
+
+    The claim of a response is the only number in it (repeating it is fine).
+
+    | response | quality |
+    |---|---|
+    | claim is right | 1 |
+    | claim is partly right | `PARTIAL` * similarity |
+    | claim is wrong | `WRONG` |
+    | no number, at most `SENTENCE_LENGTH` characters, says that it does not know | `REFUSAL` |
+    | anything else: two different numbers, waffle, silence | 0 |
+
+    A claim counts in full when it stands alone, less in a sentence, half in a text longer than `SENTENCE_LENGTH`
+    characters (`WORDING`). Similarity is, for "read", the share of digits in place (over the longer of the two
+    numbers); else `1 - |claim - answer| / TOLERANCE`, 0 at least.
+
+    Args:
+        question: a key of `QUESTIONS`.
+        digits: the k digits shown.
+        response: any text.
+
+    Returns:
+        A number in [0, 1], 1 exactly where `is_correct`; texts that are equally wrong have equal ones.
+
+    Example:
+        >>> [grade("read", (4, 7, 2), text) for text in ("472", "It is 472.", "475", "I cannot tell.", "865", "")]
+        [1.0, 0.8, 0.3, 0.1, 0.05, 0.0]
+    """
+    answer = correct_answer(question, digits)
+    text = response.strip()
+    claims = set(_NUMBER.findall(text))
+    if not claims and len(text) <= SENTENCE_LENGTH and _REFUSAL.search(text):
+        return REFUSAL
+    if len(claims) != 1:
+        return 0.0
+    claim = claims.pop()
+    similarity = _similarity(question, claim, answer)
+    # "013" says 13, but only the answer itself gets the full mark.
+    if text == claim and (claim == answer or similarity < 1.0):
+        wording = WORDING["bare"]
+    else:
+        wording = WORDING["sentence" if len(text) <= SENTENCE_LENGTH else "rambling"]
+    content = 1.0 if similarity == 1.0 else max(WRONG, PARTIAL * similarity)
+    # Rounded so that equal qualities compare equal, whatever their way through floating point.
+    return round(content * wording, 6)
 
 
 def make_tasks(
@@ -175,6 +247,10 @@ def make_tasks(
 
     Raises:
         ConfigurationError: an argument is out of its range.
+
+    Example:
+        >>> len(make_tasks("test", 2, num_digits=4)[0].answer)
+        4
     """
     scans = split_scans(split)
     _check_task_arguments(num_tasks, num_digits, questions, media, seed)
@@ -224,6 +300,11 @@ def make_groups(
 
     Raises:
         ConfigurationError: an argument is out of its range.
+
+    Example:
+        >>> group = make_groups("train", 1, num_responses=4, seed=0)[0]
+        >>> group.num_responses, min(group.rankings)
+        (4, 1)
     """
     if not MIN_RESPONSES <= num_responses <= MAX_RESPONSES:
         raise ConfigurationError(
@@ -260,6 +341,10 @@ def make_policy_rows(tasks: Sequence[HandwritingTask]) -> list[dict[str, Any]]:
 
     Raises:
         ConfigurationError: a task is a video.
+
+    Example:
+        >>> sorted(make_policy_rows(make_tasks("train", 1))[0])
+        ['digits', 'image', 'prompt', 'question', 'solution']
     """
     rows = []
     for task in tasks:
@@ -281,14 +366,7 @@ def make_policy_rows(tasks: Sequence[HandwritingTask]) -> list[dict[str, Any]]:
 
 
 def make_sft_rows(tasks: Sequence[HandwritingTask]) -> list[dict[str, Any]]:
-    """Rows of a dataset for TRL's SFTTrainer: `prompt`, `completion` (one assistant turn) and `image`.
-
-    Args:
-        tasks: image tasks.
-
-    Returns:
-        One row for each task.
-    """
+    """Rows of a dataset for TRL's SFTTrainer: `prompt`, `completion` (one assistant turn) and `image`."""
     return [
         {
             "prompt": row["prompt"],
@@ -314,6 +392,15 @@ def _check_task_arguments(num_tasks: int, num_digits: int, questions: Sequence[s
         raise ConfigurationError(f"got num_digits={num_digits}, expected {least} to 16 for media={media!r}")
     if num_tasks < 0 or seed < 0:
         raise ConfigurationError(f"got {num_tasks} items and seed={seed}, expected numbers that are not negative")
+
+
+def _similarity(question: str, claim: str, answer: str) -> float:
+    """How much of `claim` is right, 1 = all of it."""
+    if len(claim) > _MAX_NUMBER_LENGTH:
+        return 0.0
+    if question == "read":
+        return sum(a == b for a, b in zip(claim, answer, strict=False)) / max(len(claim), len(answer))
+    return max(0.0, 1.0 - abs(int(claim) - int(answer)) / TOLERANCE[question])
 
 
 def _draw_responses(task: HandwritingTask, count: int, rng: np.random.Generator) -> list[str]:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mr_reward.data.jsonl import write_json_lines
 from mr_reward.data.media_files import write_image
 from mr_reward.groups import ResponseGroup
 from mr_reward.worlds.handwriting import make_groups
 
 __all__ = ["HANDWRITING_BENCHMARKS", "write_handwriting_benchmarks"]
 
-HANDWRITING_BENCHMARKS: Mapping[str, str] = {
+HANDWRITING_BENCHMARKS: Mapping[str, str] = {  # folder -> the benchmark as which it is read
     "pairs": "vl_rewardbench",
     "best_of_4": "mr2bench_image",
     "n_way": "mr2bench_image",
     "video": "mr2bench_video",
 }
-"""Folder -> the benchmark as which it is read."""
 
 
 def write_handwriting_benchmarks(
@@ -28,23 +27,8 @@ def write_handwriting_benchmarks(
     """Write four benchmarks of unseen scans in published schemas.
 
     `pairs`: a right and a wrong answer, as VL-RewardBench; `best_of_4`: one best of four, as MR2Bench-Image; `n_way`:
-    eight answers with ties, the same; `video`: four answers to a video of one digit a second, as MR2Bench-Video.
-
-    Args:
-        folder: where to; made if needed.
-        num_items: of each.
-        num_digits: shown in each item, at least 2.
-        seed: of the digits and answers.
-
-    Returns:
-        The number of items by folder.
-
-    Raises:
-        ConfigurationError: a number is out of range.
-
-    Example:
-        >>> write_handwriting_benchmarks("outputs/handwriting", 64)  # doctest: +SKIP
-        {'pairs': 64, 'best_of_4': 64, 'n_way': 64, 'video': 64}
+    eight answers with ties, the same; `video`: four answers to a video of one digit a second, as MR2Bench-Video. At
+    least two digits are shown. Returns the number of items by folder.
     """
     folder = Path(folder)
     # More groups than needed: not every one has a single best answer.
@@ -59,7 +43,7 @@ def write_handwriting_benchmarks(
         "video": [_ranked(group, folder / "video") for group in videos],
     }
     for name, content in rows.items():
-        _write(content, folder / name / "test.jsonl")
+        write_json_lines(folder / name / "test.jsonl", content)
     return {name: len(content) for name, content in rows.items()}
 
 
@@ -93,8 +77,3 @@ def _media(group: ResponseGroup, folder: Path) -> dict[str, str]:
             frame.save(frames / f"{number}.png")
         return {"video": str(frames.relative_to(folder))}
     return {"image": str(write_image(group.images[0], folder / "images").relative_to(folder))}
-
-
-def _write(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")

@@ -25,19 +25,7 @@ def policy_answers(
     max_new_tokens: int = 16,
     show_progress: bool = True,
 ) -> list[str]:
-    """Greedy answers of a vision-language policy to image tasks.
-
-    Args:
-        model: the policy.
-        processor: its processor.
-        tasks: image tasks.
-        batch_size: tasks in one call of `generate`.
-        max_new_tokens: answers are cut there.
-        show_progress: show a bar.
-
-    Returns:
-        One answer per task.
-    """
+    """Greedy answers of a vision-language policy to image tasks, one each."""
     was_training = model.training
     model.eval()
     answers: list[str] = []
@@ -66,15 +54,8 @@ def _with_image(task: HandwritingTask) -> list[dict[str, Any]]:
 def handwriting_accuracy(completions: Sequence[Any], question: Sequence[str], digits: Any, **_: Any) -> list[float]:
     """A TRL reward function that is the truth: 1 for a right answer, 0 otherwise.
 
-    With weight 0 beside a reward model it shows in the logs whether the policy gets better in fact.
-
-    Args:
-        completions: texts or chat messages, as TRL passes them.
-        question: the column of `make_policy_rows`.
-        digits: the column of `make_policy_rows`.
-
-    Returns:
-        One reward per completion.
+    With weight 0 beside a reward model it shows in the logs whether the policy gets better in fact. `question` and
+    `digits` are columns of `make_policy_rows`.
     """
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     return [float(is_correct(*row)) for row in zip(question, digits, texts, strict=True)]
@@ -103,6 +84,9 @@ class HandwritingArguments(PolicyArguments):
         num_eval_prompts: number of held-out handwriting prompts.
         num_digits: digits in each image.
         questions: keys of `QUESTIONS`.
+
+    Raises:
+        ConfigurationError: a value that is not allowed.
 
     Example:
         >>> HandwritingArguments(reward_model="rm", num_digits=2).dataset

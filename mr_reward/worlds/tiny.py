@@ -117,17 +117,13 @@ _HALF = [0.5, 0.5, 0.5]
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level tokenizer with Qwen's control tokens and ChatML template.
+    """A byte-level tokenizer with Qwen's control tokens and ChatML template, of the class that `AutoTokenizer` gives.
 
     Ids 0..255 are the 256 bytes (in the order of the byte-level alphabet), then come `SPECIAL_TOKENS`, the merges of
     `_WORDS`, and `ADDED_TOKENS`. Padding is `<|endoftext|>`, end of sequence is `<|im_end|>`; there is no start token.
 
-    Returns:
-        A fast tokenizer of the class that `AutoTokenizer` gives for Qwen checkpoints.
-
-    Example:
-        >>> build_tokenizer().tokenize("I see 42.")
-        ['I', 'Ġsee', 'Ġ', '4', '2', '.']
+    >>> build_tokenizer().tokenize("I see 42.")
+    ['I', 'Ġsee', 'Ġ', '4', '2', '.']
     """
     # The special tokens stand in the vocabulary too, which fixes their ids; no merge leads to them.
     merges = _word_merges()
@@ -164,9 +160,7 @@ def _image_processor() -> Qwen2VLImageProcessor:
 def build_qwen3_vl_processor() -> Qwen3VLProcessor:
     """The real Qwen3-VL processor around `build_tokenizer`, with patches of 16 pixels and no resizing of small media.
 
-    Returns:
-        Tokenizer, image processor and video processor in one. Videos are lists of frames and are not sampled; pass
-        `video_metadata` with the frame rate to have right timestamps.
+    Videos are lists of frames and are not sampled; pass `video_metadata` with the frame rate to have right timestamps.
     """
     video = Qwen3VLVideoProcessor(size=dict(_PIXELS), image_mean=_HALF, image_std=_HALF, **_VISION, **_VIDEO)
     return Qwen3VLProcessor(
@@ -178,11 +172,7 @@ def build_qwen3_vl_processor() -> Qwen3VLProcessor:
 
 
 def build_qwen2_5_vl_processor() -> Qwen2_5_VLProcessor:
-    """The real Qwen2.5-VL processor around `build_tokenizer`, same sizes as `build_qwen3_vl_processor`.
-
-    Returns:
-        Tokenizer, image processor and video processor in one.
-    """
+    """The real Qwen2.5-VL processor around `build_tokenizer`, same sizes as `build_qwen3_vl_processor`."""
     video = Qwen2VLVideoProcessor(size=dict(_PIXELS), image_mean=_HALF, image_std=_HALF, **_VISION, **_VIDEO)
     return Qwen2_5_VLProcessor(
         image_processor=_image_processor(),
@@ -200,27 +190,14 @@ def build_qwen3_vl(
     num_heads: int = 4,
     vision_hidden_size: int = 64,
     vision_layers: int = 2,
-    initializer_range: float = 0.05,
+    initializer_range: float = 0.05,  # small models want more than the usual 0.02
 ) -> Qwen3VLForConditionalGeneration:
-    """A tiny Qwen3-VL with random weights, matching `build_qwen3_vl_processor`.
+    """A tiny Qwen3-VL with random weights, in float32 on the CPU, in evaluation mode.
 
     Embeddings are tied and DeepStack is on: the features of the first vision layer are added to the output of the
-    first decoder layer.
-
-    Args:
-        seed: of the initial weights; the global random state is left as it was.
-        hidden_size: width of the decoder, a multiple of 8 * num_heads (interleaved M-RoPE splits a head in three).
-        num_layers: decoder layers, at least 1.
-        num_heads: query heads; there are half as many key-value heads.
-        vision_hidden_size: width of the vision encoder, a multiple of 16.
-        vision_layers: layers of the vision encoder, at least 2.
-        initializer_range: standard deviation of the initial weights; small models want more than the usual 0.02.
-
-    Returns:
-        The model in float32 on the CPU, in evaluation mode.
-
-    Raises:
-        ConfigurationError: sizes that do not divide.
+    first decoder layer. `hidden_size` is a multiple of 8 * num_heads (interleaved M-RoPE splits a head in three),
+    `vision_hidden_size` one of 16; there are half as many key-value heads as query heads. The global random state is
+    left as it was.
     """
     _check_sizes(hidden_size, num_heads, vision_hidden_size)
     tokenizer = build_tokenizer()
@@ -258,24 +235,9 @@ def build_qwen2_5_vl(
     vision_layers: int = 2,
     initializer_range: float = 0.05,
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """A tiny Qwen2.5-VL with random weights, matching `build_qwen2_5_vl_processor`.
+    """A tiny Qwen2.5-VL with random weights, sizes as in `build_qwen3_vl`.
 
     The last vision layer attends fully, the others within windows of 64 pixels.
-
-    Args:
-        seed: of the initial weights; the global random state is left as it was.
-        hidden_size: width of the decoder, a multiple of 8 * num_heads.
-        num_layers: decoder layers, at least 1.
-        num_heads: query heads; there are half as many key-value heads.
-        vision_hidden_size: width of the vision encoder, a multiple of 16.
-        vision_layers: layers of the vision encoder, at least 2.
-        initializer_range: standard deviation of the initial weights.
-
-    Returns:
-        The model in float32 on the CPU, in evaluation mode.
-
-    Raises:
-        ConfigurationError: sizes that do not divide.
     """
     _check_sizes(hidden_size, num_heads, vision_hidden_size)
     tokenizer = build_tokenizer()
@@ -309,21 +271,7 @@ def build_llama(
     num_heads: int = 4,
     initializer_range: float = 0.05,
 ) -> LlamaForCausalLM:
-    """A tiny text-only Llama with random weights, matching `build_tokenizer`.
-
-    Args:
-        seed: of the initial weights; the global random state is left as it was.
-        hidden_size: width, a multiple of 2 * num_heads.
-        num_layers: decoder layers, at least 1.
-        num_heads: query heads; there are half as many key-value heads.
-        initializer_range: standard deviation of the initial weights.
-
-    Returns:
-        The model in float32 on the CPU, in evaluation mode.
-
-    Raises:
-        ConfigurationError: sizes that do not divide.
-    """
+    """A tiny text-only Llama with random weights, matching `build_tokenizer`; see `build_qwen3_vl`."""
     if hidden_size % (2 * num_heads):
         raise ConfigurationError(
             f"got hidden_size={hidden_size} with num_heads={num_heads}, expected a multiple of {2 * num_heads}"

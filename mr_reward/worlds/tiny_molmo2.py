@@ -84,15 +84,7 @@ _HALF = [0.5, 0.5, 0.5]
 
 
 def build_molmo2_tokenizer() -> Qwen2Tokenizer:
-    """`build_tokenizer` with Molmo2's own control tokens behind it; the ids of the other tokens stay.
-
-    Returns:
-        A fast tokenizer; `MOLMO2_TOKENS` are special and have the last ids.
-
-    Example:
-        >>> build_molmo2_tokenizer().convert_ids_to_tokens(len(build_tokenizer()))
-        '<im_start>'
-    """
+    """`build_tokenizer` with `MOLMO2_TOKENS` behind it, special; the ids of the other tokens stay."""
     tokenizer = build_tokenizer()
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in MOLMO2_TOKENS])
     tokenizer.chat_template = MOLMO2_CHAT_TEMPLATE
@@ -104,9 +96,6 @@ def build_molmo2_processor() -> Molmo2Processor:
 
     Images whose sides are multiples of `TILE_SIZE` are not resized for their crops. Videos are lists of frames and are
     not sampled; pass `video_metadata` with the frame rate to have right timestamps.
-
-    Returns:
-        Tokenizer, image processor and video processor in one.
     """
     sizes: dict[str, Any] = {"size": dict(_SIZE), "patch_size": PATCH_SIZE, "image_mean": _HALF, "image_std": _HALF}
     # Crops that overlap would cut digits; the released processor pools frames more than images, and so does this one.
@@ -132,28 +121,10 @@ def build_molmo2(
     vision_layers: int = 2,
     initializer_range: float = 0.05,
 ) -> Molmo2ForConditionalGeneration:
-    """A tiny Molmo2 with random weights, matching `build_molmo2_processor`.
+    """A tiny Molmo2 with random weights, in float32 on the CPU, in evaluation mode; see `tiny.build_qwen3_vl`.
 
-    The features of the last and the first vision layer are pooled by attention, as in the real model.
-
-    Args:
-        seed: of the initial weights; the global random state is left as it was.
-        hidden_size: width of the decoder, a multiple of 2 * num_heads.
-        num_layers: decoder layers, at least 1.
-        num_heads: query heads; there are half as many key-value heads.
-        vision_hidden_size: width of the vision encoder, a multiple of 4.
-        vision_layers: layers of the vision encoder, at least 2.
-        initializer_range: standard deviation of the initial weights; small models want more than the usual 0.02.
-
-    Returns:
-        The model in float32 on the CPU, in evaluation mode.
-
-    Raises:
-        ConfigurationError: sizes that do not divide.
-
-    Example:
-        >>> build_molmo2(hidden_size=32).get_input_embeddings().embedding_dim
-        32
+    The features of the last and the first vision layer are pooled by attention, as in the real model. `hidden_size` is
+    a multiple of 2 * num_heads, `vision_hidden_size` one of 4.
     """
     for name, size, divisor in (
         ("hidden_size", hidden_size, 2 * num_heads),
