@@ -24,11 +24,11 @@ from speed_cells import Shared, Work, triangle, visible_pairs
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
-from mr_reward.backbones import get_adapter
+from mr_reward.backbones import BackboneAdapter, get_adapter
 from mr_reward.layouts import PADDING_SEGMENT
 from mr_reward.model.fast_path import choose_attention
 from mr_reward.model.model import MultiResponseRewardConfig, MultiResponseRewardModel
-from mr_reward.model.rows import PackedRow, build_row, collate
+from mr_reward.model.rows import Rows, build_row, collate
 from mr_reward.templates.rendered import RenderedGroup
 
 
@@ -53,17 +53,9 @@ def our_scorer(shared: Shared, layout: str, attention: str | None) -> MultiRespo
     return model.eval()
 
 
-def packed(rows: Sequence[PackedRow], device: torch.device) -> dict[str, Tensor]:
-    """Rows as arguments of the reward model.
-
-    Args:
-        rows: the rows.
-        device: where.
-
-    Returns:
-        Tensors by name.
-    """
-    return {name: tensor.to(device) for name, tensor in collate(rows).model_inputs().items()}
+def packed(rows: Sequence[Rows], adapter: BackboneAdapter, device: torch.device) -> Rows:
+    """Rows as one batch on a device."""
+    return collate(rows, adapter).to(device)
 
 
 class Competitor:
@@ -101,17 +93,16 @@ class Competitor:
         """
         raise NotImplementedError
 
-    def _embed(self, inputs: dict[str, Tensor]) -> Tensor:
+    def _embed(self, input_ids: Tensor, kinds: Tensor) -> Tensor:
         """Token embeddings with the readout vectors at their sites."""
-        return self.shared.readouts(self.shared.backbone.get_input_embeddings()(inputs["input_ids"]), inputs["kinds"])
+        return self.shared.readouts(self.shared.backbone.get_input_embeddings()(input_ids), kinds)
 
-    def _read(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _read(self, rows: Rows) -> dict[str, Tensor]:
         """Arguments of the backbone for whole rows that are padded on the right."""
-        media = {key: inputs[key] for key in (*self.adapter.media_keys, "mm_token_type_ids") if key in inputs}
-        ids, segments, offsets = inputs["input_ids"], inputs["segments"], inputs["offsets"]
+        ids, media = rows.input_ids, rows.media
         return {
-            "inputs_embeds": self._embed(inputs),
-            "position_ids": self.adapter.position_ids(self.shared.backbone, ids, segments, offsets, media),
+            "inputs_embeds": self._embed(ids, rows.kinds),
+            "position_ids": self.adapter.position_ids(self.shared.backbone, ids, rows.segments, rows.offsets, media),
             # Nobody sees what comes later, so padding on the right needs no mask: the fast causal kernels are used.
             "attention_mask": torch.ones_like(ids),
             **self.adapter.forward_arguments(self.shared.backbone, ids, media),
@@ -122,7 +113,7 @@ class Competitor:
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
         return self.shared.head(hidden[rows, sites]).view(len(self.groups), -1)
 
-    def _alone(self) -> list[PackedRow]:
+    def _alone(self) -> list[Rows]:
         """A row for each response of each group."""
         return [
             build_row(group.select([i]), "isolated") for group in self.groups for i in range(len(group.response_ids))
@@ -147,17 +138,17 @@ class Ours(Competitor):
         self.attention = attention
         self.model = our_scorer(shared, layout, attention)
         rows = [build_row(group, layout) for group in self.groups]
-        self.inputs = packed(rows, self.device)
+        self.inputs = packed(rows, self.adapter, self.device)
         tokens, pairs = sum(row.num_tokens for row in rows), sum(visible_pairs(group, layout) for group in self.groups)
-        padded = self.inputs["input_ids"].numel()
+        padded = self.inputs.input_ids.numel()
         self.work = Work(tokens=tokens, pairs=pairs, computed_tokens=tokens, computed_pairs=pairs)
         if not self.model.reads_flat():
-            dense = padded * self.inputs["input_ids"].shape[1]
+            dense = padded * self.inputs.input_ids.shape[1]
             self.work = Work(tokens=tokens, pairs=pairs, computed_tokens=padded, computed_pairs=dense)
 
     def scores(self) -> Tensor:
         """See `Competitor.scores`."""
-        return self.model(**self.inputs).scores
+        return self.model(self.inputs).scores
 
 
 class Separate(Competitor):
@@ -168,8 +159,8 @@ class Separate(Competitor):
     def __init__(self, shared: Shared, groups: Sequence[RenderedGroup]) -> None:
         super().__init__(shared, groups)
         rows = self._alone()
-        self.inputs = packed(rows, self.device)
-        count, longest = self.inputs["input_ids"].shape
+        self.inputs = packed(rows, self.adapter, self.device)
+        count, longest = self.inputs.input_ids.shape
         self.work = Work(
             tokens=sum(row.num_tokens for row in rows),
             pairs=sum(triangle(row.num_tokens) for row in rows),
@@ -180,7 +171,7 @@ class Separate(Competitor):
     def scores(self) -> Tensor:
         """See `Competitor.scores`."""
         hidden = self.shared.backbone(**self._read(self.inputs), use_cache=False).last_hidden_state
-        return self._head(hidden, self.inputs["score_sites"])
+        return self._head(hidden, self.inputs.score_sites)
 
 
 class SharedCache(Competitor):
@@ -193,11 +184,11 @@ class SharedCache(Competitor):
         # All prompts of a cell have one length, so they are a batch without padding.
         prompt = len(groups[0].prompt_ids)
         self.repeats = len(groups[0].response_ids)
-        self.prompts = packed([build_row(group.select([]), "isolated") for group in groups], self.device)
+        self.prompts = packed([build_row(group.select([]), "isolated") for group in groups], self.adapter, self.device)
         rows = self._alone()
-        whole = packed(rows, self.device)
-        self.responses = {key: whole[key][:, prompt:] for key in ("input_ids", "kinds", "offsets")}
-        self.sites = whole["score_sites"] - prompt
+        whole = packed(rows, self.adapter, self.device)
+        self.responses = {key: getattr(whole, key)[:, prompt:] for key in ("input_ids", "kinds", "offsets")}
+        self.sites = whole.score_sites - prompt
         count, longest = self.responses["input_ids"].shape
         self.work = Work(
             tokens=len(groups) * prompt + sum(row.num_tokens - prompt for row in rows),
@@ -216,7 +207,7 @@ class SharedCache(Competitor):
         axes = tuple(axis for axis in range(positions.ndim) if axis != positions.ndim - 2)
         following = positions.amax(axes).repeat_interleave(self.repeats)[:, None] + 1 + self.responses["offsets"]
         hidden = self.shared.backbone(
-            inputs_embeds=self._embed(self.responses),
+            inputs_embeds=self._embed(self.responses["input_ids"], self.responses["kinds"]),
             position_ids=following.expand(*positions.shape[:-2], *following.shape),
             past_key_values=cache,
             use_cache=True,
@@ -232,8 +223,8 @@ class FullModel(Competitor):
     def __init__(self, shared: Shared, groups: Sequence[RenderedGroup]) -> None:
         super().__init__(shared, groups)
         rows = [build_row(group, "causal") for group in self.groups]
-        self.inputs = packed(rows, self.device)
-        count, longest = self.inputs["input_ids"].shape
+        self.inputs = packed(rows, self.adapter, self.device)
+        count, longest = self.inputs.input_ids.shape
         self.work = Work(
             tokens=sum(row.num_tokens for row in rows),
             pairs=sum(visible_pairs(group, "causal") for group in self.groups),
@@ -245,12 +236,12 @@ class FullModel(Competitor):
     def scores(self) -> Tensor:
         """See `Competitor.scores`."""
         output = self.shared.full(
-            inputs_embeds=self._embed(self.inputs),
-            attention_mask=(self.inputs["segments"] != PADDING_SEGMENT).long(),
+            inputs_embeds=self._embed(self.inputs.input_ids, self.inputs.kinds),
+            attention_mask=(self.inputs.segments != PADDING_SEGMENT).long(),
             output_hidden_states=True,
             use_cache=False,
         )
-        return self._head(output.hidden_states[-1], self.inputs["score_sites"])
+        return self._head(output.hidden_states[-1], self.inputs.score_sites)
 
 
 class Classifier(Competitor):
@@ -296,7 +287,7 @@ class Bare(Competitor):
 
     def __init__(self, shared: Shared, groups: Sequence[RenderedGroup]) -> None:
         super().__init__(shared, groups)
-        self.ids = torch.cat([build_row(group, "isolated").input_ids for group in groups])[None].to(self.device)
+        self.ids = torch.cat([build_row(group, "isolated").input_ids[0] for group in groups])[None].to(self.device)
         length = self.ids.shape[1]
         pairs = triangle(length)
         self.work = Work(tokens=length, pairs=pairs, computed_tokens=length, computed_pairs=pairs)

@@ -14,13 +14,14 @@ from speed_report import plot_bars, print_table
 from transformers import AutoTokenizer
 
 from mr_reward.attention.plan import GroupPlan
-from mr_reward.model.rows import PackedRow, build_row, collate, plan_batches
+from mr_reward.backbones.base import TextAdapter
+from mr_reward.model.rows import Rows, build_row, collate, plan_batches
 from mr_reward.templates.rendered import RenderedGroup
 
 _BYTES_PER_TOKEN = 4
 
 
-def tokens_computed(rows: Sequence[PackedRow], layout: str, *, padded: bool) -> int:
+def tokens_computed(rows: Sequence[Rows], layout: str, *, padded: bool) -> int:
     """Tokens that go through the backbone when a batch of rows is scored.
 
     Args:
@@ -31,7 +32,7 @@ def tokens_computed(rows: Sequence[PackedRow], layout: str, *, padded: bool) -> 
     Returns:
         The number.
     """
-    batch = collate(rows)
+    batch = collate(rows, TextAdapter())
     return batch.input_ids.numel() if padded else len(GroupPlan.of(layout, batch.segments, batch.kinds).tokens)
 
 
@@ -85,7 +86,7 @@ def _counter(tokenizer: str | None) -> Callable[[str], int]:
     return lambda text: len(loaded(text, add_special_tokens=False).input_ids)
 
 
-def _read_rows(path: Path, layout: str, count: Callable[[str], int]) -> list[PackedRow]:
+def _read_rows(path: Path, layout: str, count: Callable[[str], int]) -> list[Rows]:
     """A row of each line's lengths; which tokens they are does not matter."""
     rows = []
     try:

@@ -12,6 +12,7 @@ Legend: B rows, N responses, L tokens of a row, P tokens of the prompt. A token 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from mr_reward.errors import ConfigurationError
 
 __all__ = [
     "LAYOUTS",
+    "Layout",
     "PADDING_SEGMENT",
     "PROMPT_SEGMENT",
     "RowPlan",
@@ -29,7 +31,8 @@ __all__ = [
     "visible",
 ]
 
-LAYOUTS = ("causal", "isolated", "set")
+Layout = Literal["causal", "isolated", "set"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PADDING_SEGMENT = -1
 PROMPT_SEGMENT = 0
 
@@ -61,7 +64,7 @@ class RowPlan:
     score_sites: tuple[int, ...]
 
 
-def check_layout(layout: str) -> str:
+def check_layout(layout: str) -> Layout:
     """Return `layout` if it exists.
 
     Args:
@@ -75,7 +78,7 @@ def check_layout(layout: str) -> str:
     """
     if layout not in LAYOUTS:
         raise ConfigurationError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
-    return layout
+    return cast(Layout, layout)
 
 
 def readout_kinds(layout: str) -> tuple[TokenKind, ...]:

@@ -103,8 +103,8 @@ MUTATIONS = [
     Mutation(
         "two groups of a batch swap scores",
         "mr_reward.model.rows.collate",
-        "torch.tensor(row.score_sites) + start",
-        "torch.tensor(row.score_sites)",
+        "row.score_sites[0] + start",
+        "row.score_sites[0]",
         "tests/model/test_rows.py tests/model/test_invariances.py",
     ),
     Mutation(

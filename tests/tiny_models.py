@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from mr_reward import MultiResponseRewardModel, ResponseGroup
 from mr_reward.attention.group import GROUP_ATTENTION
+from mr_reward.backbones import BackboneAdapter, get_adapter
 from mr_reward.model.fast_path import choose_attention
-from mr_reward.model.rows import PackedBatch, PackedRow, Packer, collate
-from mr_reward.templates.rendering import Renderer
+from mr_reward.model.rows import Packer, Rows, collate
+from mr_reward.templates.rendering import TEMPLATE, Renderer
 from mr_reward.worlds import tiny, tiny_molmo2
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "molmo2", "llama")
@@ -66,6 +67,13 @@ class Family:
     full_model: PreTrainedModel
     processor: Any
     sees_images: bool
+
+    @property
+    def adapter(self) -> BackboneAdapter:
+        return get_adapter(self.full_model.config)
+
+    def renderer(self, template: str = TEMPLATE) -> Renderer:
+        return Renderer(self.processor, template, adapter=self.adapter)
 
     @property
     def tokenizer(self) -> Any:
@@ -188,18 +196,17 @@ def mixed_batch(rng: random.Random, n: int, images: int, videos: int) -> list[Re
     ]
 
 
-def pack(model: MultiResponseRewardModel, group: ResponseGroup) -> PackedRow:
-    renderer = Renderer(model.processor, model.config.template)
-    row = Packer(renderer, layout=model.config.layout, max_tokens=1_000_000).pack(group)
+def pack(model: MultiResponseRewardModel, group: ResponseGroup) -> Rows:
+    row = Packer.of(model, max_tokens=1_000_000).pack(group)
     assert row is not None
     return row
 
 
 def score_batch(
-    model: MultiResponseRewardModel, batch: PackedBatch, lengths: Sequence[int], grad: bool = False
+    model: MultiResponseRewardModel, batch: Rows, lengths: Sequence[int], grad: bool = False
 ) -> list[torch.Tensor]:
     with torch.set_grad_enabled(grad):
-        scores = model(**batch.model_inputs()).scores
+        scores = model(batch).scores
     assert scores.dtype == torch.float32
     return [row[:length] for row, length in zip(scores, lengths, strict=True)]
 
@@ -208,7 +215,7 @@ def score(
     model: MultiResponseRewardModel, groups: Sequence[ResponseGroup], padding_side: str = "right"
 ) -> list[torch.Tensor]:
     """Scores of all groups from one forward pass, (N,) float32 each."""
-    batch = collate([pack(model, group) for group in groups], padding_side)
+    batch = collate([pack(model, group) for group in groups], model.adapter, padding_side)
     return score_batch(model, batch, [group.num_responses for group in groups])
 
 

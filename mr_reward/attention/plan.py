@@ -132,7 +132,7 @@ class GroupPlan:
         if cached.prompt:
             prompts = [RaggedSequence(0, len(tokens), 0, cached.prompt)]
         exchange = None
-        if layout == "set" and any(len(row) > 1 for row in rows):
+        if layout == "set" and (kinds == TokenKind.COMPARISON).any():
             exchange = _exchange(rows, kinds.flatten()[tokens], cached, device)
         return cls(
             tokens=tokens.to(device, non_blocking=True),

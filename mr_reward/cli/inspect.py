@@ -85,9 +85,11 @@ def _choose(inspected: list[Inspected], group: str | None) -> list[Inspected]:
 
 def _read_model(name: str) -> tuple[Renderer, str]:
     """What turns groups into tokens, and the layout; no weights are loaded."""
+    from mr_reward.backbones import get_adapter
     from mr_reward.checkpoint.verify import load_processor
     from mr_reward.model.configuration import MultiResponseRewardConfig
     from mr_reward.templates.rendering import Renderer
 
     config = MultiResponseRewardConfig.from_pretrained(name)
-    return Renderer(load_processor(name), config.template), config.layout
+    adapter = get_adapter(config.backbone_config)
+    return Renderer(load_processor(name), config.template, adapter=adapter), config.layout

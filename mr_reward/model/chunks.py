@@ -10,37 +10,28 @@ Legend: G groups, N responses of a group, P tokens of the prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
-from mr_reward.attention.plan import Cached, GroupPlan
 from mr_reward.attention.prompt_cache import PromptCache
 from mr_reward.model.model import MultiResponseRewardModel
-from mr_reward.model.reader import Rows
-from mr_reward.model.rows import PackedRow, Packer, build_row, collate
+from mr_reward.model.rows import Packer, Rows, build_row, collate
 from mr_reward.templates.rendered import RenderedGroup
 
 __all__ = ["score_over_prompt"]
 
 
+@torch.inference_mode()
 def score_over_prompt(
     model: MultiResponseRewardModel, packer: Packer, groups: Sequence[RenderedGroup]
 ) -> list[list[float]]:
-    """Score groups of one prompt.
+    """Scores of G groups with one prompt and its media, in layout `isolated` or `set`, by a model that reads flat.
 
-    Args:
-        model: a model that reads rows end to end (`reads_flat`), of layout `isolated` or `set`.
-        packer: lays the chunks out; each response fits its budget together with the prompt.
-        groups: G groups whose prompts and media are the same.
-
-    Returns:
-        G lists of N scores.
+    Each response fits the packer's budget together with the prompt.
     """
-    device = model.device
-    prompt = build_row(groups[0].select([]), packer.layout)
-    cache = model.reader.prompt(_rows(prompt, device=device))
-    budget = packer.max_tokens - prompt.num_tokens
+    row = build_row(groups[0].select([]), packer.layout)
+    prompt = model.read_prompt(collate([row], model.adapter).to(model.device))
+    budget = packer.max_tokens - row.num_tokens
     scores: list[list[float]] = [[] for _ in groups]
     without_prompt = [group.without_prompt() for group in groups]
     if packer.layout == "isolated":
@@ -50,56 +41,34 @@ def score_over_prompt(
     else:
         pieces = [(i, group) for i, group in enumerate(without_prompt) if packer.num_tokens(group) <= budget]
     for chunk in _fill([packer.num_tokens(piece) for _, piece in pieces], budget):
-        rows = [build_row(pieces[i][1], packer.layout) for i in chunk]
-        found = _score(model, rows, cache, Cached(prompt=prompt.num_tokens))
+        found = _score(model, [build_row(pieces[i][1], packer.layout) for i in chunk], prompt)
         for i, values in zip(chunk, found, strict=True):
             scores[pieces[i][0]] += values
     for index, group in enumerate(without_prompt):
         if not scores[index]:
-            scores[index] = _score_in_two_phases(model, packer, group, cache, prompt.num_tokens)
+            scores[index] = _score_in_two_phases(model, packer, list(_split(packer, group, budget)), prompt)
     return scores
 
 
 def _score_in_two_phases(
-    model: MultiResponseRewardModel, packer: Packer, group: RenderedGroup, cache: PromptCache, num_prompt_tokens: int
+    model: MultiResponseRewardModel, packer: Packer, chunks: Sequence[RenderedGroup], prompt: PromptCache
 ) -> list[float]:
     """`set` for one group that is larger than a pass."""
-    chunks = list(_split(packer, group, packer.max_tokens - num_prompt_tokens))
-    reader = replace(model.reader, layout="isolated")  # without comparison tokens, which nothing else sees
     for chunk in chunks:
-        row = build_row(chunk, "isolated")
-        plan = GroupPlan.of(
-            "isolated",
-            row.segments[None],
-            row.kinds[None],
-            device=model.device,
-            cached=Cached(prompt=num_prompt_tokens),
-        )
-        cache.collect(torch.tensor(row.score_sites, device=model.device))
-        reader.flat(_rows(row, device=model.device), plan, cache)
-    with_summaries = cache.with_collected()
+        row = build_row(chunk, "isolated")  # without comparison tokens, which nothing else sees
+        prompt.collect(row.score_sites[0].to(model.device))
+        _score(model, [row], prompt)
+    summaries = prompt.with_collected()
     scores: list[float] = []
     for chunk in chunks:
-        held = Cached(prompt=num_prompt_tokens, summaries=len(group.response_ids), first=len(scores))
-        scores += _score(model, [build_row(chunk, packer.layout)], with_summaries, held)[0]
+        scores += _score(model, [build_row(chunk, packer.layout)], summaries.starting_at(len(scores)))[0]
     return scores
 
 
-def _score(
-    model: MultiResponseRewardModel, rows: Sequence[PackedRow], cache: PromptCache, cached: Cached
-) -> list[list[float]]:
-    batch = collate(rows)
-    plan = GroupPlan.of(model.config.layout, batch.segments, batch.kinds, device=model.device, cached=cached)
-    hidden = model.reader.flat(_rows(*rows, device=model.device), plan, cache)
-    scores = model.read_scores(hidden, batch.response_mask.to(model.device)).tolist()
-    return [values[: len(row.score_sites)] for values, row in zip(scores, rows, strict=True)]
-
-
-def _rows(*rows: PackedRow, device: torch.device) -> Rows:
-    inputs = {name: tensor.to(device) for name, tensor in collate(rows).model_inputs().items()}
-    names = ("input_ids", "segments", "kinds", "offsets", "score_sites")
-    media = {name: tensor for name, tensor in inputs.items() if name not in (*names, "response_mask")}
-    return Rows(**{name: inputs[name] for name in names}, media=media)
+def _score(model: MultiResponseRewardModel, rows: Sequence[Rows], prompt: PromptCache) -> list[list[float]]:
+    batch = model.place(collate(rows, model.adapter), prompt)
+    scores = model(batch, prompt=prompt).scores.tolist()
+    return [values[: row.score_sites.shape[1]] for values, row in zip(scores, rows, strict=True)]
 
 
 def _split(packer: Packer, group: RenderedGroup, budget: int) -> Iterator[RenderedGroup]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from mr_reward.attention.backends import is_flat
 from mr_reward.attention.group import GROUP_ATTENTION
-from mr_reward.attention.plan import GroupPlan
 from mr_reward.errors import BackendError
-from mr_reward.layouts import PADDING_SEGMENT, plan_row
-from mr_reward.model.reader import Reader, Rows
+from mr_reward.model.rows import Rows, build_row, collate
+from mr_reward.templates.rendered import RenderedGroup
+
+if TYPE_CHECKING:
+    from mr_reward.model.model import MultiResponseRewardModel
 
 __all__ = ["FastPath", "choose_attention", "load_attention"]
 
@@ -64,66 +68,46 @@ def load_attention(requested: str | None) -> dict[str, str]:
 
 
 class FastPath:
-    """Reads rows end to end where the backend can, and under the dense mask otherwise.
+    """Decides whether rows are read end to end, as the backend can, or under the dense mask.
 
-    `mr_group` is compared with the dense mask at its first use with each device and dtype. If it fails, or is off,
-    the dense mask is used from then on; each such pass is counted.
-
-    Args:
-        num_fallbacks: passes under the dense mask because the check failed.
+    `mr_group` is compared with the dense mask at its first use with each device and dtype. If it fails, the dense mask
+    is used from then on, and each such pass is counted in `num_fallbacks`.
     """
 
     def __init__(self) -> None:
         self.num_fallbacks = 0
         self._passed: dict[tuple[str, torch.dtype], bool] = {}
 
-    def read(self, reader: Reader, rows: Rows, plan: GroupPlan | None = None) -> Tensor:
-        """Read rows.
+    def is_flat(self, model: MultiResponseRewardModel, device: torch.device) -> bool:
+        """Whether rows on a device are read end to end now; checks it if it was not yet."""
+        return is_flat(self.attention(model, device, _dtype(model, device), training=torch.is_grad_enabled()))
 
-        Args:
-            reader: what reads.
-            rows: the rows.
-            plan: see `Reader.flat`.
-
-        Returns:
-            (B, N, H) hidden states at the score sites.
-        """
-        if self.is_flat(reader, rows.input_ids.device):
-            return reader.flat(rows, plan)
-        device, dtype = _place(reader, rows.input_ids.device)
-        self.num_fallbacks += self._passed.get((device.type, dtype)) is False
-        return reader.padded(rows)
-
-    def is_flat(self, reader: Reader, device: torch.device) -> bool:
-        """Whether rows are read end to end; checks it if it was not yet."""
-        return is_flat(self.attention(reader, *_place(reader, device), training=torch.is_grad_enabled()))
-
-    def attention(self, reader: Reader, device: torch.device, dtype: torch.dtype, *, training: bool) -> str | None:
+    def attention(
+        self, model: MultiResponseRewardModel, device: torch.device, dtype: torch.dtype, *, training: bool
+    ) -> str | None:
         """The name of what computes attention there: the backend, or `sdpa` where `mr_group` cannot be used.
 
         A model that is on that device is checked if it was not yet; of any other the check is taken to pass.
         """
-        if reader.backend != GROUP_ATTENTION:
-            return reader.backend
+        if model.attention_backend != GROUP_ATTENTION:
+            return model.attention_backend
         if not _has_kernel(device.type, dtype, training=training):
             return "sdpa"
         place = device.type, dtype
-        found = _place(reader, device)
-        if place not in self._passed and place == (found[0].type, found[1]) and _is_on(reader, device):
-            self._passed[place] = _passes_check(reader, device, dtype)
+        if place not in self._passed and model.device.type == device.type and dtype == _dtype(model, device):
+            self._passed[place] = _passes_check(model, device, dtype)
         return GROUP_ATTENTION if self._passed.get(place, True) else "sdpa"
 
+    def count_fallback(self, model: MultiResponseRewardModel, device: torch.device) -> None:
+        """A pass under the dense mask: counted if it is there because the check failed."""
+        self.num_fallbacks += self._passed.get((device.type, _dtype(model, device))) is False
 
-def _place(reader: Reader, device: torch.device) -> tuple[torch.device, torch.dtype]:
-    """The device, and the dtype that attention gets to see there."""
-    dtype = reader.backbone.get_input_embeddings().weight.dtype  # type: ignore[operator]
+
+def _dtype(model: MultiResponseRewardModel, device: torch.device) -> torch.dtype:
+    """What attention gets to see there."""
     if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    return device, dtype
-
-
-def _is_on(reader: Reader, device: torch.device) -> bool:
-    return reader.backbone.get_input_embeddings().weight.device.type == device.type  # type: ignore[operator]
+        return torch.get_autocast_dtype(device.type)
+    return model.get_input_embeddings().weight.dtype  # type: ignore[return-value]
 
 
 def _has_kernel(device_type: str, dtype: torch.dtype, *, training: bool) -> bool:
@@ -133,16 +117,16 @@ def _has_kernel(device_type: str, dtype: torch.dtype, *, training: bool) -> bool
     return device_type == "cpu"
 
 
-def _passes_check(reader: Reader, device: torch.device, dtype: torch.dtype) -> bool:
+def _passes_check(model: MultiResponseRewardModel, device: torch.device, dtype: torch.dtype) -> bool:
     """Compare both ways on two small rows of different shape."""
-    rows = _sample_rows(reader, device)
+    rows = _sample_rows(model).to(device)
     try:
-        with torch.no_grad(), _evaluation_mode(reader.backbone):
-            expected, found = reader.padded(rows).double(), reader.flat(rows).double()
+        with torch.no_grad(), _evaluation_mode(model.backbone):
+            expected, found = model._read_padded(rows).double(), model._read_flat(rows).double()
     except (RuntimeError, BackendError, TypeError, NotImplementedError) as error:
         reason = f"{type(error).__name__}: {error}"
     else:
-        real = torch.tensor([[True] * 3, [True, False, False]], device=device)
+        real = rows.response_mask
         difference = (found - expected)[real].norm() / expected[real].norm()
         tolerance = _TOLERANCES.get(dtype, max(_TOLERANCES.values()))
         if difference <= tolerance:
@@ -158,26 +142,21 @@ def _passes_check(reader: Reader, device: torch.device, dtype: torch.dtype) -> b
     return False
 
 
-def _sample_rows(reader: Reader, device: torch.device) -> Rows:
+def _sample_rows(model: MultiResponseRewardModel) -> Rows:
     """Three responses of different length, and a shorter row with one, padded on the left."""
-    plans = [plan_row(reader.layout, 5, [3, 0, 2]), plan_row(reader.layout, 2, [1])]
-    longest = len(plans[0].segments)
-
-    def pad(values: list[Tensor], fill: int) -> Tensor:
-        padded = torch.full((2, longest), fill, dtype=torch.long)
-        for row, value in zip(padded, values, strict=True):
-            row[longest - len(value) :] = value
-        return padded.to(device)
-
-    vocabulary = reader.backbone.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    shift = longest - len(plans[1].segments)
-    return Rows(
-        input_ids=(torch.arange(2 * longest).view(2, -1) * 37 % max(vocabulary, 1)).to(device),
-        segments=pad([plan.segments for plan in plans], PADDING_SEGMENT),
-        kinds=pad([plan.kinds for plan in plans], 0),
-        offsets=pad([plan.offsets for plan in plans], 0),
-        score_sites=torch.tensor([plans[0].score_sites, (plans[1].score_sites[0] + shift, 0, 0)], device=device),
-    )
+    groups = [
+        RenderedGroup(
+            prompt_ids=torch.zeros(length, dtype=torch.long),
+            response_ids=[[0] * size for size in sizes],
+            media={},
+            mm_token_type_ids=None,
+        )
+        for length, sizes in ((5, [3, 0, 2]), (2, [1]))
+    ]
+    rows = collate([build_row(group, model.config.layout) for group in groups], model.adapter, "left")
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    input_ids = torch.arange(rows.num_tokens).view_as(rows.input_ids) * 37 % max(vocabulary, 1)
+    return replace(rows, input_ids=input_ids)
 
 
 @contextmanager

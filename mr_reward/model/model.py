@@ -1,73 +1,48 @@
-"""`MultiResponseRewardModel`: backbone -> hidden states at the score sites -> value head -> N scores per row.
+"""`MultiResponseRewardModel`: rows -> backbone -> hidden states at the score sites -> value head -> N scores per row.
 
-Legend: B rows (one group each), N responses, L tokens, H width of the backbone.
+The backbone reads rows end to end without padding where its attention can, and padded under a dense mask, which is the
+reference, elsewhere.
+
+Legend: B rows (one group each), N responses, L tokens of the longest row, T tokens of all rows, H width.
 """
 
 from __future__ import annotations
 
-import copy
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mr_reward.attention.backends import check_backend, is_flat
-from mr_reward.attention.plan import GroupPlan
+from mr_reward.attention.backends import attention_mask, check_backend, flat_arguments, is_flat
+from mr_reward.attention.plan import Cached, GroupPlan
+from mr_reward.attention.prompt_cache import PromptCache
 from mr_reward.backbones import get_adapter
-from mr_reward.checkpoint.card import CARD_FILE, name_in_card, read_card, write_model_card
-from mr_reward.checkpoint.checksums import written_whole
-from mr_reward.checkpoint.lora import is_lora, lora_backbone, merge_lora
-from mr_reward.checkpoint.paper_format import (
-    is_paper_format,
-    paper_score_scale,
-    read_head,
-    trained_separator,
-    with_separator,
-)
-from mr_reward.checkpoint.verify import (
-    align_weights,
-    check_checksums,
-    check_config_keys,
-    check_loading_info,
-    check_shards,
-    check_template_hash,
-    load_backbone,
-    load_processor,
-    reading,
-    safe_options,
-)
-from mr_reward.checkpoint.zero3 import outside_zero3
-from mr_reward.errors import CheckpointError, ConfigurationError
+from mr_reward.errors import BackendError, ConfigurationError
 from mr_reward.layouts import check_layout
 from mr_reward.model.configuration import MultiResponseRewardConfig, check_layers, context_tokens
-from mr_reward.model.fast_path import FastPath, choose_attention, load_attention
+from mr_reward.model.fast_path import FastPath
 from mr_reward.model.head import ReadoutVectors, ValueHead
+from mr_reward.model.loading import LoadedModel
 from mr_reward.model.memory import RewardMemory, activation_bytes
-from mr_reward.model.reader import Reader, Rows, check_arguments
-from mr_reward.templates.rendering import JOINED_TEMPLATES, TEMPLATE, check_template, template_hash
+from mr_reward.model.rows import Rows
+from mr_reward.templates.rendering import JOINED_TEMPLATES, check_template
 
 __all__ = ["MultiResponseRewardConfig", "MultiResponseRewardModel", "RewardOutput"]
+
+_FORBIDDEN_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "inputs_embeds")
 
 
 @dataclass
 class RewardOutput(ModelOutput):
-    """Scores of a batch.
+    """Scores of a batch."""
 
-    Args:
-        scores: (B, N) float32; slots beyond a row's responses hold 0.
-    """
-
-    scores: Tensor | None = None
+    scores: Tensor | None = None  # (B, N) float32; slots beyond a row's responses hold 0
 
 
-class MultiResponseRewardModel(PreTrainedModel):
+class MultiResponseRewardModel(LoadedModel):
     """Scores all responses of a row in one forward pass (arXiv 2604.10966), in one of three layouts.
 
     Make one with `from_backbone` or `from_pretrained`; score with `mr_reward.GroupScorer`.
@@ -85,7 +60,6 @@ class MultiResponseRewardModel(PreTrainedModel):
         >>> model.save_pretrained("rm")  # doctest: +SKIP
     """
 
-    config_class = MultiResponseRewardConfig
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -124,227 +98,11 @@ class MultiResponseRewardModel(PreTrainedModel):
                 module._is_hf_initialized = True
         self.post_init()
 
-    @classmethod
-    def from_backbone(
-        cls,
-        backbone: str | Path | PreTrainedModel,
-        *,
-        layout: str = "set",
-        template: str = TEMPLATE,
-        processor: Any = None,
-        head_hidden_size: int | None = None,
-        head_activation: str = "silu",
-        score_scale: float | None = None,
-        attn_implementation: str | None = None,
-        **load_options: Any,
-    ) -> MultiResponseRewardModel:
-        """Put a new value head and new readout vectors on a pretrained language or vision-language model.
-
-        With a template of the paper's format, responses are separated by a real token instead of readout vectors. If
-        the tokenizer lacks it, a copy of the processor gets it, and the backbone's embedding is resized in place; the
-        new row is the mean of the others. LoRA leaves that row frozen unless `trainable_token_indices` names it.
-
-        Args:
-            backbone: hub id, local folder, or a loaded model (its weights are then shared with it, not copied; a
-                language-model head is left aside).
-            layout: `causal`, `isolated` or `set`.
-            template: `chat`; or with layout `causal` `mr2rm-assistant` or `mr2rm-user`.
-            processor: the processor or tokenizer; None loads it from the same place.
-            head_hidden_size: width of the value head's hidden layer; None for the backbone's width.
-            head_activation: `selu` or a name of transformers' `ACT2FN`.
-            score_scale: factor on the head's output; None for 1, or for 1 / sqrt(width) with the paper's templates.
-            attn_implementation: attention backend; None for the fastest, see `choose_attention`.
-            **load_options: passed on to transformers' `from_pretrained` (`dtype`, `revision`).
-
-        Returns:
-            A reward model with an untrained head, in evaluation mode.
-
-        Raises:
-            ConfigurationError: a loaded model without a processor; unknown layout or template, or one that does not go
-                with the other.
-            BackendError: the attention backend cannot express the layout.
-        """
-        check_template(template, check_layout(layout))
-        if isinstance(backbone, PreTrainedModel):
-            if processor is None:
-                raise ConfigurationError("a loaded backbone comes without its processor; pass processor=...")
-            base, name = backbone.base_model, backbone.config.name_or_path or None
-        else:
-            name = str(backbone)
-            load_options |= load_attention(attn_implementation)
-            base = AutoModel.from_pretrained(name, **safe_options(name, load_options))
-            processor = processor if processor is not None else load_processor(name, load_options.get("revision"))
-        joined = template in JOINED_TEMPLATES
-        if joined:
-            processor = with_separator(base, processor)
-        if score_scale is None:
-            score_scale = paper_score_scale(base.config.get_text_config().hidden_size) if joined else 1.0
-        config = cls.config_class(
-            backbone_config=base.config,
-            layout=layout,
-            head_hidden_size=head_hidden_size,
-            head_activation=head_activation,
-            head_bias=joined,
-            score_scale=score_scale,
-            template=template,
-            template_hash=template_hash(processor, template),
-            backbone_name_or_path=name,
-            backbone_revision=getattr(base.config, "_commit_hash", None),
-            # A new configuration would reset the choice in the backbone's.
-            **load_attention(base.config.get_text_config()._attn_implementation),
-        )
-        model = cls(config, backbone=base)
-        choose_attention(base, attn_implementation)
-        if model.readouts is not None:
-            model.readouts.initialise_from(base.get_input_embeddings())
-        model.to(base.device)
-        model.processor = processor
-        return model.eval()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """Load a reward model with its processor; nothing is filled in with random weights.
-
-        Args:
-            pretrained_model_name_or_path: folder or hub id written by `save_pretrained`; or a LoRA checkpoint of
-                `RewardTrainer`, which is merged into its backbone; or a checkpoint in the public format of the paper.
-            *args: as transformers' `from_pretrained`.
-            **kwargs: as transformers' `from_pretrained` (`dtype`, `attn_implementation`, `revision`, `device_map`);
-                for the paper's format also `template`, `mr2rm-assistant` (default, how it trains) or `mr2rm-user`
-                (how its README scores). `verify=True` compares every byte with `SHA256SUMS`, about a second a GB;
-                without it sizes, headers and samples of the weights are compared.
-
-        Returns:
-            The model in evaluation mode; its value head is float32 whatever `dtype` is.
-
-        Raises:
-            CheckpointError: not a reward model, unknown configuration key, missing or unexpected weights, another
-                template than at training time, a backbone that cannot be loaded.
-            ConfigurationError: `template` for a checkpoint that says itself which one it has.
-        """
-        name = str(pretrained_model_name_or_path)
-        revision = kwargs.get("revision")
-        wants_info = kwargs.pop("output_loading_info", False)
-        template = kwargs.pop("template", None)
-        attention = kwargs.pop("attn_implementation", None)
-        kwargs |= load_attention(attention)
-        info: dict[str, Any] = {}
-        check_checksums(name, revision, verify=kwargs.pop("verify", False))
-        check_shards(name, revision)
-        with reading(name):
-            if is_paper_format(name, revision):
-                model = cls._from_paper_format(name, template or JOINED_TEMPLATES[0], kwargs)
-            else:
-                check_config_keys(name, revision, cls.config_class)
-                if template is not None:
-                    raise ConfigurationError(
-                        f"{name}: got template={template!r}, but the checkpoint says which one it has; leave it out"
-                    )
-                if is_lora(name, revision):
-                    model = cls._from_lora(name, kwargs)
-                else:
-                    try:
-                        # Mismatched shapes are let through here and refused below, with the keys.
-                        options = safe_options(name, kwargs) | {"ignore_mismatched_sizes": True}
-                        model, info = super().from_pretrained(name, *args, **options, output_loading_info=True)
-                    except (OSError, SafetensorError) as error:
-                        raise CheckpointError(f"{name}: no safetensors weights could be read ({error})") from error
-                    check_loading_info(name, info)
-                    align_weights(model)
-                    model.processor = load_processor(name, revision)
-                    model.model_card = read_card(name, revision)
-                found = template_hash(model.processor, model.config.template)
-                check_template_hash(name, model.config.template_hash, found)
-        choose_attention(model.backbone, attention)
-        return (model, info) if wants_info else model
-
-    @classmethod
-    def _from_paper_format(cls, name: str, template: str, options: dict[str, Any]) -> MultiResponseRewardModel:
-        if template not in JOINED_TEMPLATES:
-            raise ConfigurationError(f"{name}: got template={template!r}, expected {' or '.join(JOINED_TEMPLATES)}")
-        revision = options.get("revision")
-        backbone = load_backbone(name, **options)
-        processor = trained_separator(name, backbone, load_processor(name, revision))
-        settings, weights = read_head(name, backbone.config.get_text_config().hidden_size, revision)
-        model = cls.from_backbone(
-            backbone,
-            layout="causal",
-            template=template,
-            processor=processor,
-            attn_implementation=options.get("attn_implementation"),
-            **settings,
-        )
-        model.head.load_state_dict(weights)
-        return model
-
-    @classmethod
-    def _from_lora(cls, name: str, options: dict[str, Any]) -> MultiResponseRewardModel:
-        adapter_revision = options.pop("revision", None)
-        config = cls.config_class.from_pretrained(name, revision=adapter_revision)
-        backbone, source, revision = lora_backbone(name, config, **options)
-        if config.template in JOINED_TEMPLATES:
-            with_separator(backbone, load_processor(source, revision))
-        # As in from_backbone: the backend is chosen at loading.
-        config.backbone_config = backbone.config
-        config._attn_implementation = backbone.config.get_text_config()._attn_implementation
-        model = cls(config, backbone=backbone).to(backbone.device)
-        model = merge_lora(model, name, adapter_revision)
-        align_weights(model)
-        model.processor = load_processor(name, adapter_revision)
-        return model.eval()
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Write a self-contained folder: configuration, safetensors weights, processor, checksums, model card.
-
-        The files appear when all are written: a full disk leaves an earlier model in the folder as it was.
-
-        Args:
-            save_directory: the folder.
-            *args: as transformers' `save_pretrained`.
-            **kwargs: as transformers' `save_pretrained`, without `push_to_hub` (there is a method for it).
-        """
-        if not kwargs.get("is_main_process", True):
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        with written_whole(save_directory) as unfinished:
-            super().save_pretrained(unfinished, *args, **kwargs)
-            if self.processor is not None:
-                self.processor.save_pretrained(unfinished)
-        card = Path(save_directory, CARD_FILE)
-        if self.model_card is not None:
-            card.write_text(self.model_card)
-        elif not card.exists():
-            write_model_card(save_directory)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes; the card's snippet then names the repository.
-
-        transformers would upload a card of its own, or keep the one of an earlier model.
-
-        Args:
-            repo_id: of the hub repository, made if it does not exist.
-            **options: `private` and `token`, and those of `HfApi.upload_folder` (`commit_message`, `revision`,
-                `create_pr`).
-
-        Returns:
-            The address of the commit.
-        """
-        api = HfApi(token=options.pop("token", None))
-        repo_id = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            name_in_card(folder, repo_id)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
-
     def train(self, mode: bool = True) -> MultiResponseRewardModel:
         """As `nn.Module.train`; a model that is trained on is no longer the one that its card describes."""
         if mode:
             self.model_card = None
         return super().train(mode)
-
-    @property
-    def attention_backend(self) -> str | None:
-        """transformers' `attn_implementation` of the part that reads the row."""
-        return self.backbone.config.get_text_config()._attn_implementation
 
     @property
     def context_tokens(self) -> int | None:
@@ -355,28 +113,13 @@ class MultiResponseRewardModel(PreTrainedModel):
         """The backbone's token embedding."""
         return self.backbone.get_input_embeddings()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        segments: Tensor,
-        kinds: Tensor,
-        offsets: Tensor,
-        score_sites: Tensor,
-        response_mask: Tensor,
-        plan: GroupPlan | None = None,
-        **media: Any,
-    ) -> RewardOutput:
-        """Score packed rows; `PackedBatch.model_inputs()` gives the arguments.
+    def forward(self, rows: Rows, prompt: PromptCache | None = None, **arguments: Any) -> RewardOutput:
+        """Score packed rows.
 
         Args:
-            input_ids: (B, L) int64; what stands at readout sites and padding does not matter.
-            segments: (B, L) int64, see `mr_reward.layouts`.
-            kinds: (B, L) int64.
-            offsets: (B, L) int64.
-            score_sites: (B, N) int64 token indices; 0 in empty slots.
-            response_mask: (B, N) bool, True where there is a response.
-            plan: of the rows, so that a GPU need not be waited for to read it off them; None makes it.
-            **media: the family's media tensors.
+            rows: B rows of `collate`; `place` brings them to the model's device.
+            prompt: of `read_prompt`, for rows that hold responses of that prompt only.
+            **arguments: none; those that a trainer adds and that say nothing are taken.
 
         Returns:
             Scores (B, N) float32.
@@ -384,22 +127,35 @@ class MultiResponseRewardModel(PreTrainedModel):
         Raises:
             BackendError: an argument that would replace the layout's mask or positions, or a backend changed after
                 construction to one that cannot express the layout.
+            ConfigurationError: an unknown argument, or media of another family.
         """
-        check_arguments(media, self.adapter.media_keys, self.config.layout)
-        rows = Rows(input_ids, segments, kinds, offsets, score_sites, media)
-        return RewardOutput(scores=self.read_scores(self.fast_path.read(self.reader, rows, plan), response_mask))
+        self._check(rows, arguments)
+        flat = prompt is not None or self.fast_path.is_flat(self, rows.device)
+        if not flat:
+            self.fast_path.count_fallback(self, rows.device)
+        hidden = self._read_flat(rows, prompt) if flat else self._read_padded(rows)
+        scores = self.head(hidden) * self.config.score_scale
+        return RewardOutput(scores=scores.masked_fill(~rows.response_mask, 0.0))
 
-    @property
-    def reader(self) -> Reader:
-        """Reads rows with the backbone in this model's layout."""
-        check_backend(self.config.layout, self.attention_backend, self.adapter.media_blocks)
-        return Reader(
-            backbone=self.backbone,
-            adapter=self.adapter,
-            readouts=self.readouts,
-            layout=self.config.layout,
-            backend=self.attention_backend,
-        )
+    @torch.inference_mode()
+    def read_prompt(self, rows: Rows) -> PromptCache:
+        """Read one row that is a prompt without responses, and keep its keys and values for `forward`."""
+        self._check(rows, {})
+        cache = PromptCache()
+        self._read_flat(rows, cache)
+        cache.freeze(self._positions(rows))
+        return cache
+
+    def place(self, rows: Rows, prompt: PromptCache | None = None) -> Rows:
+        """Rows on the model's device, for scoring.
+
+        The plan is made before the tensors leave the CPU, so that no GPU is waited for.
+        """
+        device, plan = self.device, rows.plan
+        if prompt is not None or self.reads_flat():
+            plan = self._plan(rows, prompt, device)
+        pinned = rows.pin_memory() if device.type == "cuda" else rows
+        return replace(pinned.to(device, non_blocking=True), plan=plan)
 
     def attention_for(self, device: torch.device | str, dtype: torch.dtype, training: bool = False) -> str:
         """The name of what computes attention there, as forward itself decides it; no weights are needed to ask.
@@ -413,7 +169,12 @@ class MultiResponseRewardModel(PreTrainedModel):
             `mr_group` if it has a kernel there and its self-check did not fail, `sdpa` if not; another backend's name
             if the model has that.
         """
-        return str(self.fast_path.attention(self.reader, torch.device(device), dtype, training=training))
+        return str(self.fast_path.attention(self, torch.device(device), dtype, training=training))
+
+    @torch.no_grad()
+    def reads_flat(self) -> bool:
+        """Whether scoring reads rows end to end, without padding, on the device and in the dtype of now."""
+        return self.fast_path.is_flat(self, self.device)
 
     def memory(
         self, max_tokens: int, *, device: torch.device | str, dtype: torch.dtype, training: bool = False
@@ -428,37 +189,80 @@ class MultiResponseRewardModel(PreTrainedModel):
             activations=activation_bytes(self.config.get_text_config(), dtype, max_tokens, dense),
         )
 
-    @classmethod
-    def without_weights(
-        cls, config: MultiResponseRewardConfig, attn_implementation: str | None = None
-    ) -> MultiResponseRewardModel:
-        """A model on the meta device, to be asked what a loaded one would do.
+    def _check(self, rows: Rows, arguments: dict[str, Any]) -> None:
+        """Refuse what would replace the layout's mask or positions, or what nobody reads."""
+        layout = self.config.layout
+        check_backend(layout, self.attention_backend, self.adapter.media_blocks)
+        for key, value in arguments.items():
+            if value is None or value is False:  # by identity: a mask tensor cannot be compared
+                continue
+            if key in _FORBIDDEN_ARGUMENTS:
+                raise BackendError(
+                    f"forward got {key}, but mask and positions follow from the layout {layout!r}; "
+                    f"{key} would silently let responses see each other; leave it out"
+                )
+            raise ConfigurationError(f"forward got the unknown argument {key!r}; it takes rows of `collate`")
+        unknown = rows.media.keys() - {*self.adapter.media_keys, "mm_token_type_ids"}
+        if unknown:
+            raise ConfigurationError(
+                f"forward got unknown media {sorted(unknown)}; this backbone takes {self.adapter.media_keys}"
+            )
 
-        Args:
-            config: the configuration.
-            attn_implementation: attention backend; None for the fastest that fits.
+    def _read_padded(self, rows: Rows) -> Tensor:
+        """The rows as they are under a dense mask, the reference: (B, N, H), anything in empty slots."""
+        embeds = self._embed(rows.input_ids, rows.kinds)
+        blocks = self.adapter.media_block_ids(rows.media)
+        hidden = self.backbone(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask(
+                self.config.layout, self.attention_backend, rows.segments, rows.kinds, embeds.dtype, blocks
+            ),
+            position_ids=self._positions(rows),
+            use_cache=False,
+            **self.adapter.forward_arguments(self.backbone, rows.input_ids, rows.media),
+        ).last_hidden_state
+        row = torch.arange(len(hidden), device=hidden.device)[:, None]
+        return hidden[row, rows.score_sites]
 
-        Returns:
-            The model.
+    def _read_flat(self, rows: Rows, cache: PromptCache | None = None) -> Tensor:
+        """The rows end to end, without padding: as `_read_padded`.
 
-        Raises:
-            BackendError: the attention backend or the backbone's layers cannot express the layout.
+        An empty cache takes the row in; a frozen one holds the prompt of the rows.
         """
-        config = copy.deepcopy(config)
-        # In a run under ZeRO-3 transformers would partition and initialise it.
-        with torch.device("meta"), outside_zero3():
-            model = cls(config)
-        choose_attention(model.backbone, None)
-        if attn_implementation is not None:  # set without a look for its packages, which this machine may lack
-            model.backbone.config.get_text_config()._attn_implementation = attn_implementation
-        check_backend(config.layout, model.attention_backend, model.adapter.media_blocks)
-        return model.eval()
+        plan = self._plan(rows, cache) if rows.plan is None else rows.plan
+        tokens = plan.tokens
 
-    @torch.no_grad()
-    def reads_flat(self) -> bool:
-        """Whether scoring reads rows end to end, without padding, on the device and in the dtype of now."""
-        return self.fast_path.is_flat(self.reader, self.device)
+        def squeeze(values: Tensor) -> Tensor:
+            """(..., B, L) -> (..., 1, T)."""
+            return values.flatten(-2)[..., tokens].unsqueeze(-2)
 
-    def read_scores(self, hidden: Tensor, response_mask: Tensor) -> Tensor:
-        """Hidden states (B, N, H) at the score sites -> scores (B, N) float32, 0 in empty slots."""
-        return (self.head(hidden) * self.config.score_scale).masked_fill(~response_mask, 0.0)
+        media = {
+            name: squeeze(values) if name == "mm_token_type_ids" else values for name, values in rows.media.items()
+        }
+        blocks = self.adapter.media_block_ids(rows.media)
+        input_ids = squeeze(rows.input_ids)
+        hidden = self.backbone(
+            inputs_embeds=self._embed(input_ids, squeeze(rows.kinds)),
+            position_ids=squeeze(self._positions(rows, cache)),
+            use_cache=cache is not None,
+            past_key_values=cache,
+            **flat_arguments(self.config.layout, self.attention_backend, plan, rows.segments, rows.kinds, blocks),
+            **self.adapter.forward_arguments(self.backbone, input_ids, media),
+        ).last_hidden_state[0]
+        places = torch.zeros(rows.segments.numel(), dtype=torch.long, device=tokens.device)
+        places[tokens] = torch.arange(len(tokens), device=tokens.device)
+        return hidden[places.view_as(rows.segments).gather(1, rows.score_sites)]
+
+    def _plan(self, rows: Rows, prompt: PromptCache | None, device: torch.device | None = None) -> GroupPlan:
+        blocks = self.adapter.media_block_ids(rows.media)
+        cached = Cached() if prompt is None else prompt.cached
+        return GroupPlan.of(self.config.layout, rows.segments, rows.kinds, blocks, device, cached)
+
+    def _embed(self, input_ids: Tensor, kinds: Tensor) -> Tensor:
+        embeds = self.backbone.get_input_embeddings()(input_ids)
+        return embeds if self.readouts is None else self.readouts(embeds, kinds)
+
+    def _positions(self, rows: Rows, cache: PromptCache | None = None) -> Tensor:
+        if cache is not None and cache.frozen:
+            return cache.positions(rows.offsets)
+        return self.adapter.position_ids(self.backbone, rows.input_ids, rows.segments, rows.offsets, rows.media)

@@ -1,119 +1,95 @@
-"""Rendered groups -> packed rows -> batches, within a token budget.
+"""Rendered groups -> rows -> batches, within a token budget: one record, `Rows`, from packing to the forward pass.
 
 Legend: B rows (one group each), N responses, L tokens of the longest row, P tokens of a prompt.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from mr_reward.backbones import check_media, merge_media
+from mr_reward.attention.plan import GroupPlan
+from mr_reward.backbones.base import BackboneAdapter
 from mr_reward.errors import ConfigurationError, OverLengthError
 from mr_reward.groups import ResponseGroup
-from mr_reward.layouts import PADDING_SEGMENT, check_layout, plan_row, readout_kinds
+from mr_reward.layouts import PADDING_SEGMENT, Layout, check_layout, plan_row, readout_kinds
 from mr_reward.templates.rendered import RenderedGroup
 from mr_reward.templates.rendering import Renderer, check_template
 
-__all__ = ["OVER_LENGTH_POLICIES", "PackedBatch", "PackedRow", "Packer", "build_row", "collate", "plan_batches"]
+if TYPE_CHECKING:
+    from mr_reward.model.model import MultiResponseRewardModel
+
+__all__ = ["OVER_LENGTH_POLICIES", "Packer", "Rows", "build_row", "collate", "plan_batches"]
 
 OVER_LENGTH_POLICIES = ("error", "drop_group", "truncate_responses")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackedRow:
-    """One group laid out as a row.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rows:
+    """B packed rows with one group each: what the packer makes (B = 1), `collate` joins and the model reads."""
 
-    Args:
-        input_ids: (L,) int64; readout sites hold 0, the model puts its vectors there.
-        segments: (L,) int64, see `mr_reward.layouts`.
-        kinds: (L,) int64.
-        offsets: (L,) int64.
-        spans: N half-open token ranges of the response texts.
-        score_sites: N token indices.
-        media: tensors of the prompt's media by name.
-        mm_token_type_ids: (P,) int64 or None.
-        truncated: N flags, True where tokens of the response were cut off.
-    """
-
-    input_ids: Tensor
-    segments: Tensor
-    kinds: Tensor
-    offsets: Tensor
-    spans: tuple[tuple[int, int], ...]
-    score_sites: tuple[int, ...]
-    media: dict[str, Tensor]
-    mm_token_type_ids: Tensor | None
-    truncated: tuple[bool, ...]
+    input_ids: Tensor  # (B, L) int64; what stands at readout sites and padding does not matter, it is 0
+    segments: Tensor  # (B, L) int64, see `mr_reward.layouts`; -1 at padding
+    kinds: Tensor  # (B, L) int64, a `TokenKind`
+    offsets: Tensor  # (B, L) int64, position counted from the end of the prompt
+    score_sites: Tensor  # (B, N) int64 token indices; 0 in empty slots
+    response_mask: Tensor  # (B, N) bool, True where there is a response
+    spans: tuple[tuple[tuple[int, int], ...], ...]  # of each row: half-open token ranges of the response texts
+    truncated: tuple[tuple[bool, ...], ...]  # of each row: True where tokens of the response were cut off
+    # Tensors by name, those of one prompt as its processor makes them, those of a batch as the family merges them;
+    # with media also `mm_token_type_ids` (B, L).
+    media: dict[str, Tensor] = field(default_factory=dict)
+    plan: GroupPlan | None = None  # for the attention; None: read off the rows when they are read
 
     @property
     def num_tokens(self) -> int:
-        """L."""
-        return len(self.input_ids)
+        """B * L, padding included."""
+        return self.input_ids.numel()
 
+    @property
+    def device(self) -> torch.device:
+        """Of the tensors."""
+        return self.input_ids.device
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackedBatch:
-    """Rows of one forward pass, padded to one length. Fields as in `PackedRow`, with a leading B.
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Rows:
+        """The rows on a device. A plan is on the device that it was made for and stays there."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    Args:
-        input_ids: (B, L) int64.
-        segments: (B, L) int64, -1 at padding.
-        kinds: (B, L) int64.
-        offsets: (B, L) int64.
-        score_sites: (B, N) int64, 0 in empty slots.
-        response_mask: (B, N) bool.
-        media: tensors by name, merged over the rows by the family's rule, pixels of a picture that several rows show
-            once; with media also `mm_token_type_ids` (B, L).
-    """
+    def pin_memory(self) -> Rows:
+        """As of a tensor."""
+        return self._each(Tensor.pin_memory)
 
-    input_ids: Tensor
-    segments: Tensor
-    kinds: Tensor
-    offsets: Tensor
-    score_sites: Tensor
-    response_mask: Tensor
-    media: dict[str, Tensor] = field(default_factory=dict)
-
-    def model_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of `MultiResponseRewardModel.forward`."""
-        return {
-            "input_ids": self.input_ids,
-            "segments": self.segments,
-            "kinds": self.kinds,
-            "offsets": self.offsets,
-            "score_sites": self.score_sites,
-            "response_mask": self.response_mask,
-            **self.media,
-        }
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Rows:
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            segments=function(self.segments),
+            kinds=function(self.kinds),
+            offsets=function(self.offsets),
+            score_sites=function(self.score_sites),
+            response_mask=function(self.response_mask),
+            media={name: function(tensor) for name, tensor in self.media.items()},
+        )
 
 
 class Packer:
-    """Lays groups out as rows and applies the over-length policy.
+    """Lays groups out as rows of at most `max_tokens` tokens, and applies the over-length policy.
 
-    Args:
-        renderer: makes the token ids.
-        layout: `causal`, `isolated` or `set`.
-        max_tokens: largest number of tokens of a row.
-        context_tokens: largest number of positions of the backbone; None for no limit. Responses of `isolated` and
-            `set` share positions, so only the longest one counts against it.
-        over_length: `error` raises; `drop_group` leaves the group out; `truncate_responses` cuts the ends of the
-            longest responses. Neither the prompt nor its media are ever cut.
-
-    Raises:
-        ConfigurationError: unknown layout or policy, a layout that the template does not go with, a budget below 1.
-
-    Example:
-        >>> packer = Packer(Renderer(processor), layout="set", max_tokens=4096)  # doctest: +SKIP
-        >>> row = packer.pack(group)  # doctest: +SKIP
+    `error` raises; `drop_group` leaves the group out; `truncate_responses` cuts the ends of the longest responses.
+    Neither the prompt nor its media are ever cut. `context_tokens` is the largest number of positions of the backbone:
+    responses of `isolated` and `set` share positions, so only the longest one counts against it.
     """
 
     def __init__(
         self,
         renderer: Renderer,
         *,
-        layout: str,
+        layout: Layout | str,
         max_tokens: int,
         context_tokens: int | None = None,
         over_length: str = "error",
@@ -131,36 +107,27 @@ class Packer:
         self.context_tokens = context_tokens
         self.over_length = over_length
 
-    def pack(self, group: ResponseGroup) -> PackedRow | None:
-        """Render and lay out one group.
+    @classmethod
+    def of(cls, model: MultiResponseRewardModel, *, max_tokens: int, over_length: str = "error") -> Packer:
+        """The packer of a model's rows."""
+        return cls(
+            Renderer(model.processor, model.config.template, adapter=model.adapter),
+            layout=model.config.layout,
+            max_tokens=max_tokens,
+            context_tokens=model.context_tokens,
+            over_length=over_length,
+        )
 
-        Args:
-            group: the group.
+    def pack(self, group: ResponseGroup) -> Rows | None:
+        """Render and lay out one group; None if it does not fit and the policy is `drop_group`.
 
-        Returns:
-            The row, or None if it does not fit and the policy is `drop_group`.
-
-        Raises:
-            OverLengthError: it does not fit and the policy is `error`, or its prompt alone does not fit.
-            MediaError: its media cannot be read, or not by this family of backbones.
+        Raises OverLengthError if it does not fit under `error`, or its prompt alone does not fit, and MediaError if
+        its media cannot be read, or not by this family of backbones.
         """
         return self.lay_out(self.renderer.render(group), group.name)
 
-    def lay_out(self, rendered: RenderedGroup, name: str) -> PackedRow | None:
-        """Lay out a rendered group, for callers that lay out the same group in several orders.
-
-        Args:
-            rendered: token ids and media.
-            name: of the group, for messages.
-
-        Returns:
-            As `pack`.
-
-        Raises:
-            OverLengthError: as `pack`.
-            MediaError: as `pack`.
-        """
-        check_media(rendered.media, name)
+    def lay_out(self, rendered: RenderedGroup, name: str) -> Rows | None:
+        """As `pack`, for a rendered group; `name` is for messages."""
         lengths = [len(ids) for ids in rendered.response_ids]
         fixed = self._fixed_lengths(rendered)
         prompt_length = len(rendered.prompt_ids)
@@ -177,19 +144,9 @@ class Packer:
     def trim(self, rendered: RenderedGroup, name: str) -> tuple[RenderedGroup, tuple[bool, ...]] | None:
         """Apply the over-length policy to responses that are read over their prompt in several passes.
 
-        Args:
-            rendered: token ids and media.
-            name: of the group, for messages.
-
-        Returns:
-            The group, of which each response fits the budget together with the prompt, and N flags, True where tokens
-            were cut off; None if one does not fit and the policy is `drop_group`.
-
-        Raises:
-            OverLengthError: as `pack`.
-            MediaError: as `pack`.
+        Gives the group, of which each response fits the budget together with the prompt, and N flags, True where
+        tokens were cut off; None and the error as `pack`.
         """
-        check_media(rendered.media, name)
         prompt_length, lengths = len(rendered.prompt_ids), [len(ids) for ids in rendered.response_ids]
         limit = min(self.max_tokens, self.context_tokens or self.max_tokens) - prompt_length
         limit -= max(self._fixed_lengths(rendered))
@@ -207,14 +164,7 @@ class Packer:
         return cut, tuple(length > limit for length in lengths)
 
     def num_tokens(self, rendered: RenderedGroup) -> int:
-        """L of the group's row if nothing is cut off.
-
-        Args:
-            rendered: token ids and media.
-
-        Returns:
-            Number of tokens, readout tokens and framing included.
-        """
+        """L of the group's row if nothing is cut off, readout tokens and framing included."""
         return len(rendered.prompt_ids) + sum(map(len, rendered.response_ids)) + sum(self._fixed_lengths(rendered))
 
     def _fixed_lengths(self, rendered: RenderedGroup) -> list[int]:
@@ -252,17 +202,10 @@ class Packer:
         )
 
 
-def build_row(rendered: RenderedGroup, layout: str, kept: Sequence[int] | None = None) -> PackedRow:
-    """Lay out a rendered group without looking at the budget.
+def build_row(rendered: RenderedGroup, layout: str, kept: Sequence[int] | None = None) -> Rows:
+    """Lay out a rendered group without looking at the budget; responses are cut to the N lengths `kept`.
 
-    Args:
-        rendered: token ids and media; without responses it is a row of the prompt alone, without a prompt one of
-            the responses alone.
-        layout: `causal`, `isolated` or `set`.
-        kept: N lengths to which the responses are cut; None cuts nothing.
-
-    Returns:
-        The row.
+    Without responses it is a row of the prompt alone, without a prompt one of the responses alone.
     """
     lengths = [len(ids) for ids in rendered.response_ids]
     kept = lengths if kept is None else kept
@@ -275,30 +218,29 @@ def build_row(rendered: RenderedGroup, layout: str, kept: Sequence[int] | None =
         before, after = ([], []) if framing is None else framing[i]
         ids = [*before, *ids[: end - start], *after]
         input_ids[start - len(before) : end + len(after)] = torch.tensor(ids, dtype=torch.long)
-    return PackedRow(
-        input_ids=input_ids,
-        segments=plan.segments,
-        kinds=plan.kinds,
-        offsets=plan.offsets,
-        spans=plan.spans,
-        score_sites=plan.score_sites,
-        media=rendered.media,
-        mm_token_type_ids=rendered.mm_token_type_ids,
-        truncated=tuple(keep < length for keep, length in zip(kept, lengths, strict=True)),
+    media = dict(rendered.media)
+    if media and rendered.mm_token_type_ids is not None:
+        types = rendered.mm_token_type_ids
+        media["mm_token_type_ids"] = F.pad(types, (0, len(input_ids) - len(types)))[None]
+    return Rows(
+        input_ids=input_ids[None],
+        segments=plan.segments[None],
+        kinds=plan.kinds[None],
+        offsets=plan.offsets[None],
+        score_sites=torch.tensor([plan.score_sites], dtype=torch.long),
+        response_mask=torch.ones(1, len(lengths), dtype=torch.bool),
+        spans=(plan.spans,),
+        truncated=(tuple(keep < length for keep, length in zip(kept, lengths, strict=True)),),
+        media=media,
     )
 
 
 def plan_batches(num_tokens: Sequence[int], max_tokens: int, padded: bool = True) -> list[list[int]]:
     """Put rows together so that the tokens that a batch computes stay within the budget.
 
-    Args:
-        num_tokens: length of each row, each at most `max_tokens`.
-        max_tokens: budget of a batch.
-        padded: rows are padded to the longest of a batch, so rows of similar length go together; otherwise a batch
-            computes the sum of its rows, and each row goes to the first batch that has room.
-
-    Returns:
-        Lists of row indices, the longest rows first, so that running out of memory shows at once.
+    Padded: a batch computes as many tokens for each row as the longest has, so rows of similar length go together;
+    otherwise it computes the sum of its rows, and each goes to the first batch that has room. The longest rows come
+    first, so that running out of memory shows at once.
 
     Example:
         >>> plan_batches([2, 5, 2], 6)
@@ -323,41 +265,43 @@ def plan_batches(num_tokens: Sequence[int], max_tokens: int, padded: bool = True
     return batches
 
 
-def collate(rows: Sequence[PackedRow], padding_side: str = "right") -> PackedBatch:
-    """Pad rows to one length and stack them.
+def collate(rows: Sequence[Rows], adapter: BackboneAdapter, padding_side: str = "right") -> Rows:
+    """Join the rows of a packer to a batch: padded to one length, with the pixels of each picture once.
 
-    Args:
-        rows: B rows.
-        padding_side: `right` or `left`; scores do not depend on it.
-
-    Returns:
-        The batch.
+    Scores do not depend on the side, `right` or `left`.
     """
-    longest = max(row.num_tokens for row in rows)
-    num_slots = max(len(row.score_sites) for row in rows)
-    starts = [longest - row.num_tokens if padding_side == "left" else 0 for row in rows]
+    longest = max(row.input_ids.shape[1] for row in rows)
+    num_slots = max(row.score_sites.shape[1] for row in rows)
+    missing = [longest - row.input_ids.shape[1] for row in rows]
+    starts = missing if padding_side == "left" else [0] * len(rows)
 
-    def pad(values: Sequence[Tensor], fill: int) -> Tensor:
+    def pad(values: Sequence[Tensor], fill: int = 0) -> Tensor:
         padded = torch.full((len(rows), longest), fill, dtype=torch.long)
         for row, (value, start) in enumerate(zip(values, starts, strict=True)):
-            padded[row, start : start + len(value)] = value
+            padded[row, start : start + value.shape[1]] = value[0]
         return padded
 
     score_sites = torch.zeros(len(rows), num_slots, dtype=torch.long)
     response_mask = torch.zeros(len(rows), num_slots, dtype=torch.bool)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        score_sites[i, : len(row.score_sites)] = torch.tensor(row.score_sites) + start
-        response_mask[i, : len(row.score_sites)] = True
-    media = merge_media([row.media for row in rows])
+        count = row.score_sites.shape[1]
+        score_sites[i, :count] = row.score_sites[0] + start
+        response_mask[i, :count] = True
+    types = "mm_token_type_ids"
+    media = adapter.merge_media([{k: v for k, v in row.media.items() if k != types} for row in rows])
     if media:
-        types = [row.mm_token_type_ids if row.mm_token_type_ids is not None else row.input_ids[:0] for row in rows]
-        media["mm_token_type_ids"] = pad(types, 0)
-    return PackedBatch(
-        input_ids=pad([row.input_ids for row in rows], 0),
+        media[types] = pad([row.media.get(types, row.input_ids[:, :0]) for row in rows])
+    return Rows(
+        input_ids=pad([row.input_ids for row in rows]),
         segments=pad([row.segments for row in rows], PADDING_SEGMENT),
-        kinds=pad([row.kinds for row in rows], 0),
-        offsets=pad([row.offsets for row in rows], 0),
+        kinds=pad([row.kinds for row in rows]),
+        offsets=pad([row.offsets for row in rows]),
         score_sites=score_sites,
         response_mask=response_mask,
+        spans=tuple(
+            tuple((first + start, end + start) for first, end in row.spans[0])
+            for row, start in zip(rows, starts, strict=True)
+        ),
+        truncated=tuple(row.truncated[0] for row in rows),
         media=media,
     )

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from mr_reward.attention.group import GROUP_ATTENTION
-from mr_reward.attention.plan import GroupPlan
 from mr_reward.checkpoint.verify import non_finite_cause
 from mr_reward.errors import ConfigurationError, NonFiniteScoreError
 from mr_reward.groups import GroupScores, ResponseGroup
@@ -30,9 +29,8 @@ from mr_reward.model.chunks import score_over_prompt
 from mr_reward.model.memory import RewardMemory
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.out_of_memory import memory_advice
-from mr_reward.model.rows import PackedRow, Packer, collate, plan_batches
+from mr_reward.model.rows import Packer, Rows, collate, plan_batches
 from mr_reward.templates.rendered import RenderedGroup
-from mr_reward.templates.rendering import Renderer
 
 __all__ = ["GroupScorer"]
 
@@ -61,7 +59,7 @@ class _Prepared:
     group: ResponseGroup
     unique: list[str]
     rendered: RenderedGroup
-    passes: list[tuple[list[int], PackedRow]] = field(default_factory=list)
+    passes: list[tuple[list[int], Rows]] = field(default_factory=list)
     shares_with: _Prepared | None = None
     truncated: tuple[bool, ...] = ()
 
@@ -119,13 +117,7 @@ class GroupScorer:
                 layer.compile(dynamic=True)
         self.max_tokens_per_batch = max_tokens_per_batch
         self.num_orders = num_orders if model.config.layout == "causal" else 1
-        self.packer = Packer(
-            Renderer(model.processor, model.config.template),
-            layout=model.config.layout,
-            max_tokens=max_tokens_per_batch,
-            context_tokens=model.context_tokens,
-            over_length=over_length,
-        )
+        self.packer = Packer.of(model, max_tokens=max_tokens_per_batch, over_length=over_length)
 
     @classmethod
     def from_pretrained(
@@ -301,21 +293,21 @@ class GroupScorer:
         same_tokens: dict[bytes, list[list[_Prepared]]] = {}
         for item in window:
             candidates = same_tokens.setdefault(item.rendered.prompt_ids.numpy().tobytes(), [])
-            fellows = next((found for found in candidates if found[0].rendered.has_prompt_of(item.rendered)), None)
-            candidates.append([item]) if fellows is None else fellows.append(item)
-        for fellows in (found for candidates in same_tokens.values() for found in candidates):
-            for item in fellows:
+            same = next((found for found in candidates if found[0].rendered.has_prompt_of(item.rendered)), None)
+            candidates.append([item]) if same is None else same.append(item)
+        for same in (found for candidates in same_tokens.values() for found in candidates):
+            for item in same:
                 too_large = self.packer.num_tokens(item.rendered) > self.max_tokens_per_batch
-                if shares_prompts and len(item.rendered.prompt_ids) and (too_large or len(fellows) > 1):
+                if shares_prompts and len(item.rendered.prompt_ids) and (too_large or len(same) > 1):
                     trimmed = self.packer.trim(item.rendered, item.group.name)
                     if trimmed is not None:
                         item.rendered, item.truncated = trimmed
-                        item.shares_with = fellows[0]
+                        item.shares_with = same[0]
                 else:
                     item.passes = self._pack(item)
         return window
 
-    def _pack(self, item: _Prepared) -> list[tuple[list[int], PackedRow]]:
+    def _pack(self, item: _Prepared) -> list[tuple[list[int], Rows]]:
         """One (order, row) per pass over the group's unique responses; none if the group is dropped."""
         passes = []
         for order in self._orders(item.group, len(item.unique)):
@@ -332,15 +324,16 @@ class GroupScorer:
     def _scores_of(self, window: list[_Prepared]) -> list[GroupScores]:
         rows = [(item.group, row) for item in window for _, row in item.passes]
         row_scores = iter(self._score_rows(rows))
-        found = {id(item): [(order, next(row_scores), row.truncated) for order, row in item.passes] for item in window}
+        found = {
+            id(item): [(order, next(row_scores), row.truncated[0]) for order, row in item.passes] for item in window
+        }
         sharing: dict[int, list[_Prepared]] = {}
         for item in window:
             if item.shares_with is not None:
                 sharing.setdefault(id(item.shares_with), []).append(item)
-        for fellows in sharing.values():
-            with torch.inference_mode():
-                scored = score_over_prompt(self.model, self.packer, [item.rendered for item in fellows])
-            for item, scores in zip(fellows, scored, strict=True):
+        for same in sharing.values():
+            scored = score_over_prompt(self.model, self.packer, [item.rendered for item in same])
+            for item, scores in zip(same, scored, strict=True):
                 self._check_finite(item.group, scores)
                 found[id(item)] = [(list(range(len(scores))), scores, item.truncated)]
         return [self._combine(item.group, found[id(item)]) for item in window]
@@ -354,33 +347,23 @@ class GroupScorer:
             orders += [generator.sample(range(num_unique), num_unique) for _ in range(self.num_orders - 1)]
         return orders
 
-    def _score_rows(self, rows: list[tuple[ResponseGroup, PackedRow]]) -> list[list[float]]:
+    def _score_rows(self, rows: list[tuple[ResponseGroup, Rows]]) -> list[list[float]]:
         scores: list[list[float]] = [[] for _ in rows]
         batches = plan_batches(
             [row.num_tokens for _, row in rows], self.max_tokens_per_batch, padded=not self.model.reads_flat()
         )
         with torch.inference_mode():
             # Nothing waits for a GPU in here: scores are fetched when all passes are under way.
-            outputs = [self.model(**self._inputs([rows[i][1] for i in batch])).scores for batch in batches]
+            outputs = [self.model(self._batch([rows[i][1] for i in batch])).scores for batch in batches]
         for batch, output in zip(batches, outputs, strict=True):
             for i, values in zip(batch, output.tolist(), strict=True):
                 group, row = rows[i]
-                scores[i] = values[: len(row.score_sites)]
+                scores[i] = values[: row.score_sites.shape[1]]
                 self._check_finite(group, scores[i])
         return scores
 
-    def _inputs(self, rows: list[PackedRow]) -> dict[str, Any]:
-        """On the model's device. The plan is made before the tensors leave the CPU, so that no GPU is waited for."""
-        batch = collate(rows)
-        device = self.model.device
-        inputs: dict[str, Any] = {}
-        for name, tensor in batch.model_inputs().items():
-            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-            inputs[name] = pinned.to(device, non_blocking=True)
-        if self.model.reads_flat():
-            blocks = self.model.adapter.media_block_ids(batch.media)
-            inputs["plan"] = GroupPlan.of(self.packer.layout, batch.segments, batch.kinds, blocks, device)
-        return inputs
+    def _batch(self, rows: Sequence[Rows]) -> Rows:
+        return self.model.place(collate(rows, self.model.adapter))
 
     def _combine(
         self, group: ResponseGroup, passes: list[tuple[list[int], list[float], tuple[bool, ...]]]

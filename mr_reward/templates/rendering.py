@@ -23,7 +23,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from mr_reward.backbones import split_media
+from mr_reward.backbones.base import BackboneAdapter, TextAdapter
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError
 from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import load_image
@@ -111,12 +111,18 @@ class Renderer:
             template that does not take contents as they are.
     """
 
-    def __init__(self, processor: Any, template: str = TEMPLATE) -> None:
+    def __init__(self, processor: Any, template: str = TEMPLATE, *, adapter: BackboneAdapter | None = None) -> None:
         check_template(template)
         _chat_template(processor)
         self.template = template
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.sees_images = self.tokenizer is not processor
+        if self.sees_images and adapter is None:
+            raise ConfigurationError(
+                f"{type(processor).__name__} reads images, whose tensors differ between families; pass the adapter "
+                "of the backbone (get_adapter(config), or a model's `adapter`)"
+            )
+        self.adapter: BackboneAdapter = TextAdapter() if adapter is None else adapter
         self.processor = copy.copy(processor)
         if self.sees_images:
             # Before it counts placeholders, it takes control tokens out of the text, and what is left of
@@ -168,6 +174,7 @@ class Renderer:
             return [self.render(group) for group in groups]  # the one at fault says so under its name
         media = {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
         lengths = [group.num_responses for group in groups]
+        num_images = [len(group.images) for group in groups]
         responses = iter(self.encode_text.encode_all([text for group in groups for text in group.responses]))
         token_types = found.get("mm_token_type_ids", [None] * len(groups))
         return [
@@ -179,7 +186,7 @@ class Renderer:
             for ids, types, own, length in zip(
                 found["input_ids"],
                 token_types,
-                split_media(media, [len(group.images) for group in groups]),
+                self.adapter.split_media(media, num_images) if media else [{}] * len(groups),
                 lengths,
                 strict=True,
             )
@@ -311,11 +318,13 @@ class Renderer:
                 f"{group.name}: {type(self.processor).__name__} does not take its images or videos ({error}); "
                 "resize or remove them"
             ) from error
-        return {
+        tensors = {
             key: value
             for key, value in rendered.items()
             if isinstance(value, torch.Tensor) and key != "attention_mask"
         }
+        self.adapter.check_media(tensors, group.name)
+        return tensors
 
     @staticmethod
     def _load_block(block: dict[str, Any], images: Any, videos: Any, name: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mr_reward.data.degenerate import MASTER_KEYS, with_degenerate_negative
 from mr_reward.errors import ConfigurationError, GroupError, OverLengthError
 from mr_reward.groups import ResponseGroup, undo_order
 from mr_reward.metrics import ranking_metrics
-from mr_reward.model.rows import Packer, collate
+from mr_reward.model.rows import Packer, Rows, collate
 from mr_reward.templates.rendering import Renderer
 
 __all__ = [
@@ -86,7 +86,7 @@ def check_groups(
             continue
         kept.append(group)
         num_tokens.append(row.num_tokens)
-        num_truncated += sum(row.truncated)
+        num_truncated += sum(row.truncated[0])
     if num_tied:
         logger.warning("%s: dropped %d of %d groups, all their responses are tied", name, num_tied, len(groups))
     if num_dropped or num_truncated:
@@ -189,12 +189,12 @@ class EvaluationGroups(Dataset):
 
 
 class GroupCollator:
-    """Packs B ranked groups into the inputs of the model and `rankings` (B, N) int64, 0 in empty slots."""
+    """Packs B ranked groups into `rows` for the model and `rankings` (B, N) int64, 0 in empty slots."""
 
     def __init__(self, packer: Packer) -> None:
         self.packer = packer
 
-    def __call__(self, groups: Sequence[ResponseGroup]) -> dict[str, Tensor]:
+    def __call__(self, groups: Sequence[ResponseGroup]) -> dict[str, Tensor | Rows]:
         """Make one batch; groups that the packer drops are left out."""
         # A dropped group leaves with its rankings, or the labels of the following ones would shift.
         kept = [(group, row) for group in groups if (row := self.packer.pack(group)) is not None]
@@ -203,11 +203,11 @@ class GroupCollator:
                 f"all {len(groups)} groups of a batch were dropped, rows are limited to {self.packer.max_tokens} "
                 "tokens; raise max_tokens, or take out such groups with check_groups first"
             )
-        batch = collate([row for _, row in kept]).model_inputs()
-        rankings = torch.zeros_like(batch["response_mask"], dtype=torch.long)
+        rows = collate([row for _, row in kept], self.packer.renderer.adapter)
+        rankings = torch.zeros_like(rows.response_mask, dtype=torch.long)
         for i, (group, _) in enumerate(kept):
             rankings[i, : group.num_responses] = torch.tensor(group.rankings)
-        return {**batch, "rankings": rankings}
+        return {"rankings": rankings, "rows": rows}
 
 
 def evaluation_metrics(data: EvaluationGroups, predictions: Any) -> dict[str, float]:

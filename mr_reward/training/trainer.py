@@ -5,6 +5,7 @@ Legend: B groups, N responses.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,6 @@ from mr_reward.groups import ResponseGroup
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.out_of_memory import memory_advice
 from mr_reward.model.rows import OVER_LENGTH_POLICIES, Packer
-from mr_reward.templates.rendering import Renderer
 from mr_reward.training.batches import (
     EvaluationGroups,
     GroupCollator,
@@ -40,6 +40,8 @@ from mr_reward.training.losses import get_loss
 from mr_reward.training.saving import naming_a_full_disk, which_checkpoint
 
 __all__ = ["RewardTrainer", "RewardTrainingArguments", "backend_for_deepspeed"]
+
+logger = logging.getLogger(__name__)
 
 # Trained in full beside a LoRA adapter: both are new, an adapter on top of random weights could not learn them.
 _NEW_MODULES = ["head", "readouts"]
@@ -164,15 +166,8 @@ class RewardTrainer(Trainer):
         peft_config: LoraConfig | None = None,
         **options: Any,
     ) -> None:
-        renderer = Renderer(model.processor, model.config.template)
         packer, eval_packer = (
-            Packer(
-                renderer,
-                layout=model.config.layout,
-                max_tokens=max_tokens,
-                context_tokens=model.context_tokens,
-                over_length=args.over_length,
-            )
+            Packer.of(model, max_tokens=max_tokens, over_length=args.over_length)
             for max_tokens in (args.max_tokens, args.eval_max_tokens or args.max_tokens)
         )
         show_progress = args.local_process_index == 0 and not args.disable_tqdm
@@ -204,6 +199,9 @@ class RewardTrainer(Trainer):
             evaluation = {name: evaluation_set(groups, name) for name, groups in eval_dataset.items()}
         elif eval_dataset is not None:
             evaluation = evaluation_set(eval_dataset, "evaluation")
+        if args.n_gpu > 1:  # transformers would cut the tensors of a batch for them, and media do not lie row by row
+            logger.warning("training on one of %d GPUs; start with accelerate launch to use all", args.n_gpu)
+            args._n_gpu = 1
         self.group_loss = get_loss(
             args.loss,
             margin=args.margin,
@@ -242,7 +240,7 @@ class RewardTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -251,8 +249,9 @@ class RewardTrainer(Trainer):
         `num_items_in_batch`: groups of one optimizer step over all ranks, so that every group weighs the same whatever
         micro-batch and rank it is on; None for the plain mean (evaluation).
         """
-        rankings, mask = inputs["rankings"], inputs["response_mask"]
-        scores = model(**{key: value for key, value in inputs.items() if key != "rankings"}).scores
+        rankings, rows = inputs["rankings"], inputs["rows"]
+        mask = rows.response_mask
+        scores = model(rows=rows).scores
         if not scores.isfinite().all():
             raise NonFiniteScoreError(
                 f"step {self.state.global_step}: scores {scores[mask].tolist()} are not finite: "
@@ -274,6 +273,10 @@ class RewardTrainer(Trainer):
             "resume_from_checkpoint"
         ):
             return super().training_step(*args, **options)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As transformers', which looks for `input_ids` in the batch."""
+        return 6 * inputs["rows"].num_tokens * self.model.num_parameters(exclude_embeddings=True)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Groups of one optimizer step over all ranks."""

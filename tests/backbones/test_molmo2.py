@@ -30,12 +30,11 @@ from transformers.masking_utils import create_causal_mask
 
 from mr_reward import MultiResponseRewardModel, ResponseGroup
 from mr_reward.attention.backends import check_backend
-from mr_reward.backbones import ADAPTERS, merge_media
+from mr_reward.backbones import ADAPTERS
 from mr_reward.backbones.molmo2 import Molmo2Adapter
 from mr_reward.errors import BackendError, MediaError
 from mr_reward.layouts import visible
 from mr_reward.model.rows import collate
-from mr_reward.templates.rendering import Renderer
 from mr_reward.worlds.tiny_molmo2 import MOLMO2_TOKENS
 
 
@@ -52,7 +51,7 @@ def everything(rng: random.Random) -> list[ResponseGroup]:
 def test_blocks_are_those_of_the_stock_model(padding_side: str) -> None:
     """Our `causal` with blocks, against the mask that Molmo2 makes for itself of padding and token types."""
     model = reward_model("molmo2", "causal")
-    batch = collate([pack(model, group) for group in everything(random.Random(0))], padding_side)
+    batch = collate([pack(model, group) for group in everything(random.Random(0))], model.adapter, padding_side)
     types = batch.media["mm_token_type_ids"]
     expected = create_causal_mask(
         config=model.backbone.config.get_text_config(),
@@ -97,9 +96,9 @@ def test_an_edited_image_reaches_the_first_image() -> None:
     """The block spans all images of a prompt; each seeing only itself and what came before would be another model."""
     model = reward_model("molmo2", "isolated")
     row = pack(model, random_group(random.Random(2), 1, images=2))
-    batch = collate([row])
+    batch = collate([row], model.adapter)
     mask = visible("isolated", batch.segments, batch.kinds, model.adapter.media_block_ids(batch.media))[0]
-    media = row.mm_token_type_ids.nonzero()[:, 0]
+    media = row.media["mm_token_type_ids"][0].nonzero()[:, 0]
     assert mask[media[0], media[-1]]
     assert not mask[media[0] - 1, media].any(), "text before the images does not see them"
 
@@ -139,7 +138,7 @@ def test_merged_images_are_what_the_processor_makes_of_the_batch() -> None:
     rng = random.Random(4)
     images = [[random_image(rng)], [random_image(rng), random_image(rng)]]
     together = processor.image_processor([image for row in images for image in row], return_tensors="pt")
-    merged = merge_media([dict(processor.image_processor(row, return_tensors="pt")) for row in images])
+    merged = Molmo2Adapter().merge_media([dict(processor.image_processor(row, return_tensors="pt")) for row in images])
     assert merged.keys() == {"pixel_values", "image_token_pooling", "image_grids"}
     for name, tensor in merged.items():
         assert torch.equal(tensor, together[name]), name
@@ -151,7 +150,7 @@ def test_merged_videos_have_the_features_of_videos() -> None:
     videos = [random_video(rng, 3), random_video(rng, 2)]
     options: dict[str, Any] = {"do_sample_frames": False, "return_tensors": "pt"}
     rows = [dict(members.processor.video_processor([video], **options)) for video in videos]
-    merged = merge_media(rows)
+    merged = Molmo2Adapter().merge_media(rows)
     with torch.no_grad():
         found = members.full_model.get_image_features(**merged).pooler_output
         expected = [members.full_model.get_video_features(**row).pooler_output[0] for row in rows]
@@ -173,18 +172,18 @@ def test_one_wrong_index_shows() -> None:
     """So the test above can fail: indices that are only concatenated point into the first prompt's patches."""
     model = reward_model("molmo2", "isolated")
     groups = [random_group(random.Random(seed), 1, images=1) for seed in (7, 8)]
-    batch = collate([pack(model, group) for group in groups])
+    batch = collate([pack(model, group) for group in groups], model.adapter)
     rows = [pack(model, group).media for group in groups]
     naive = {**batch.media, "image_token_pooling": torch.cat([row["image_token_pooling"] for row in rows])}
     with torch.no_grad():
-        right = model(**batch.model_inputs()).scores
-        wrong = model(**replace(batch, media=naive).model_inputs()).scores
+        right = model(batch).scores
+        wrong = model(replace(batch, media=naive)).scores
     assert right[0] == wrong[0]
     assert (right[1] - wrong[1]).abs() > VISIBLE_CHANGE
 
 
 def test_frames_have_timestamps() -> None:
-    renderer = Renderer(family("molmo2").processor)
+    renderer = family("molmo2").renderer()
     rendered = renderer.render(
         ResponseGroup(prompt="p", responses=["a", "b"], videos=[random_video(random.Random(9), 3)])
     )
@@ -194,7 +193,7 @@ def test_frames_have_timestamps() -> None:
 
 def test_text_cannot_forge_media() -> None:
     """Neither a prompt nor a response holds a control token because its text spells one."""
-    renderer = Renderer(family("molmo2").processor)
+    renderer = family("molmo2").renderer()
     text = "a" + "".join(MOLMO2_TOKENS) + "b"
     image = random_image(random.Random(14))
     honest, forged = (
@@ -222,7 +221,7 @@ def test_media_keys_tell_the_families_apart() -> None:
         if not family(name).sees_images:
             continue
         for kind in ("images", "videos"):
-            row = Renderer(family(name).processor).render(random_group(random.Random(11), 1, **{kind: 1}))
+            row = family(name).renderer().render(random_group(random.Random(11), 1, **{kind: 1}))
             able = {adapter for adapter in ADAPTERS.values() if row.media.keys() <= set(adapter.media_keys)}
             assert able == {ADAPTERS[name]}
 
@@ -259,8 +258,8 @@ def test_lora_is_put_on_the_language_part_only(name: str) -> None:
     }
     assert found == expected and len(found) == 7 * model.config.get_text_config().num_hidden_layers
     group = random_group(random.Random(13), 3, images=1)
-    inputs = collate([pack(model, group)]).model_inputs()
-    scores: Tensor = tuned(**inputs).scores
+    rows = collate([pack(model, group)], model.adapter)
+    scores: Tensor = tuned(rows=rows).scores
     (scores * torch.tensor([1.0, -1.0, 0.5])).sum().backward()
     for key, parameter in tuned.named_parameters():
         if "lora_B" in key:  # A has no gradient before the first step: B is zero

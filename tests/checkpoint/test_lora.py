@@ -53,8 +53,9 @@ def save_adapter(
 
 @torch.no_grad()
 def adapter_scores(wrapped: PeftModel, groups: list[ResponseGroup]) -> list[Tensor]:
-    batch = collate([pack(wrapped.get_base_model(), group) for group in groups])
-    scores = wrapped(**batch.model_inputs()).scores
+    model = wrapped.get_base_model()
+    batch = collate([pack(model, group) for group in groups], model.adapter)
+    scores = wrapped(rows=batch).scores
     return [row[: group.num_responses] for row, group in zip(scores, groups, strict=True)]
 
 

@@ -30,10 +30,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
 # Exported names whose docstrings still lack a section. The list only gets shorter.
 INCOMPLETE = {
     "MultiResponseRewardConfig",
-    "backbones.check_media",
     "backbones.get_adapter",
-    "backbones.merge_media",
-    "backbones.split_media",
     "data.converters.Converter",
     "data.converters.get_converter",
     "serving.ServerLimits",

@@ -27,7 +27,7 @@ from tiny_models import (
     score,
 )
 
-from mr_reward.model.rows import PackedBatch, collate
+from mr_reward.model.rows import Rows, collate
 
 # --- isolated: as if each response were scored alone ---
 
@@ -162,13 +162,13 @@ def test_what_stands_at_padding_and_readout_sites_does_not_matter(layout: str, p
     rng = random.Random(3)
     model = reward_model("qwen3_vl", layout)
     groups = mixed_batch(rng, 4, 1, 0)
-    batch = collate([pack(model, group) for group in groups], padding_side)
+    batch = collate([pack(model, group) for group in groups], model.adapter, padding_side)
     free = (batch.segments < 0) | (batch.kinds > 0)
     assert (batch.segments < 0).any()
     junk = torch.randint_like(batch.input_ids, 256)
     with torch.no_grad():
-        before = model(**batch.model_inputs()).scores
-        after = model(**{**batch.model_inputs(), "input_ids": torch.where(free, junk, batch.input_ids)}).scores
+        before = model(batch).scores
+        after = model(replace(batch, input_ids=torch.where(free, junk, batch.input_ids))).scores
     # Padding attends to itself only and its values are multiplied by exact zeros.
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
 
@@ -205,21 +205,22 @@ def test_positions_do_not_depend_on_padding(layout: str, name: str, images: int,
     model = reward_model(name, layout)
     rows = [pack(model, group) for group in mixed_batch(random.Random(12), 4, images, videos)]
 
-    def positions(batch: PackedBatch) -> torch.Tensor:
+    def positions(batch: Rows) -> torch.Tensor:
         return model.adapter.position_ids(
             model.backbone, batch.input_ids, batch.segments, batch.offsets, dict(batch.media)
         )
 
-    batches = {side: collate(rows, side) for side in ("left", "right")}
+    batches = {side: collate(rows, model.adapter, side) for side in ("left", "right")}
     for i, row in enumerate(rows):
-        expected = positions(collate([row]))[..., 0, :]
+        expected = positions(collate([row], model.adapter))[..., 0, :]
         assert int(expected.min()) == 0
         for batch in batches.values():
             assert torch.equal(positions(batch)[..., i, :][..., batch.segments[i] >= 0], expected)
         # Every response starts at the position after the prompt, or runs on from the one before it.
-        start = expected[..., row.segments == 0].max() + 1
-        assert torch.equal(expected[..., row.segments > 0], (start + row.offsets[row.segments > 0]).expand_as(
-            expected[..., row.segments > 0]
+        segments, offsets = row.segments[0], row.offsets[0]
+        start = expected[..., segments == 0].max() + 1
+        assert torch.equal(expected[..., segments > 0], (start + offsets[segments > 0]).expand_as(
+            expected[..., segments > 0]
         ))  # fmt: skip
 
 

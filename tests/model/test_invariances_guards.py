@@ -29,7 +29,7 @@ from mr_reward.model.rows import collate
 
 def broken_scores(model: MultiResponseRewardModel, group: ResponseGroup, use_cache: bool = False) -> torch.Tensor:
     """The row read by hand with a 2-D mask where the layout's belongs; same tokens, same positions."""
-    batch = collate([pack(model, group)])
+    batch = collate([pack(model, group)], model.adapter)
     media = dict(batch.media)
     with torch.no_grad():
         embeds = model.readouts(model.get_input_embeddings()(batch.input_ids), batch.kinds)
@@ -42,7 +42,7 @@ def broken_scores(model: MultiResponseRewardModel, group: ResponseGroup, use_cac
             use_cache=use_cache,
             **model.adapter.forward_arguments(model.backbone, batch.input_ids, media),
         ).last_hidden_state
-        return model.head(hidden[:, list(pack(model, group).score_sites)])[0]
+        return model.head(hidden[:, batch.score_sites[0]])[0]
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
@@ -62,8 +62,8 @@ def test_a_2d_mask_breaks_isolation_visibly(name: str, images: int, layout: str,
 @pytest.mark.parametrize("name", ["qwen3_vl", "molmo2", "llama"])
 def test_forward_refuses_arguments_that_would_break_the_layout(name: str, layout: str) -> None:
     model = reward_model(name, layout)
-    inputs = collate([pack(model, random_group(random.Random(7), 3))]).model_inputs()
-    shape = inputs["input_ids"].shape
+    rows = collate([pack(model, random_group(random.Random(7), 3))], model.adapter)
+    shape = rows.input_ids.shape
     forbidden = {
         "attention_mask": torch.ones(shape, dtype=torch.long),
         "position_ids": torch.arange(shape[1])[None],
@@ -73,15 +73,17 @@ def test_forward_refuses_arguments_that_would_break_the_layout(name: str, layout
     }
     for key, value in forbidden.items():
         with pytest.raises(BackendError, match=f"forward got {key}.*{layout}.*leave it out"):
-            model(**inputs, **{key: value})
+            model(rows, **{key: value})
     # A mask of one zero compares equal to False; it is a mask all the same.
     with pytest.raises(BackendError, match="attention_mask"):
-        model(**inputs, attention_mask=torch.zeros(1, dtype=torch.long))
+        model(rows, attention_mask=torch.zeros(1, dtype=torch.long))
     # What means "none" is harmless.
     with torch.no_grad():
-        model(**inputs, attention_mask=None, use_cache=False)
+        model(rows, attention_mask=None, use_cache=False)
     with pytest.raises(ConfigurationError, match="pixel_valuez"):
-        model(**inputs, pixel_valuez=torch.zeros(1))
+        model(rows, pixel_valuez=torch.zeros(1))
+    with pytest.raises(ConfigurationError, match="pixel_valuez"):
+        model(replace(rows, media={"pixel_valuez": torch.zeros(1)}))
 
 
 @pytest.mark.parametrize("layout", ["isolated", "set"])
@@ -142,8 +144,8 @@ def test_identical_responses_share_a_score_bit_for_bit(name: str, images: int, l
 
 def gradients(model: MultiResponseRewardModel, groups: list[ResponseGroup]) -> dict[str, torch.Tensor | None]:
     model.zero_grad()
-    batch = collate([pack(model, group) for group in groups])
-    scores = model(**batch.model_inputs()).scores
+    batch = collate([pack(model, group) for group in groups], model.adapter)
+    scores = model(batch).scores
     weights = torch.linspace(-1, 1, scores.numel()).view_as(scores)
     (scores * weights).sum().backward()
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
@@ -180,7 +182,7 @@ def test_gradients_flow_only_where_the_layout_says(layout: str, name: str, image
     if checkpointing:
         model.gradient_checkpointing_enable()
     row = pack(model, random_group(random.Random(3), 4, images=images))
-    batch = collate([row])
+    batch = collate([row], model.adapter)
     caught: list[torch.Tensor] = []
 
     def catch(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
@@ -188,15 +190,15 @@ def test_gradients_flow_only_where_the_layout_says(layout: str, name: str, image
         return caught[-1]
 
     handle = model.get_input_embeddings().register_forward_hook(catch)
-    scores = model(**batch.model_inputs()).scores[0]
+    scores = model(batch).scores[0]
     handle.remove()
     j = 1
     (gradient,) = torch.autograd.grad(scores[j], caught[0])
     reached = gradient[0].abs().sum(-1) > 0
-    text = row.kinds == 0
+    segments, text = row.segments[0], row.kinds[0] == 0
     for i in range(4):
-        own = reached[(row.segments == i + 1) & text]
+        own = reached[(segments == i + 1) & text]
         expected = {"causal": i <= j, "isolated": i == j, "set": True}[layout]
         assert own.any() == (expected and len(own) > 0), f"response {i}"
         assert own.all() == (expected or len(own) == 0), f"response {i}"
-    assert reached[row.segments == 0].any()
+    assert reached[segments == 0].any()

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from tiny_models import LAYOUTS, family, random_group
 
 from mr_reward import ResponseGroup
+from mr_reward.backbones.base import TextAdapter
 from mr_reward.errors import ConfigurationError, OverLengthError
-from mr_reward.model.rows import OVER_LENGTH_POLICIES, PackedRow, Packer, collate, plan_batches
+from mr_reward.model.rows import OVER_LENGTH_POLICIES, Packer, Rows, collate, plan_batches
 from mr_reward.templates.rendered import RenderedGroup
-from mr_reward.templates.rendering import TEMPLATE, Renderer
+from mr_reward.templates.rendering import TEMPLATE
 
 READOUTS = {"causal": 1, "isolated": 1, "set": 2}
 
@@ -71,12 +72,12 @@ def test_truncation_equals_trying_every_length(case: tuple[str, int, list[int], 
     row = packer(layout, max_tokens, context).lay_out(group, "g")
     assert row is not None
     assert row.num_tokens == prompt + sum(kept) + READOUTS[layout] * len(kept) <= max_tokens
-    assert [end - start for start, end in row.spans] == kept
-    assert row.truncated == tuple(k < length for k, length in zip(kept, lengths, strict=True))
+    assert [end - start for start, end in row.spans[0]] == kept
+    assert row.truncated == (tuple(k < length for k, length in zip(kept, lengths, strict=True)),)
     # The prompt is whole, and of each response the beginning is kept.
-    assert row.input_ids[:prompt].tolist() == group.prompt_ids.tolist()
-    for (start, end), ids, keep in zip(row.spans, group.response_ids, kept, strict=True):
-        assert row.input_ids[start:end].tolist() == ids[:keep]
+    assert row.input_ids[0, :prompt].tolist() == group.prompt_ids.tolist()
+    for (start, end), ids, keep in zip(row.spans[0], group.response_ids, kept, strict=True):
+        assert row.input_ids[0, start:end].tolist() == ids[:keep]
     assert (row.input_ids[row.kinds > 0] == 0).all()
 
 
@@ -92,7 +93,7 @@ def test_policies_agree_on_what_fits(case: tuple[str, int, list[int], int, int |
         row = packer(layout, max_tokens, context, "error").lay_out(group, "g")
         assert row is not None and dropped is not None
         assert torch.equal(row.input_ids, dropped.input_ids)
-        assert not any(row.truncated)
+        assert not any(row.truncated[0])
     else:
         with pytest.raises(OverLengthError):
             packer(layout, max_tokens, context, "error").lay_out(group, "g")
@@ -112,7 +113,7 @@ def test_policies_agree_on_what_fits(case: tuple[str, int, list[int], int, int |
 )
 def test_positions_of_the_context(layout: str, context: int, truncated: tuple[bool, ...]) -> None:
     row = packer(layout, 1000, context).lay_out(rendered(4, [5, 3, 3]), "g")
-    assert row is not None and row.truncated == truncated
+    assert row is not None and row.truncated == (truncated,)
 
 
 def test_messages_say_what_was_got_expected_and_to_do() -> None:
@@ -145,7 +146,7 @@ def test_unknown_policy_and_layout_are_refused() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_truncation_never_touches_media(layout: str) -> None:
-    renderer = Renderer(family("qwen3_vl").processor)
+    renderer = family("qwen3_vl").renderer()
     group = random_group(random.Random(0), 3, images=2)
     whole = Packer(renderer, layout=layout, max_tokens=10_000).pack(group)
     assert whole is not None
@@ -154,13 +155,13 @@ def test_truncation_never_touches_media(layout: str) -> None:
         renderer, layout=layout, max_tokens=prompt + 3 * READOUTS[layout], over_length="truncate_responses"
     ).pack(group)
     assert empty is not None
-    assert all(start == end for start, end in empty.spans)
-    assert torch.equal(empty.input_ids[:prompt], whole.input_ids[:prompt])
-    assert whole.mm_token_type_ids is not None and empty.mm_token_type_ids is not None
-    assert torch.equal(empty.mm_token_type_ids, whole.mm_token_type_ids)
-    assert len(empty.mm_token_type_ids) == prompt
+    assert all(start == end for start, end in empty.spans[0])
+    assert torch.equal(empty.input_ids[:, :prompt], whole.input_ids[:, :prompt])
     for key, value in whole.media.items():
-        assert torch.equal(empty.media[key], value)
+        if key == "mm_token_type_ids":
+            assert torch.equal(empty.media[key], value[:, : empty.num_tokens]) and not value[:, prompt:].any()
+        else:
+            assert torch.equal(empty.media[key], value)
     with pytest.raises(OverLengthError, match=f"{prompt} prompt tokens"):
         Packer(
             renderer, layout=layout, max_tokens=prompt + 3 * READOUTS[layout] - 1, over_length="truncate_responses"
@@ -192,7 +193,7 @@ def test_no_rows_make_no_batches() -> None:
 # --- collate ---
 
 
-def packed(layout: str, prompt: int, lengths: list[int]) -> PackedRow:
+def packed(layout: str, prompt: int, lengths: list[int]) -> Rows:
     row = packer(layout, 1000).lay_out(rendered(prompt, lengths), "g")
     assert row is not None
     return row
@@ -202,36 +203,29 @@ def packed(layout: str, prompt: int, lengths: list[int]) -> PackedRow:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_are_found_again_in_the_batch(layout: str, padding_side: str) -> None:
     rows = [packed(layout, 2, [1, 3, 0]), packed(layout, 5, [4]), packed(layout, 1, [0, 0])]
-    batch = collate(rows, padding_side)
+    batch = collate(rows, TextAdapter(), padding_side)
     longest = max(row.num_tokens for row in rows)
     assert batch.input_ids.shape == (3, longest) and batch.score_sites.shape == (3, 3)
     for i, row in enumerate(rows):
         start = longest - row.num_tokens if padding_side == "left" else 0
         inside = slice(start, start + row.num_tokens)
         for field in ("input_ids", "segments", "kinds", "offsets"):
-            assert torch.equal(getattr(batch, field)[i, inside], getattr(row, field)), field
+            assert torch.equal(getattr(batch, field)[i, inside], getattr(row, field)[0]), field
         outside = torch.ones(longest, dtype=torch.bool)
         outside[inside] = False
         assert (batch.segments[i, outside] == -1).all() and (batch.kinds[i, outside] == 0).all()
-        n = len(row.score_sites)
+        n = row.score_sites.shape[1]
         assert batch.response_mask[i].tolist() == [True] * n + [False] * (3 - n)
-        assert batch.score_sites[i, :n].tolist() == [site + start for site in row.score_sites]
+        assert batch.score_sites[i, :n].tolist() == [site + start for site in row.score_sites[0].tolist()]
+        assert batch.spans[i] == tuple((first + start, end + start) for first, end in row.spans[0])
         assert (batch.score_sites[i, n:] == 0).all()
     assert batch.media == {}
-    assert set(batch.model_inputs()) == {
-        "input_ids",
-        "segments",
-        "kinds",
-        "offsets",
-        "score_sites",
-        "response_mask",
-    }
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_media_of_a_batch_follow_its_rows(padding_side: str) -> None:
     rng = random.Random(1)
-    pack = Packer(Renderer(family("qwen3_vl").processor), layout="set", max_tokens=10_000).pack
+    pack = Packer(family("qwen3_vl").renderer(), layout="set", max_tokens=10_000).pack
     groups = [
         random_group(rng, 2, images=2),
         random_group(rng, 2, longest=60),
@@ -239,16 +233,16 @@ def test_media_of_a_batch_follow_its_rows(padding_side: str) -> None:
         random_group(rng, 3, images=1, videos=1),
     ]
     rows = [row for group in groups if (row := pack(group)) is not None]
-    batch = collate(rows, padding_side)
-    inputs = batch.model_inputs()
+    batch = collate(rows, family("qwen3_vl").adapter, padding_side)
+    inputs = batch.media
     for key in ("pixel_values", "image_grid_thw"):
         assert torch.equal(inputs[key], torch.cat([rows[0].media[key], rows[3].media[key]]))
     for key in ("pixel_values_videos", "video_grid_thw"):
         assert torch.equal(inputs[key], rows[3].media[key])
     types = inputs["mm_token_type_ids"]
     for i, row in enumerate(rows):
-        assert row.mm_token_type_ids is not None
-        assert torch.equal(types[i][batch.segments[i] == 0], row.mm_token_type_ids)
+        own = row.media.get("mm_token_type_ids", torch.zeros_like(row.input_ids))
+        assert torch.equal(types[i][batch.segments[i] == 0], own[row.segments == 0])
         assert (types[i][batch.segments[i] != 0] == 0).all()
     tokenizer = family("qwen3_vl").tokenizer
     assert torch.equal(types == 1, batch.input_ids == tokenizer.convert_tokens_to_ids("<|image_pad|>"))

@@ -16,6 +16,7 @@ from tiny_models import LAYOUTS, assert_close, pack, random_group, random_text, 
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.errors import ConfigurationError, MediaError, NonFiniteScoreError, OverLengthError
+from mr_reward.model.rows import Rows
 
 ROUNDING = 1e-5  # as in test_invariances
 
@@ -30,10 +31,10 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
         sizes: list[tuple[int, int]] = []
         forward = model.forward
 
-        def recorded(input_ids: torch.Tensor, segments: torch.Tensor, **inputs: Any) -> Any:
-            sizes.append((input_ids.shape[0], int((segments >= 0).sum())))
+        def recorded(rows: Rows, **inputs: Any) -> Any:
+            sizes.append((len(rows.segments), int((rows.segments >= 0).sum())))
             assert not torch.is_grad_enabled() and not model.training
-            return forward(input_ids, segments, **inputs)
+            return forward(rows, **inputs)
 
         monkeypatch.setattr(model, "forward", recorded)
         return sizes

@@ -25,9 +25,9 @@ from tiny_models import (
 from torch import Tensor
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
-from mr_reward.backbones import merge_media, molmo2, qwen_vl
+from mr_reward.backbones import molmo2, qwen_vl
 from mr_reward.backbones.base import concatenate_media, different_pictures
-from mr_reward.model.rows import PackedRow, collate
+from mr_reward.model.rows import Rows, collate
 from mr_reward.training.batches import GroupCollator
 
 TOWERS = {"qwen3_vl": "visual", "qwen2_5_vl": "visual", "molmo2": "vision_tower"}
@@ -84,7 +84,7 @@ def encoded(request: pytest.FixtureRequest) -> Callable[[MultiResponseRewardMode
     return watch
 
 
-def patches(rows: Sequence[PackedRow]) -> int:
+def patches(rows: Sequence[Rows]) -> int:
     """Of all pictures of all rows, those that are the same counted again."""
     return sum(
         tensor[..., 0].numel() for row in rows for name, tensor in row.media.items() if name.startswith("pixel_values")
@@ -141,8 +141,8 @@ def test_a_swapped_index_shows(name: str) -> None:
     model = reward_model(name, "set")
     first, second = (random_image(random.Random(seed), max_tiles=1) for seed in range(2))
     groups = [show(seed, [image]) for seed, image in enumerate((first, second, first))]
-    batch = collate([pack(model, group) for group in groups])
-    inputs = batch.model_inputs()
+    batch = collate([pack(model, group) for group in groups], model.adapter)
+    inputs = batch.media
     if name == "molmo2":
         pooling = inputs["image_token_pooling"].chunk(3)
         wrong = {"image_token_pooling": torch.cat([pooling[0], pooling[1], pooling[1]])}
@@ -150,7 +150,7 @@ def test_a_swapped_index_shows(name: str) -> None:
         assert inputs["image_index"].tolist() == [0, 1, 0]
         wrong = {"image_index": torch.tensor([0, 1, 1])}
     with torch.no_grad():
-        change = (model(**inputs).scores - model(**{**inputs, **wrong}).scores).abs()
+        change = (model(batch).scores - model(replace(batch, media={**inputs, **wrong})).scores).abs()
     assert change[:2].max() < ROUNDING < change[2].max()
 
 
@@ -162,9 +162,10 @@ def test_where_nothing_is_shared_inputs_are_as_before(name: str) -> None:
     groups.append(show(3, videos=[random_video(rng, 4)]))
     groups = groups if name != "molmo2" else groups[:3]
     rows = [pack(model, group) for group in groups]
-    inputs = collate(rows).model_inputs()
+    inputs = collate(rows, model.adapter).media
     assert not INDEX_KEYS & inputs.keys()
-    expected = concatenate_media([row.media for row in rows])
+    media = [{key: row.media[key] for key in row.media.keys() - {"mm_token_type_ids"}} for row in rows]
+    expected = concatenate_media(media)
     if name == "molmo2":  # its indices count on from the patches of the rows before
         ends = torch.tensor([row.media["pixel_values"][..., 0].numel() for row in rows if row.media]).cumsum(0)
         one, two = (row.media["image_token_pooling"] for row in rows if row.media)
@@ -185,7 +186,7 @@ def test_gradients_are_those_without_sharing(name: str, monkeypatch: pytest.Monk
 
     def gradients() -> tuple[dict[str, Tensor], int]:
         model.zero_grad()
-        inputs = collate(rows)
+        inputs = collate(rows, model.adapter)
         scores = score_batch(model, inputs, [group.num_responses for group in groups], grad=True)
         torch.stack([(one * weights).sum() for one in scores]).sum().backward()
         found = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
@@ -210,7 +211,7 @@ def test_one_kind_shared_beside_another(name: str, image_shared: bool, video_sha
         show(0, images[:1], videos[:1]),
         show(1, [images[not image_shared]], [videos[not video_shared]]),
     ]
-    batch = collate([pack(model, group) for group in groups])
+    batch = collate([pack(model, group) for group in groups], model.adapter)
     assert ("image_index" in batch.media, "video_index" in batch.media) == (image_shared, video_shared)
     assert len(batch.media["image_grid_thw"]) == len(batch.media["video_grid_thw"]) == 2
     for found, group in zip(score(model, groups), groups, strict=True):
@@ -233,22 +234,21 @@ def test_scorer_and_collator_share(name: str, encoded: Any) -> None:
     sizes.clear()
     ranked = [replace(group, prompt=group.messages, rankings=[1, 2, 3]) for group in groups]
     inputs = GroupCollator(scorer.packer)(ranked)
-    del inputs["rankings"]
-    assert all(isinstance(tensor, Tensor) for tensor in inputs.values())
     with torch.no_grad():
-        torch.testing.assert_close(model(**inputs).scores, torch.stack(alone), rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(model(inputs["rows"]).scores, torch.stack(alone), rtol=0, atol=ROUNDING)
     assert sizes == [one]
 
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_pixels_that_differ_at_one_place_are_not_shared(name: str) -> None:
     """The last value of a picture is not among those that are looked at first."""
-    row = pack(reward_model(name, "set"), show(0, [random_image(random.Random(4))])).media
+    model = reward_model(name, "set")
+    row = pack(model, show(0, [random_image(random.Random(4))])).media
     edited = {key: tensor.clone() for key, tensor in row.items()}
     edited["pixel_values"].view(-1)[-1] += 1
     size = len(row["pixel_values"])
-    assert len(merge_media([row, edited, row])["pixel_values"]) == 2 * size
-    assert len(merge_media([row, row])["pixel_values"]) == size
+    assert len(model.adapter.merge_media([row, edited, row])["pixel_values"]) == 2 * size
+    assert len(model.adapter.merge_media([row, row])["pixel_values"]) == size
 
 
 def test_the_same_pixels_in_another_grid_are_another_picture() -> None:
@@ -261,5 +261,5 @@ def test_what_is_saved_is_told(caplog: pytest.LogCaptureFixture) -> None:
     model = reward_model("qwen3_vl", "set")
     image = random_image(random.Random(5))
     with caplog.at_level(logging.DEBUG, "mr_reward.backbones"):
-        collate([pack(model, show(seed, [image])) for seed in range(3)])
+        collate([pack(model, show(seed, [image])) for seed in range(3)], model.adapter)
     assert caplog.messages == ["1 of the 3 images or videos of a batch are encoded"]

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from random_groups import groups, texts, tried
@@ -26,7 +25,6 @@ from mr_reward.groups import GroupScores
 from mr_reward.grpo.reward import REWARD_TRANSFORMS
 from mr_reward.model.rows import OVER_LENGTH_POLICIES, Packer
 from mr_reward.scorers.wire import WireGroup, dump, from_wire, to_wire
-from mr_reward.templates.rendering import Renderer
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -67,7 +65,7 @@ def test_n_in_is_n_out_or_a_counted_drop(name: str, data: st.DataObject) -> None
 @tried(40)
 def test_spans_hold_the_responses_and_nothing_else(name: str, data: st.DataObject) -> None:
     group, layout = data.draw(groups(name)), data.draw(st.sampled_from(LAYOUTS))
-    renderer = Renderer(family(name).processor)
+    renderer = family(name).renderer()
     rendered = renderer.render(group)
     budget = data.draw(st.integers(1, 3000))
     packer = Packer(renderer, layout=layout, max_tokens=budget, over_length="truncate_responses")
@@ -78,17 +76,18 @@ def test_spans_hold_the_responses_and_nothing_else(name: str, data: st.DataObjec
         assert len(rendered.prompt_ids) + fixed > budget, "only what cannot be cut may be too long"
         return
     assert row is not None and row.num_tokens <= budget
-    ids = torch.as_tensor(row.input_ids).tolist()
-    segments = torch.as_tensor(row.segments).tolist()
-    assert len(row.spans) == len(row.score_sites) == group.num_responses
+    ids = row.input_ids[0].tolist()
+    segments = row.segments[0].tolist()
+    (spans,), (truncated,), (sites,) = row.spans, row.truncated, row.score_sites.tolist()
+    assert len(spans) == len(sites) == group.num_responses
     covered = 0
-    for index, ((start, end), expected) in enumerate(zip(row.spans, rendered.response_ids, strict=True), start=1):
+    for index, ((start, end), expected) in enumerate(zip(spans, rendered.response_ids, strict=True), start=1):
         assert start >= covered and ids[start:end] == list(expected)[: end - start]
-        assert row.truncated[index - 1] == (end - start < len(expected))
-        assert set(segments[start:end]) <= {index} and segments[row.score_sites[index - 1]] == index
+        assert truncated[index - 1] == (end - start < len(expected))
+        assert set(segments[start:end]) <= {index} and segments[sites[index - 1]] == index
         covered = end
     control = {*family(name).tokenizer.added_tokens_decoder, *family(name).tokenizer.all_special_ids}
-    for start, end in row.spans:
+    for start, end in spans:
         assert not control & set(ids[start:end]), "no text of a response becomes a control token"
 
 
@@ -232,7 +231,7 @@ def test_whatever_is_no_group_is_refused_by_name(
         assert str(error)
         return
     try:
-        Renderer(family("qwen3_vl").processor).render(group)
+        family("qwen3_vl").renderer().render(group)
     except MRRewardError as error:
         assert str(error)
 

@@ -20,7 +20,6 @@ from tiny_models import family, random_image, reward_model
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.errors import MediaError
 from mr_reward.templates.images import load_image
-from mr_reward.templates.rendering import Renderer
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "F")
 
@@ -134,7 +133,7 @@ def test_the_first_frame_of_an_animation_is_shown() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 100), (31, 33), (1600, 8), (8, 1600), (1024, 1024), (3000, 2000)])
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
 def test_small_long_and_large_images_get_tokens(name: str, size: tuple[int, int]) -> None:
-    renderer = Renderer(family(name).processor)
+    renderer = family(name).renderer()
     rendered = renderer.render(ResponseGroup(prompt="p", responses=["a"], images=[Image.new("RGB", size, "red")]))
     tokens = int((rendered.prompt_ids == renderer.tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum())
     assert 1 <= tokens <= 256
@@ -147,7 +146,7 @@ def test_an_image_that_the_processor_refuses_names_the_group(name: str, size: tu
     """Qwen's processors take no image more than 200 times as long as it is wide."""
     group = ResponseGroup(prompt="p", responses=["a"], images=[Image.new("RGB", size)], id="strip")
     with pytest.raises(MediaError, match="group 'strip': .*aspect ratio"):
-        Renderer(family(name).processor).render(group)
+        family(name).renderer().render(group)
 
 
 # --- what is refused ---

@@ -63,7 +63,7 @@ def renderer(template: str) -> Renderer:
 def image_renderer(name: str, template: str) -> Renderer:
     processor = copy.deepcopy(family(name).processor)
     processor.tokenizer.add_tokens([AddedToken(SEPARATOR, special=True, normalized=False)])
-    return Renderer(processor, template)
+    return Renderer(processor, template, adapter=family(name).adapter)
 
 
 def packer(template: str, max_tokens: int = 10_000, policy: str = "error") -> Packer:
@@ -109,17 +109,19 @@ def test_ids_are_those_of_the_whole_text(template: str, prompt: str, responses: 
     row = packer(template).pack(ResponseGroup(prompt=prompt, responses=responses))
     assert row is not None
     expected = ids_of(whole_text(template, prompt, responses))
-    assert row.input_ids.tolist() == expected
+    assert row.input_ids[0].tolist() == expected
     separators = [i for i, index in enumerate(expected) if index == ids_of(SEPARATOR)[0]]
-    assert row.score_sites == tuple([*(i - 1 for i in separators), len(expected) - 1])
-    assert not row.kinds.any() and not any(row.truncated)
+    assert row.score_sites[0].tolist() == [*(i - 1 for i in separators), len(expected) - 1]
+    assert not row.kinds.any() and not any(row.truncated[0])
     # Running positions, as in any text.
     positions = torch.where(
         row.segments > 0, row.offsets + int((row.segments == 0).sum()), torch.arange(len(expected))
     )
-    assert positions.tolist() == list(range(len(expected)))
-    for (start, end), text in zip(row.spans, responses, strict=True):
-        assert merging_tokenizer().decode(row.input_ids[start:end]).strip() in merging_tokenizer().decode(ids_of(text))
+    assert positions[0].tolist() == list(range(len(expected)))
+    for (start, end), text in zip(row.spans[0], responses, strict=True):
+        assert merging_tokenizer().decode(row.input_ids[0, start:end]).strip() in merging_tokenizer().decode(
+            ids_of(text)
+        )
 
 
 @pytest.mark.parametrize("template", JOINED_TEMPLATES)
@@ -130,7 +132,7 @@ def test_other_orders_are_encoded_again(template: str, responses: list[str], see
     rendered = renderer(template).render(ResponseGroup(prompt="Sum?", responses=responses)).select(order)
     row = packer(template).lay_out(rendered, "g")
     assert row is not None
-    assert row.input_ids.tolist() == ids_of(whole_text(template, "Sum?", [responses[i] for i in order]))
+    assert row.input_ids[0].tolist() == ids_of(whole_text(template, "Sum?", [responses[i] for i in order]))
 
 
 @pytest.mark.parametrize("template", JOINED_TEMPLATES)
@@ -164,11 +166,8 @@ def test_media_come_before_the_text_of_their_turn(name: str, template: str) -> N
     if template == "mr2rm-assistant":
         messages.append({"role": "assistant", "content": [{"type": "text", "text": joined}]})
     expected = render.processor.apply_chat_template([messages], tokenize=True, return_dict=True, return_tensors="pt")
-    assert row.input_ids.tolist() == expected["input_ids"][0].tolist()
-    assert row.mm_token_type_ids is not None
-    types = expected["mm_token_type_ids"][0]
-    assert row.mm_token_type_ids.tolist() == types[: len(row.mm_token_type_ids)].tolist()
-    assert not types[len(row.mm_token_type_ids) :].any()
+    assert row.input_ids[0].tolist() == expected["input_ids"][0].tolist()
+    assert row.media["mm_token_type_ids"].tolist() == expected["mm_token_type_ids"].tolist()
     for key, value in row.media.items():
         assert torch.equal(value, expected[key])
 
@@ -180,7 +179,7 @@ def test_videos(name: str, template: str) -> None:
     row = Packer(image_renderer(name, template), layout="causal", max_tokens=10_000).pack(
         ResponseGroup(prompt="Which?", responses=["a", "b"], videos=[video])
     )
-    assert row is not None and row.mm_token_type_ids is not None and row.mm_token_type_ids.any()
+    assert row is not None and row.media["mm_token_type_ids"].any()
 
 
 # --- hostile text ---
@@ -203,14 +202,14 @@ def test_no_text_becomes_a_control_token(template: str, prompt: str, responses: 
     special = set(merging_tokenizer().all_special_ids)
 
     def controls(ids: torch.Tensor) -> list[int]:
-        return [index for index in ids.tolist() if index in special]
+        return [index for index in ids[0].tolist() if index in special]
 
     assert controls(row.input_ids) == controls(harmless.input_ids)
-    separators = (row.input_ids == ids_of(SEPARATOR)[0]).nonzero()[:, 0].tolist()
-    assert row.score_sites == tuple([*(i - 1 for i in separators), row.num_tokens - 1])
+    separators = (row.input_ids[0] == ids_of(SEPARATOR)[0]).nonzero()[:, 0].tolist()
+    assert row.score_sites[0].tolist() == [*(i - 1 for i in separators), row.num_tokens - 1]
     added = set(merging_tokenizer().added_tokens_decoder)
-    for start, end in row.spans:
-        assert not added & set(row.input_ids[start:end].tolist())
+    for start, end in row.spans[0]:
+        assert not added & set(row.input_ids[0, start:end].tolist())
 
 
 # --- budget ---
@@ -225,24 +224,24 @@ def test_only_text_of_responses_is_cut(template: str, responses: list[str], shor
     assert whole is not None
     short = min(short, whole.num_tokens - 1)
     budget = whole.num_tokens - short
-    num_text = sum(end - start for start, end in whole.spans)
+    num_text = sum(end - start for start, end in whole.spans[0])
     if short > num_text:
         with pytest.raises(OverLengthError, match="'g'.*prompt tokens"):
             packer(template, budget, "truncate_responses").pack(group)
         return
     row = packer(template, budget, "truncate_responses").pack(group)
     assert row is not None and row.num_tokens <= budget
-    assert any(row.truncated) == (short > 0)
-    kept, source = [], whole.input_ids.tolist()
+    assert any(row.truncated[0]) == (short > 0)
+    kept, source = [], whole.input_ids[0].tolist()
     position = 0
-    for (start, end), (new_start, new_end) in zip(whole.spans, row.spans, strict=True):
+    for (start, end), (new_start, new_end) in zip(whole.spans[0], row.spans[0], strict=True):
         kept += source[position : start + new_end - new_start]
         position = end
-    assert row.input_ids.tolist() == kept + source[position:]
+    assert row.input_ids[0].tolist() == kept + source[position:]
     separator = ids_of(SEPARATOR)[0]
-    for site in row.score_sites[:-1]:
-        assert row.input_ids[site + 1] == separator
-        assert merging_tokenizer().decode(row.input_ids[site - 1 : site + 1]).endswith("\n\n")
+    for site in row.score_sites[0, :-1].tolist():
+        assert row.input_ids[0, site + 1] == separator
+        assert merging_tokenizer().decode(row.input_ids[0, site - 1 : site + 1]).endswith("\n\n")
     if short:
         assert packer(template, budget, "drop_group").pack(group) is None
         with pytest.raises(OverLengthError):

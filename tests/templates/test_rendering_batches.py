@@ -13,7 +13,6 @@ from tiny_models import FAMILIES, family, random_group, random_text
 from mr_reward import ResponseGroup
 from mr_reward.errors import MediaError
 from mr_reward.templates.rendered import RenderedGroup
-from mr_reward.templates.rendering import Renderer
 from mr_reward.templates.tokens import TextEncoder
 
 
@@ -40,7 +39,7 @@ def test_rendering_together_equals_rendering_alone(name: str, seed: int) -> None
         groups = [group for group in groups if not group.images] or groups[:2]
     if seed == 1 and sees:
         groups[3] = random_group(rng, 2, videos=1)  # a video among them: one by one
-    renderer = Renderer(family(name).processor, "chat")
+    renderer = family(name).renderer()
     found = renderer.render_all(groups)
     assert len(found) == len(groups)
     for one, group in zip(found, groups, strict=True):
@@ -52,7 +51,7 @@ def test_the_group_at_fault_is_named() -> None:
     groups = [random_group(rng, 2, images=1) for _ in range(3)]
     broken = ResponseGroup(prompt=groups[1].messages, responses=["a"], images=[Image.new("RGB", (4000, 2))], id="thin")
     with pytest.raises(MediaError, match="thin"):
-        Renderer(family("qwen3_vl").processor, "chat").render_all([groups[0], broken, groups[2]])
+        family("qwen3_vl").renderer().render_all([groups[0], broken, groups[2]])
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "molmo2"])

@@ -94,7 +94,7 @@ def test_lora_trains_little_and_merges_exactly(tmp_path: Path, family: str) -> N
     trainer.train()
 
     adapted = trainer.model.eval()
-    batch = GroupCollator(Packer(Renderer(model.processor), layout="set", max_tokens=4096))(groups[:2])
+    batch = GroupCollator(Packer.of(model, max_tokens=4096))(groups[:2])
     batch.pop("rankings")
     with torch.no_grad():
         expected = adapted(**batch).scores
@@ -150,7 +150,7 @@ def test_a_dropped_group_takes_its_rankings_with_it() -> None:
     collator = GroupCollator(Packer(renderer, layout="set", max_tokens=256, over_length="drop_group"))
     batch = collator(groups)
     assert batch["rankings"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
-    assert torch.equal(batch["rankings"] > 0, batch["response_mask"])
+    assert torch.equal(batch["rankings"] > 0, batch["rows"].response_mask)
     with pytest.raises(OverLengthError, match="all 1 groups"):
         collator(groups[1:2])
 

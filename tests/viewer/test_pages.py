@@ -152,7 +152,7 @@ def test_the_matrix_is_the_layout(layout: str, size: int) -> None:
 
 def test_tokens_are_those_of_the_reward_model() -> None:
     model = reward_model("qwen3_vl", "set")
-    renderer = Renderer(model.processor, model.config.template)
+    renderer = Renderer(model.processor, model.config.template, adapter=model.adapter)
     (one,) = handwriting()
     lengths = Lengths.of(one, renderer, "set")
     found = view(one, lengths=lengths)

@@ -39,7 +39,7 @@ def browse(tmp_path: Path, *arguments: str) -> str:
 
 def write(name: str, folder: Path) -> Path:
     model = reward_model("qwen3_vl", "set")
-    renderer = Renderer(model.processor, model.config.template)
+    renderer = Renderer(model.processor, model.config.template, adapter=model.adapter)
     views = [make_view(one, None, Lengths.of(one, renderer, "set")) for one in every_kind()[name]]
     path = folder / f"{name}.html"
     path.write_text(render_page(views, name.replace("_", " ")), encoding="utf-8")
