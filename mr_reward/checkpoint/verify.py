@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
@@ -32,6 +32,7 @@ __all__ = [
     "non_finite_cause",
     "reading",
     "safe_options",
+    "weight_shapes",
 ]
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,27 @@ def check_shards(name: str, revision: str | None = None) -> None:
             f"{name}: {SAFE_WEIGHTS_INDEX_NAME} looks for weights in {outside[0]!r}, expected files of the folder "
             "itself; get the checkpoint from its source again"
         )
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all tensors of a model in one file or in shards, read off the headers.
+
+    Opening a file compares its header with its size: CheckpointError if one is missing, cut off or of another format.
+    """
+    check_shards(str(folder))
+    index, files = folder / SAFE_WEIGHTS_INDEX_NAME, {"model.safetensors"}
+    if index.is_file():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder / file for file in files):
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; copy the whole folder")
+        try:
+            with safe_open(path, "pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is cut off or no safetensors file ({error}); copy it again") from error
+    return shapes
 
 
 def check_config_keys(name: str, revision: str | None, config_class: type[PreTrainedConfig]) -> None:

@@ -12,9 +12,8 @@ import torch
 from transformers import AutoConfig
 from trl import GRPOConfig, ModelConfig
 
-from mr_reward.checkpoint.verify import has_file
+from mr_reward.checkpoint.verify import has_file, weight_shapes
 from mr_reward.doctor.findings import Finding
-from mr_reward.doctor.reward_model import read_headers
 from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.groups import PlannedGroup, RolloutRow, plan_groups
@@ -210,7 +209,7 @@ def _check_weight_files(folder: Path) -> None:
     if not any((folder / file).is_file() for file in _WEIGHT_FILES):
         raise CheckpointError(f"no weights ({', '.join(_WEIGHT_FILES[:3])}); copy them too")
     if any((folder / file).is_file() for file in _WHOLE_WEIGHTS):
-        read_headers(folder)
+        weight_shapes(folder)
 
 
 def _check_vllm(run: PlannedRun) -> Finding:

@@ -96,7 +96,7 @@ BROKEN: list[tuple[list[Any], str, str]] = [
     (["--dataset", "none.jsonl"], "configuration", "dataset none.jsonl is no file"),
     (["--dataset", "questions.jsonl"], "configuration", "columns ['question'], expected prompt among them"),
     (["--dataset", "pictures.jsonl"], "configuration", "image 'gone.png' does not exist"),
-    (["--reward_model", "headless"], "weights", "3 missing (head.dense.bias"),
+    (["--reward_model", "headless"], "weights", "missing weights ['head.dense.bias'"),
     (["--dataset", "damaged.jsonl"], "configuration", "image 'damaged.png' cannot be opened"),
     (["--dataset", "half.jsonl"], "configuration", "dataset half.jsonl, split train, cannot be read"),
     (["--model_name_or_path", "./nowhere"], "policy", "./nowhere is no folder"),

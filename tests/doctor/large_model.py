@@ -41,7 +41,7 @@ def large_reward_model(target: Path, source: Path, backbone: PreTrainedConfig) -
 
     Returns the number of its weights.
     """
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "SHA256SUMS"))
     config = json.loads((target / "config.json").read_text())
     config["backbone_config"] = backbone.to_dict()
     (target / "config.json").write_text(json.dumps(config))

@@ -30,7 +30,7 @@ from mr_reward.doctor.machine import (
     device_memory,
 )
 from mr_reward.doctor.planned_run import group_map
-from mr_reward.doctor.reward_model import check_attention, check_weights, score_tiny, score_whole, shrink
+from mr_reward.doctor.reward_model import check_weights, score_tiny, score_whole, shrink
 from mr_reward.model.scorer import GroupScorer
 
 
@@ -167,9 +167,12 @@ def _other_shape(path: Path) -> None:
     save_file({**load_file(path), "readouts.summary": torch.zeros(3)}, path)
 
 
+def _of_another_model(path: Path) -> None:
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path)
+
+
 def on_meta(folder: Path) -> MultiResponseRewardModel:
-    with torch.device("meta"):
-        return MultiResponseRewardModel(MultiResponseRewardConfig.from_pretrained(folder))
+    return MultiResponseRewardModel.without_weights(MultiResponseRewardConfig.from_pretrained(folder))
 
 
 @pytest.mark.parametrize(
@@ -179,9 +182,10 @@ def on_meta(folder: Path) -> MultiResponseRewardModel:
         (_cut, "model.safetensors is cut off or no safetensors file"),
         (_garbage, "model.safetensors is cut off or no safetensors file"),
         (Path.unlink, "model.safetensors is missing"),
-        (_without_head, r"3 missing \(head.dense.bias, head.dense.weight, head.out.weight\)"),
-        (_with_more, r"1 unknown \(lm_head.weight\)"),
-        (_other_shape, r"1 of another shape \(readouts.summary\)"),
+        (_without_head, r"missing weights \['head.dense.bias', 'head.dense.weight', 'head.out.weight'\]"),
+        (_with_more, r"unexpected weights \['lm_head.weight'\]"),
+        (_other_shape, r"weights of another shape \['readouts.summary'\]"),
+        (_of_another_model, "model.safetensors is missing or not the file that was saved"),
     ],
 )
 def test_weights(spoil: Callable[[Path], None] | None, message: str | None, folder: Path, tmp_path: Path) -> None:
@@ -206,7 +210,7 @@ def test_weights_in_shards(folder: Path, tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     (tmp_path.parent / "elsewhere.safetensors").write_bytes(b"")
-    assert "is missing" in check_weights(tmp_path, model).text, "a path out of the folder is not followed"
+    assert "looks for weights in '../elsewhere.safetensors'" in check_weights(tmp_path, model).text
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -222,8 +226,8 @@ def test_tiny_scores(name: str, layout: str, tmp_path: Path) -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert config.to_dict() == MultiResponseRewardConfig.from_pretrained(tmp_path).to_dict(), "made tiny as a copy"
     if layout == "causal" and not is_flash_attn_2_available():
-        missing = check_attention(on_meta(tmp_path), "flash_attention_2", is_here=False)
-        assert missing.level == "yellow" and "attention flash_attention_2 cannot run here" in missing.text
+        missing = score_tiny(str(tmp_path), config, "flash_attention_2", ())
+        assert missing.level != "green" and "attention flash_attention_2 cannot run here" in missing.text
 
 
 def test_scores_with_the_weights(folder: Path) -> None:
