@@ -116,10 +116,8 @@ def make_view(scored: ScoredGroup, advantages: Sequence[float] | None, lengths: 
         MediaError: an image that cannot be read.
 
     Example:
-        >>> group = ResponseGroup(prompt="2 + 2?", responses=["4", "5"])
-        >>> result = GroupScores(scores=(1.0, -1.0), truncated=(False, False))
-        >>> make_view(ScoredGroup(group=group, result=result), None, None).spread
-        1.4142135623730951
+        >>> make_view(read_scored("scores.jsonl")[0], None, None).responses[0].rank  # doctest: +SKIP
+        1
     """
     group, result = scored.group, scored.result
     scores = result.scores

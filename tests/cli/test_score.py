@@ -115,7 +115,7 @@ def test_the_output_is_read_back_from_its_own_folder(
     found = read_scored(out, media_within=out.anchor)
     assert [scored.group.id for scored in found] == [f"g{i}" for i in range(12)]
     assert close([list(scored.scores or ()) for scored in found], expected)
-    # The paths were written anew: the groups score the same from there.
+    # The paths count from there: the groups score the same from there.
     again = [scores for scores in GroupScorer.from_pretrained(folder / "rm").score([s.group for s in found]) if scores]
     assert close(again, expected)
 
