@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import inspect
 import re
@@ -104,6 +105,14 @@ def missing_sections(value: Any) -> list[str]:
 def test_an_exported_name_has_a_full_docstring(value: Any, request: pytest.FixtureRequest) -> None:
     assert inspect.getdoc(value)
     assert request.node.callspec.id in INCOMPLETE or not missing_sections(value)
+
+
+@pytest.mark.parametrize("value", EXPORTED)
+def test_the_example_of_an_exported_name_runs(value: Any) -> None:
+    """What needs files or a server says `+SKIP`."""
+    names = {**vars(importlib.import_module(value.__module__)), "ResponseGroup": mr_reward.ResponseGroup}
+    for example in doctest.DocTestFinder(recurse=False).find(value, value.__name__, globs=names):
+        assert not doctest.DocTestRunner(verbose=False).run(example).failed
 
 
 def inner_names_with_sections() -> list[str]:
