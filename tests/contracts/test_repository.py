@@ -23,22 +23,9 @@ MAX_LINES = 500
 MAX_IMPORT_SECONDS = 2.0
 COLLECTIVES = "mr_reward/grpo/exchange.py"
 MAX_ROOT_MODULES = 8
-# Modules that share a name with another one. The list only gets shorter.
-SHARED_NAMES = {
-    "arguments",
-    "base",
-    "data",
-    "evaluation",
-    "figure",
-    "groups",
-    "plan",
-    "resume",
-    "rows",
-    "run",
-    "scorers",
-    "statistics",
-}
-SHARED_CLASSES = {"Exchange", "Rows"}
+# mr_reward.groups has the records, mr_reward.grpo.groups makes them of rollouts. No other two share a name.
+SHARED_NAMES = {"groups"}
+SHARED_CLASSES = {"Exchange"}
 # Built from parts, so that no line of this file is itself such a path.
 MACHINE_ROOTS = ("root", "home", "Users", "work", "workspace", "mnt", "scratch")
 MACHINE_PATH = re.compile(r"(?:file:/|(?<![\w.~/\-]))/+(?:" + "|".join(MACHINE_ROOTS) + r")/|(?<!\w)[A-Z]:\\+Users\\")
