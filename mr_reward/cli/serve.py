@@ -53,9 +53,9 @@ def serve(
     Example: mr-reward serve rm --collect 8 --port 5000
     """
     from mr_reward.scorers.opening import open_scorer, require_local
-    from mr_reward.serving import ServerLimits, check_access
+    from mr_reward.serving import ServerLimits
     from mr_reward.serving import serve as run_server
-    from mr_reward.serving.server import run_app
+    from mr_reward.serving.server import check_access, run_app
 
     token = token_file.read_text().strip() if token_file is not None else os.environ.get(_TOKEN_VARIABLE) or None
     check_access(host, token)

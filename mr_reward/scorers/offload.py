@@ -51,18 +51,7 @@ class OffloadedScorer:
         return self.scorer.model
 
     def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
-        """As `GroupScorer.score_detailed`.
-
-        Args:
-            groups: any number of groups of any size.
-
-        Returns:
-            One result per group, in input order.
-
-        Raises:
-            OverLengthError: a group does not fit the budget and the policy is `error`.
-            NonFiniteScoreError: the model gave NaN or infinity.
-        """
+        """As `GroupScorer.score_detailed`."""
         if not groups:
             return []
         with self._on_device():

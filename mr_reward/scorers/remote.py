@@ -110,7 +110,7 @@ class RemoteScorer:
         self._expected_hash = expected_hash
         self._health: Health | None = None
         token = token or os.environ.get(TOKEN_VARIABLE)
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers = httpx2.Headers({"Authorization": f"Bearer {token}"} if token else {})  # hides it in its repr
         # By process: a forked one opens its own connections, and does not touch those it was forked with.
         self._clients: dict[int, httpx2.Client] = {}
         weakref.finalize(self, _close, self._clients)
@@ -143,20 +143,10 @@ class RemoteScorer:
         return [None if result.scores is None else list(result.scores) for result in self.score_detailed(groups)]
 
     def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
-        """Score groups and tell what happened to them.
+        """As `GroupScorer.score_detailed`, with the same errors about groups.
 
-        Args:
-            groups: any number of groups of any size.
-
-        Returns:
-            One result per group, in input order.
-
-        Raises:
-            CheckpointError: the server has another model than the expected one.
-            MediaError: an image is missing, unreadable or too large for the server.
-            NonFiniteScoreError: the model gave NaN or infinity.
-            OverLengthError: a group does not fit the server's budget and its policy is `error`.
-            ScoringServerError: no right answer within the deadline, or the server refuses the request.
+        Raises CheckpointError where the server has another model than the expected one, and ScoringServerError where
+        there is no right answer within the deadline or the server refuses the request.
         """
         if not groups:
             return []

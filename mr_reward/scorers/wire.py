@@ -58,34 +58,20 @@ class WireTurn(_Message):
 
 
 class WireGroup(_Message):
-    """A group to score.
+    """A group to score."""
 
-    Args:
-        id: unique in its request.
-        name: what messages call it.
-        messages: the prompt.
-        responses: N texts.
-        images: base64 of image files, in the order of the placeholders.
-        videos: the same for each frame of each video.
-    """
-
-    id: str = Field(min_length=1, max_length=100)
-    name: str | None = None
+    id: str = Field(min_length=1, max_length=100)  # unique in its request
+    name: str | None = None  # what messages call it
     messages: list[WireTurn]
     responses: list[str]
-    images: list[str] = []
-    videos: list[list[str]] = []
+    images: list[str] = []  # base64 of image files, in the order of the placeholders
+    videos: list[list[str]] = []  # the same for each frame of each video
 
 
 class ScoreRequest(_Message):
-    """Groups to score.
+    """Groups to score."""
 
-    Args:
-        request_id: a repeated request with the same id and content is answered from memory.
-        groups: at least one.
-    """
-
-    request_id: str = Field(min_length=1, max_length=100)
+    request_id: str = Field(min_length=1, max_length=100)  # comes back with the answer
     groups: list[WireGroup] = Field(min_length=1)
 
 
@@ -116,54 +102,31 @@ class WireResult(_Message):
 
 
 class ScoreAnswer(_Message):
-    """Results of a request.
-
-    Args:
-        request_id: of the request.
-        model_hash: `weights_digest` of the model that scored.
-        options: of the scorer, as far as they change scores.
-        results: one for each group, in any order.
-    """
+    """Results of a request."""
 
     request_id: str
-    model_hash: str
-    options: dict[str, Any]
-    results: list[WireResult]
+    model_hash: str  # `weights_digest` of the model that scored
+    options: dict[str, Any]  # of the scorer, as far as they change scores
+    results: list[WireResult]  # one for each group, in any order
 
 
 class Health(_Message):
-    """State of a server.
-
-    Args:
-        status: `ok`.
-        version: of this package.
-        model_hash: `weights_digest` of the model.
-        layout: of the model.
-        options: of the scorer, as far as they change scores.
-        max_groups: of a request.
-        max_request_bytes: of a request.
-        pending_groups: accepted and not scored yet.
-    """
+    """State of a server."""
 
     status: Literal["ok"]
-    version: str
-    model_hash: str
+    version: str  # of this package
+    model_hash: str  # `weights_digest` of the model
     layout: str
-    options: dict[str, Any]
-    max_groups: int
+    options: dict[str, Any]  # of the scorer, as far as they change scores
+    max_groups: int  # of a request
     max_request_bytes: int
-    pending_groups: int
+    pending_groups: int  # accepted and not scored yet
 
 
 class ErrorAnswer(_Message):
-    """Why there are no results.
+    """Why there are no results."""
 
-    Args:
-        error: name of the error's type.
-        message: for people.
-    """
-
-    error: str
+    error: str  # name of the error's type
     message: str
 
 
@@ -184,22 +147,7 @@ def dump(message: BaseModel) -> bytes:
 
 
 def to_wire(group: ResponseGroup, id: str) -> WireGroup:
-    """A group as it is sent; rankings and source stay here.
-
-    Args:
-        group: to be scored.
-        id: unique in its request.
-
-    Returns:
-        The message.
-
-    Raises:
-        MediaError: an image is missing or unreadable.
-
-    Example:
-        >>> to_wire(ResponseGroup(prompt="2 + 2?", responses=["4"]), "0").responses
-        ['4']
-    """
+    """A group as it is sent; rankings and source stay here. MediaError if an image is missing or unreadable."""
     try:
         images = [_encode(image) for image in group.images]
         videos = [[_encode(frame) for frame in video] for video in group.videos]
@@ -218,19 +166,7 @@ def to_wire(group: ResponseGroup, id: str) -> WireGroup:
 
 
 def from_wire(message: WireGroup, max_pixels: int) -> ResponseGroup:
-    """The group that a client sent.
-
-    Args:
-        message: the sent group.
-        max_pixels: of an image or frame; larger ones are refused before they are unpacked.
-
-    Returns:
-        The group, with images that are opened but not yet unpacked.
-
-    Raises:
-        GroupError: it contradicts itself.
-        MediaError: an image is unreadable, of an unknown type or too large.
-    """
+    """The group that a client sent; images with more pixels are refused before they are unpacked."""
     name = "group (no id)" if message.name is None else f"group {message.name!r}"
     try:
         images = [_decode(image, max_pixels) for image in message.images]

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from mr_reward.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from mr_reward.serving.server import ServerLimits, build_app, check_access, serve
+    from mr_reward.serving.server import ServerLimits, build_app, serve
 
-__all__ = ["ServerLimits", "build_app", "check_access", "serve"]
+__all__ = ["ServerLimits", "build_app", "serve"]
 
 __getattr__ = lazy_exports(__name__, {name: "server" for name in __all__})

@@ -55,6 +55,10 @@ class ServerLimits:
 
     Raises:
         ConfigurationError: a limit is not positive, or the wait negative.
+
+    Example:
+        >>> ServerLimits(max_groups=16).max_pending
+        4096
     """
 
     max_groups: int = 256
@@ -148,17 +152,7 @@ def serve(
 
 
 def run_app(app: FastAPI, *, host: str, port: int, reuse_port: bool = False) -> None:
-    """Serve an application until the process is told to stop.
-
-    Args:
-        app: the application; who may reach it has been checked.
-        host: address to listen at.
-        port: its port; 0 for a free one, which is logged.
-        reuse_port: as in `serve`.
-
-    Raises:
-        OSError: the port is taken.
-    """
+    """Serve an application until the process is told to stop; who may reach it has been checked."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=2048, reuse_port=reuse_port) as listener:
         bound = listener.getsockname()[1]
@@ -175,18 +169,7 @@ def run_app(app: FastAPI, *, host: str, port: int, reuse_port: bool = False) -> 
 
 
 def check_access(host: str, token: str | None) -> None:
-    """Refuse to let everybody in; known before the model is loaded, which takes a while.
-
-    Args:
-        host: address to listen at.
-        token: of the clients, if they need one.
-
-    Raises:
-        ConfigurationError: the address can be reached from other machines and there is no token; or it is no token.
-
-    Example:
-        >>> check_access("127.0.0.1", None)
-    """
+    """Refuse to let everybody in; known before the model is loaded, which takes a while."""
     _check_token(token)
     if token is None and not _is_loopback(host):
         raise ConfigurationError(

@@ -32,7 +32,6 @@ PUBLIC_NAMES: dict[str, list[str]] = {
 INCOMPLETE = {
     "MultiResponseRewardConfig",
     "backbones.get_adapter",
-    "serving.ServerLimits",
 }
 SECTION = re.compile(r"^\s*(Args|Returns|Raises|Yields):$", re.MULTILINE)
 # Functions and classes that no folder exports and that have sections all the same. It only goes down.
