@@ -72,7 +72,7 @@ def test_batches_by_tokens_waste_less(tmp_path: Path) -> None:
             gradient_accumulation_steps=4,
         )
         trainer = RewardTrainer(reward_model("set", "llama"), args, mixed_groups(64))
-        batches = [batch["segments"] for batch in trainer.get_train_dataloader()]
+        batches = [batch["rows"].segments for batch in trainer.get_train_dataloader()]
         assert sum(map(len, batches)) == 64
         return sum(int((segments < 0).sum()) for segments in batches) / sum(segments.numel() for segments in batches)
 
