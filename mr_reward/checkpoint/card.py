@@ -13,21 +13,15 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers.utils import cached_file
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mr_reward.checkpoint.verify import has_file
+from mr_reward.checkpoint.verify import find_file
 from mr_reward.errors import CheckpointError, ConfigurationError
 
 __all__ = ["CARD_FILE", "name_in_card", "read_card", "write_model_card"]
 
 CARD_FILE = "README.md"
-_NOT_GIVEN = "Not given."
 _LOADING = 'GroupScorer.from_pretrained("{}")'
-_LAYOUTS = {
-    "causal": "a response sees the ones before it, so scores depend on the order",
-    "isolated": "each response is scored as if it stood alone, so scores do not depend on the order",
-    "set": "responses are compared through summaries, so scores do not depend on the order",
-}
 
 
 def write_model_card(
@@ -74,44 +68,38 @@ def write_model_card(
             f"{folder}: holds a {config.get('model_type')!r} model, expected 'multi_response_reward'; pass a folder "
             "written by MultiResponseRewardModel.save_pretrained"
         )
-    sections = {
-        "What it is": _description(config),
-        "Use": _snippet(repo_id or str(folder), _sees_images(config)),
-        "Training data": _table(list(training_data)),
-        "Metrics": _table([{"evaluation set": name, **values} for name, values in (metrics or {}).items()]),
-        "Reward hacking": _attacks(attacks),
-        "Limitations": "\n".join(f"- {text}" for text in (*_limitations(config), *limitations)),
-        "Licence": licence or _NOT_GIVEN,
-    }
-    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    metadata = _metadata(config, training_data, licence).to_yaml()
+    backbone = config["backbone_config"]
+    name = config.get("backbone_name_or_path")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"cell": _cell, "columns": _columns}
+    text = environment.get_template("card.md.j2").render(
+        metadata=_metadata(config, training_data, licence).to_yaml(),
+        config={"backbone_revision": None, **config},
+        backbone=(_hub_id(name) or "a local folder") if name else None,
+        hidden_size=backbone.get("text_config", backbone)["hidden_size"],
+        loading=_LOADING.format(repo_id or folder),
+        sees_images=_sees_images(config),
+        training_data=training_data,
+        metrics=[{"evaluation set": name, **values} for name, values in (metrics or {}).items()],
+        attacks=_attacks(attacks),
+        limitations=limitations,
+        licence=licence,
+    )
     path = folder / CARD_FILE
-    path.write_text(f"---\n{metadata}\n---\n\n# Multi-response reward model\n\n{body}\n")
+    path.write_text(text + "\n")
     return path
 
 
 def read_card(name: str, revision: str | None = None) -> str | None:
-    """The card of a checkpoint.
-
-    Args:
-        name: folder or hub id.
-        revision: of the hub repository.
-
-    Returns:
-        Its text, None if there is none.
-    """
-    if not has_file(name, CARD_FILE, revision):
-        return None
-    return Path(str(cached_file(name, CARD_FILE, revision=revision))).read_text()
+    """The card of a checkpoint (folder or hub id), None if there is none."""
+    path = find_file(name, CARD_FILE, revision)
+    return None if path is None else path.read_text()
 
 
 def name_in_card(folder: str | Path, name: str) -> None:
-    """Let the snippet of a card load another name.
-
-    Args:
-        folder: holds the card.
-        name: hub id or folder.
-    """
+    """Let the snippet of a folder's card load another name, a hub id for example."""
     path = Path(folder, CARD_FILE)
     found = re.escape(_LOADING).replace(re.escape("{}"), '[^"]*')
     path.write_text(re.sub(found, lambda _: _LOADING.format(name), path.read_text()))
@@ -144,31 +132,12 @@ def _sees_images(config: dict[str, Any]) -> bool:
     return "vision_config" in config["backbone_config"]
 
 
-def _description(config: dict[str, Any]) -> str:
-    backbone = config["backbone_config"]
-    text = backbone.get("text_config", backbone)
-    name = config.get("backbone_name_or_path")
-    source = (_hub_id(name) or "a local folder") if name else "not given"
-    rows = {
-        "backbone": f"{source} ({backbone['model_type']})",
-        "backbone revision": config.get("backbone_revision") or "not given",
-        "layout": f"`{config['layout']}`: {_LAYOUTS[config['layout']]}",
-        "template": f"`{config['template']}`, hash `{config['template_hash']}`",
-        "value head": f"{config['head_hidden_size'] or text['hidden_size']} hidden units, {config['head_activation']}",
-        "score scale": config["score_scale"],
-    }
-    table = _table([{"": key, " ": value} for key, value in rows.items()])
-    return (
-        "A reward model that scores all responses to a prompt in one forward pass "
-        f"([arXiv 2604.10966](https://arxiv.org/abs/2604.10966)), made with `mr_reward`.\n\n{table}"
-    )
-
-
-def _attacks(report: Mapping[str, Any] | None) -> str:
+def _attacks(report: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
+    """The rows of the table about attacks."""
     if report is None:
-        return _NOT_GIVEN
+        return None
     try:
-        rows = [
+        return [
             {
                 "attack": one["name"],
                 "shift of the margin": f"{one['shift']:+.2f} [{one['shift_low']:+.2f}, {one['shift_high']:+.2f}]",
@@ -182,48 +151,14 @@ def _attacks(report: Mapping[str, Any] | None) -> str:
         raise ConfigurationError(
             f"attacks cannot be read ({error!r}); give what `mr-reward attack --out` has written"
         ) from error
-    return (
-        "A bad answer of each group is changed and compared with a good one. Shift: of the bad answer's score minus "
-        "the good one's, in standard deviations of that margin without an attack, with 95 % interval; above 0 the "
-        f"attack works.\n\n{_table(rows)}"
-    )
 
 
-def _limitations(config: dict[str, Any]) -> list[str]:
-    texts = ["A score says how a response compares within its group; it is no absolute measure of quality."]
-    if config["layout"] == "causal":
-        texts.append("Scores depend on the order of the responses; average over orders with `num_orders`.")
-    if config["layout"] != "isolated":
-        texts.append("Scores depend on which other responses are in the group.")
-    return texts
-
-
-def _snippet(name: str, sees_images: bool) -> str:
-    # A picture made in code: the snippet runs as it is.
-    picture = 'Image.new("RGB", (64, 64), "white")'
-    question = "What is shown?" if sees_images else "What is 2 + 2?"
-    images = f", images=[{picture}]" if sees_images else ""
-    lines = [
-        *(["from PIL import Image"] if sees_images else []),
-        "from mr_reward import GroupScorer, ResponseGroup",
-        "",
-        f"scorer = {_LOADING.format(name)}",
-        'responses = ["A white square.", "A dog."]' if sees_images else 'responses = ["4", "5"]',
-        f'group = ResponseGroup(prompt="{question}", responses=responses{images})',
-        "(scores,) = scorer.score([group])  # one score for each response, higher is better",
-    ]
-    return "```python\n" + "\n".join(lines) + "\n```"
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return _NOT_GIVEN
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(column for row in rows for column in row))
 
 
 def _cell(value: Any) -> str:
+    """A value within a table of Markdown."""
     if value is None:
         return "not given"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)

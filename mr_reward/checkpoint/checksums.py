@@ -25,18 +25,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 
 @contextmanager
 def written_whole_file(path: str | Path) -> Iterator[Path]:
-    """Write a file under another name first; it gets its own name when the block has ended well.
-
-    Args:
-        path: the file; its folder is made if needed.
-
-    Yields:
-        The name to write to, in the same folder.
-
-    Example:
-        >>> with written_whole_file("scores.json") as unfinished:  # doctest: +SKIP
-        ...     unfinished.write_text("{}")
-    """
+    """Write a file under another name first; it gets its own name when the block has ended well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -53,16 +42,6 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
 
     A full disk or a kill before that leaves the folder as it was. Weights of an earlier save that have no successor (a
     shard more than now) are removed.
-
-    Args:
-        folder: where the files go; made if needed.
-
-    Yields:
-        An empty folder on the same disk to write to.
-
-    Example:
-        >>> with written_whole("rm") as unfinished:  # doctest: +SKIP
-        ...     model.save_pretrained(unfinished)
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,13 +67,6 @@ def write_checksums(folder: str | Path, *, leave_out: Sequence[str] = ()) -> Non
     """Write `SHA256SUMS` for the files of a folder, and wait until they are on the disk.
 
     A large file has a comment line besides, `# bytes sketch  name`, so that a load need not read the whole file.
-
-    Args:
-        folder: of a checkpoint.
-        leave_out: names of files that may change, beside the model card.
-
-    Example:
-        >>> write_checksums("rm")  # doctest: +SKIP
     """
     folder = Path(folder)
     lines = []

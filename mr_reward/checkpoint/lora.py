@@ -7,9 +7,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
-from mr_reward.checkpoint.verify import has_file, load_backbone
+from mr_reward.checkpoint.verify import find_file, has_file, load_backbone
 from mr_reward.errors import CheckpointError
 
 __all__ = ["is_lora", "lora_backbone", "merge_lora"]
@@ -19,32 +18,12 @@ _WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def is_lora(name: str, revision: str | None = None) -> bool:
-    """Whether a checkpoint holds a LoRA adapter instead of whole weights.
-
-    Args:
-        name: folder or hub id.
-        revision: of the hub repository.
-
-    Returns:
-        True if the adapter's configuration is there.
-    """
+    """Whether a checkpoint holds a LoRA adapter instead of whole weights."""
     return has_file(name, _CONFIG_FILE, revision)
 
 
 def lora_backbone(name: str, config: Any, **options: Any) -> tuple[PreTrainedModel, str, str | None]:
-    """Load the backbone that an adapter was trained on.
-
-    Args:
-        name: folder or hub id of the adapter.
-        config: the reward model's configuration in it.
-        **options: as transformers' `from_pretrained`.
-
-    Returns:
-        The backbone, where it came from, and the revision there.
-
-    Raises:
-        CheckpointError: the configuration names none, or it is of another kind, or cannot be loaded.
-    """
+    """Load the backbone that an adapter was trained on."""
     source, revision = config.backbone_name_or_path, config.backbone_revision
     if source is None:
         raise CheckpointError(
@@ -61,20 +40,7 @@ def lora_backbone(name: str, config: Any, **options: Any) -> tuple[PreTrainedMod
 
 
 def merge_lora(model: PreTrainedModel, name: str, revision: str | None = None) -> Any:
-    """Put a saved adapter on a reward model and merge it into the weights.
-
-    Args:
-        model: the reward model as it was before training: the same backbone, any head.
-        name: folder or hub id of the adapter.
-        revision: of the hub repository.
-
-    Returns:
-        The same model with merged weights and the trained head.
-
-    Raises:
-        CheckpointError: the adapter does not fit the model exactly, or does not hold the parts that are trained in
-            full beside it.
-    """
+    """Put a saved adapter on a reward model and merge it into the weights."""
     # peft is loaded where it is needed: scoring a merged model must not depend on it.
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -87,7 +53,7 @@ def merge_lora(model: PreTrainedModel, name: str, revision: str | None = None) -
             "RewardTrainer(peft_config=...), or set modules_to_save"
         )
     try:
-        weights = load_file(str(cached_file(name, _WEIGHTS_FILE, revision=revision)))
+        weights = load_file(str(find_file(name, _WEIGHTS_FILE, revision)))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{name}: no {_WEIGHTS_FILE} could be read ({error})") from error
     config.base_model_name_or_path = None  # where it was trained; the caller has found the backbone

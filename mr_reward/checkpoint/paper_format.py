@@ -17,9 +17,8 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
-from mr_reward.checkpoint.verify import has_file
+from mr_reward.checkpoint.verify import find_file, has_file
 from mr_reward.checkpoint.zero3 import whole_weights
 from mr_reward.errors import CheckpointError
 from mr_reward.templates.rendering import SEPARATOR
@@ -37,27 +36,12 @@ _LINEAR = {"weight": "dense.weight", "bias": "dense.bias"}
 
 
 def is_paper_format(name: str, revision: str | None = None) -> bool:
-    """Whether a checkpoint is in this format.
-
-    Args:
-        name: folder or hub id.
-        revision: of the hub repository.
-
-    Returns:
-        True if its configuration is there.
-    """
+    """Whether a checkpoint is in this format."""
     return has_file(name, _CONFIG_FILE, revision)
 
 
 def paper_score_scale(hidden_size: int) -> float:
-    """The factor on the head's output, 1 / sqrt(width of the backbone).
-
-    Args:
-        hidden_size: H.
-
-    Returns:
-        The factor.
-    """
+    """The factor on the head's output, 1 / sqrt(width of the backbone)."""
     return 1.0 / math.sqrt(hidden_size)
 
 
@@ -65,17 +49,6 @@ def read_head(name: str, hidden_size: int, revision: str | None = None) -> tuple
     """Read and check the value head; pickles are opened with `weights_only=True` only.
 
     A linear head becomes a hidden layer of width 1 without activation, which computes the same.
-
-    Args:
-        name: folder or hub id.
-        hidden_size: H of the backbone.
-        revision: of the hub repository.
-
-    Returns:
-        The options `head_hidden_size` and `head_activation`, and the float32 weights of a `ValueHead` with a bias.
-
-    Raises:
-        CheckpointError: unknown, missing or unsupported settings, or weights that do not fit them.
     """
     settings = _read_settings(name, hidden_size, revision)
     if settings["value_head_type"] == "linear":
@@ -104,16 +77,7 @@ def read_head(name: str, hidden_size: int, revision: str | None = None) -> tuple
 
 
 def write_head(folder: Path, weights: dict[str, Tensor], activation: str) -> None:
-    """Write a value head in this format.
-
-    Args:
-        folder: an existing folder.
-        weights: state dict of a `ValueHead`.
-        activation: its activation.
-
-    Raises:
-        CheckpointError: an activation that the format does not know.
-    """
+    """Write a value head in this format."""
     if activation not in (*_ACTIVATIONS, "linear"):
         raise CheckpointError(
             f"the head's activation is {activation!r}, but the format knows {', '.join(_ACTIVATIONS)} only; train a "
@@ -145,13 +109,6 @@ def with_separator(backbone: PreTrainedModel, processor: Any) -> Any:
 
     A new row is the mean of the rows of all other tokens: a row of zeros would leave the backbone without a mark
     between responses for as long as it is frozen.
-
-    Args:
-        backbone: changed in place where the separator is new to it.
-        processor: processor or tokenizer, left as it is.
-
-    Returns:
-        The processor, or a copy of it with the token.
     """
     index = _separator_id(processor)
     rows = backbone.get_input_embeddings().num_embeddings
@@ -176,17 +133,6 @@ def trained_separator(name: str, backbone: PreTrainedModel, processor: Any) -> A
 
     The paper's merge script writes the base model's tokenizer last, without the separator, and its README adds the
     token again after loading. That is safe where the embedding ends with the row of this one token.
-
-    Args:
-        name: of the checkpoint, for the message.
-        backbone: its backbone.
-        processor: its processor, left as it is.
-
-    Returns:
-        The processor, or a copy of it with the token.
-
-    Raises:
-        CheckpointError: no such token, or no row of the embedding for it.
     """
     rows = backbone.get_input_embeddings().num_embeddings
     index = _separator_id(processor)
@@ -221,7 +167,7 @@ def _separator_id(processor: Any) -> int | None:
 
 def _read_settings(name: str, hidden_size: int, revision: str | None) -> dict[str, Any]:
     try:
-        settings = json.loads(Path(str(cached_file(name, _CONFIG_FILE, revision=revision))).read_text())
+        settings = json.loads(Path(str(find_file(name, _CONFIG_FILE, revision))).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: {_CONFIG_FILE} cannot be read ({error})") from error
     keys = set(settings) if isinstance(settings, dict) else set()
@@ -253,8 +199,7 @@ def _read_settings(name: str, hidden_size: int, revision: str | None) -> dict[st
 
 def _read_tensors(name: str, revision: str | None) -> dict[str, Tensor]:
     try:
-        path = cached_file(name, _HEAD_FILE, revision=revision)
-        found = torch.load(str(path), map_location="cpu", weights_only=True)
+        found = torch.load(str(find_file(name, _HEAD_FILE, revision)), map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{name}: {_HEAD_FILE} cannot be read as plain tensors ({error}); save the head's state_dict with "

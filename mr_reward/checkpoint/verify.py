@@ -1,6 +1,6 @@
 """What makes a checkpoint folder whole: configuration keys, weights, backbone, processor.
 
-A load refuses what it cannot vouch for.
+A load refuses what it cannot vouch for. `name` is a folder or a hub id, `revision` one of the hub repository.
 """
 
 import json
@@ -26,6 +26,7 @@ __all__ = [
     "check_loading_info",
     "check_shards",
     "check_template_hash",
+    "find_file",
     "has_file",
     "load_backbone",
     "load_processor",
@@ -60,15 +61,7 @@ _READER_ERRORS = (
 
 
 class reading:  # used as a verb, like `contextlib.suppress`
-    """A block that reads a checkpoint: what a damaged file makes the readers raise becomes a `CheckpointError`.
-
-    Args:
-        name: folder or hub id, for the message.
-
-    Example:
-        >>> with reading("rm"):
-        ...     json.loads("{")  # doctest: +SKIP
-    """
+    """A block that reads a checkpoint: what a damaged file makes the readers raise becomes a `CheckpointError`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -96,14 +89,14 @@ def check_checksums(name: str, revision: str | None = None, *, verify: bool = Fa
 
     Half a file, and a file of another run, would otherwise only show as other scores.
     """
-    if not has_file(name, CHECKSUM_FILE, revision):
+    path = find_file(name, CHECKSUM_FILE, revision)
+    if path is None:
         return
-    folder = Path(str(cached_file(name, CHECKSUM_FILE, revision=revision))).parent
     if not Path(name).is_dir():  # of a hub repository only files that were asked for are on this machine
         with reading(name):
-            for file in listed_files(folder):
-                has_file(name, file, revision)
-    changed = changed_file(folder, verify=verify)
+            for file in listed_files(path.parent):
+                find_file(name, file, revision)
+    changed = changed_file(path.parent, verify=verify)
     if changed is not None:
         raise CheckpointError(
             f"{name}: {changed} is missing or not the file that was saved (by {CHECKSUM_FILE}), so scores would not "
@@ -112,18 +105,10 @@ def check_checksums(name: str, revision: str | None = None, *, verify: bool = Fa
 
 
 def check_shards(name: str, revision: str | None = None) -> None:
-    """Refuse an index that looks for weights outside of the checkpoint.
-
-    Args:
-        name: folder or hub id.
-        revision: of the hub repository.
-
-    Raises:
-        CheckpointError: it does, or is no index.
-    """
-    if not has_file(name, SAFE_WEIGHTS_INDEX_NAME, revision):
+    """Refuse an index that looks for weights outside of the checkpoint."""
+    path = find_file(name, SAFE_WEIGHTS_INDEX_NAME, revision)
+    if path is None:
         return
-    path = Path(str(cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision)))
     with reading(name):
         files = set(json.loads(path.read_text())["weight_map"].values())
         outside = sorted(file for file in files if Path(file).name != file)
@@ -156,16 +141,7 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_config_keys(name: str, revision: str | None, config_class: type[PreTrainedConfig]) -> None:
-    """Refuse a configuration of another model or with keys that this release does not know.
-
-    Args:
-        name: folder or hub id.
-        revision: of the hub repository.
-        config_class: the configuration class with the known keys.
-
-    Raises:
-        CheckpointError: no configuration, another `model_type`, unknown keys or a newer schema.
-    """
+    """Refuse a configuration of another model or with keys that this release does not know."""
     try:
         found, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     except OSError as error:
@@ -192,15 +168,7 @@ def check_config_keys(name: str, revision: str | None, config_class: type[PreTra
 
 
 def check_loading_info(name: str, info: dict[str, Any]) -> None:
-    """Refuse weights that do not fit the model exactly; a random head scores as confidently as a trained one.
-
-    Args:
-        name: folder or hub id, for the message.
-        info: transformers' loading info.
-
-    Raises:
-        CheckpointError: missing, unexpected or mismatched keys.
-    """
+    """Refuse weights that do not fit the model exactly; a random head scores as confidently as a trained one."""
     problems = [
         f"{problem} {sorted(str(key) for key in info[kind])}"
         for kind, problem in (
@@ -219,16 +187,7 @@ def check_loading_info(name: str, info: dict[str, Any]) -> None:
 
 
 def check_template_hash(name: str, trained_with: str | None, found: str) -> None:
-    """Refuse a processor or release that turns groups into other text than at training time.
-
-    Args:
-        name: folder or hub id, for the message.
-        trained_with: the checkpoint's hash.
-        found: the hash now.
-
-    Raises:
-        CheckpointError: they differ.
-    """
+    """Refuse a processor or release that turns groups into other text than at training time."""
     if found != trained_with:
         raise CheckpointError(
             f"{name}: trained with template hash {trained_with}, this processor and release give {found}; restore the "
@@ -237,18 +196,7 @@ def check_template_hash(name: str, trained_with: str | None, found: str) -> None
 
 
 def non_finite_cause(model: nn.Module) -> str:
-    """Why scores are not finite: looked up when it has happened.
-
-    Args:
-        model: the reward model.
-
-    Returns:
-        Half a sentence that names the weights at fault, or says that there are none, and what to do.
-
-    Example:
-        >>> non_finite_cause(nn.Linear(2, 2))
-        'all weights are finite, so activations overflow in float32; try a wider dtype (float32)'
-    """
+    """Why scores are not finite: looked up when it has happened."""
     bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
@@ -262,48 +210,31 @@ def align_weights(model: nn.Module) -> None:
 
     Weights read from a file lie wherever its header ends, and the CPU's kernels sum in another order when they are not
     aligned. Fresh memory is, and so scores stay equal bit for bit over saving and loading.
-
-    Args:
-        model: changed in place.
     """
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
 
 
-def has_file(name: str, file: str, revision: str | None = None) -> bool:
-    """Whether a checkpoint has a file.
-
-    Args:
-        name: folder or hub id.
-        file: its name.
-        revision: of the hub repository.
-
-    Returns:
-        True if it is there.
-    """
+def find_file(name: str, file: str, revision: str | None = None) -> Path | None:
+    """Where a file of a checkpoint is, fetched from the hub if need be; None if there is none."""
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
     try:
-        return cached_file(name, file, revision=revision, **options) is not None
+        found = cached_file(name, file, revision=revision, **options)
     except OSError:  # no such folder or repository: the loading itself says so
-        return False
+        return None
+    return None if found is None else Path(str(found))
+
+
+def has_file(name: str, file: str, revision: str | None = None) -> bool:
+    """Whether a checkpoint has a file."""
+    return find_file(name, file, revision) is not None
 
 
 def safe_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of a load: no pickles, and no code from the checkpoint unless it was asked for, loudly then.
 
     Left open, transformers would ask at the terminal about code, and wait for an answer.
-
-    Args:
-        name: folder or hub id, for the message.
-        options: of transformers' `from_pretrained`.
-
-    Returns:
-        The options with `use_safetensors` and `trust_remote_code`.
-
-    Example:
-        >>> safe_options("rm", {})
-        {'use_safetensors': True, 'trust_remote_code': False}
     """
     if options.get("trust_remote_code"):
         logger.warning("trust_remote_code: Python code that comes with %s is run with your rights", name)
@@ -311,18 +242,7 @@ def safe_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_backbone(name: str, **options: Any) -> PreTrainedModel:
-    """Load a backbone whose weights are all there; its language-model head is left aside.
-
-    Args:
-        name: folder or hub id.
-        **options: as transformers' `from_pretrained`.
-
-    Returns:
-        The base model in evaluation mode.
-
-    Raises:
-        CheckpointError: it cannot be read, is an adapter, or weights are missing, unexpected or of another shape.
-    """
+    """Load a backbone whose weights are all there; its language-model head is left aside."""
     if has_file(name, "adapter_config.json", options.get("revision")):  # transformers would load half of it
         raise CheckpointError(
             f"{name}: holds an adapter, expected a whole backbone; merge the adapter with the code that trained it"
@@ -340,18 +260,7 @@ def load_backbone(name: str, **options: Any) -> PreTrainedModel:
 
 
 def load_processor(name: str, revision: str | None = None) -> Any:
-    """Load the processor of a vision-language model, or the tokenizer of a text-only one.
-
-    Args:
-        name: folder or hub id.
-        revision: of the hub repository.
-
-    Returns:
-        A `ProcessorMixin` or a tokenizer.
-
-    Raises:
-        CheckpointError: neither is there.
-    """
+    """Load the processor of a vision-language model, or the tokenizer of a text-only one."""
     has_processor = any(has_file(name, file, revision) for file in (PROCESSOR_NAME, "preprocessor_config.json"))
     loader = AutoProcessor if has_processor else AutoTokenizer
     try:

@@ -15,18 +15,6 @@ def whole_weights(module: nn.Module) -> AbstractContextManager[None]:
     """Inside the block the weights of a module are whole on every rank; what rank 0 has changed is kept.
 
     Without ZeRO-3 this does nothing. With it every rank has to take part, and every rank needs room for the weights.
-
-    Args:
-        module: any part of a model.
-
-    Returns:
-        A context manager.
-
-    Example:
-        >>> embedding = nn.Embedding(3, 2)
-        >>> with whole_weights(embedding):
-        ...     embedding.weight.shape
-        torch.Size([3, 2])
     """
     parameters = list(module.parameters())
     # DeepSpeed's mark on a weight that it has partitioned.
@@ -38,18 +26,7 @@ def whole_weights(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def partitioned_weights(module: nn.Module) -> list[str]:
-    """The names of the weights that are not whole on this rank.
-
-    Args:
-        module: any model.
-
-    Returns:
-        Names as in `named_parameters`; empty for a model that was built outside ZeRO-3.
-
-    Example:
-        >>> partitioned_weights(nn.Linear(2, 1))
-        []
-    """
+    """The names of the weights that are not whole on this rank."""
     return [name for name, weight in module.named_parameters() if hasattr(weight, "ds_id") or not weight.numel()]
 
 
@@ -60,9 +37,6 @@ def match_partitioned_dtype(model: nn.Module) -> None:
     start in float32, and ZeRO-3 cannot train both in one group. It keeps float32 copies of all for the optimizer, and
     the value head computes in float32 whatever its weights are. With LoRA the partitioned weights are frozen and
     nothing changes, nor does it without ZeRO-3.
-
-    Args:
-        model: changed in place.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dtype = next((parameter.dtype for parameter in trained if hasattr(parameter, "ds_id")), None)
@@ -79,6 +53,9 @@ def outside_zero3() -> Iterator[None]:
     meant for this rank only. The often advised `set_zero3_state` is worse: random weights on every rank but 0, and no
     error. Here transformers forgets the config and gets it back at the end; the whole model has to be built inside.
     Without a DeepSpeed config this does nothing.
+
+    Yields:
+        Nothing.
 
     Example:
         >>> with outside_zero3():
