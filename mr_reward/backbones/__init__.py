@@ -27,6 +27,10 @@ def get_adapter(config: PreTrainedConfig) -> BackboneAdapter:
 
     Raises:
         ConfigurationError: a multimodal family without an adapter; treating it as text would ignore its media.
+
+    Example:
+        >>> get_adapter(PreTrainedConfig()).media_keys
+        ()
     """
     if config.model_type in ADAPTERS:
         return ADAPTERS[config.model_type]()

@@ -32,6 +32,10 @@ class MultiResponseRewardConfig(PreTrainedConfig):
         backbone_name_or_path: where the backbone came from.
         backbone_revision: its commit on the hub, if known.
         schema_version: of this configuration.
+
+    Example:
+        >>> MultiResponseRewardConfig.from_pretrained("rm").layout  # doctest: +SKIP
+        'set'
     """
 
     model_type = "multi_response_reward"
