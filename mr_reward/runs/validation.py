@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mr_reward.data.jsonl import read_json_lines, write_json_lines
 from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.plots import plot_curves
 from mr_reward.groups import ResponseGroup
@@ -87,7 +88,9 @@ class PolicyValidation(TrainerCallback):
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             kept = [record for record in self._read() if record["step"] <= state.global_step]
-            self._write(kept if state.global_step else [])  # a new run replaces what an older one left here
+            write_json_lines(
+                self._file, kept if state.global_step else []
+            )  # a new run replaces what an older one left here
             for logs in state.log_history:  # of the run that is resumed
                 self._pending.extend(self.signs.update(logs))
 
@@ -120,7 +123,7 @@ class PolicyValidation(TrainerCallback):
         records = [record for record in self._read() if record["step"] != state.global_step]
         records.append({"step": state.global_step, **metrics, "warning_signs": self._pending})
         self._pending = []
-        self._write(records)
+        write_json_lines(self._file, records)
         self._plot(records)
         self._show_samples(state.global_step)
 
@@ -131,12 +134,7 @@ class PolicyValidation(TrainerCallback):
     def _read(self) -> list[dict[str, Any]]:
         if not self._file.is_file():
             return []
-        return [json.loads(line) for line in self._file.read_text().splitlines()]
-
-    def _write(self, records: Sequence[Mapping[str, Any]]) -> None:
-        partial = self._file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-        partial.replace(self._file)
+        return [record for _, record in read_json_lines(self._file)]
 
     def _plot(self, records: Sequence[Mapping[str, Any]]) -> None:
         others = sorted(
