@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.reward import REWARD_TRANSFORMS
 from mr_reward.serving.batcher import Batcher
 
-__all__ = ["GroupCollector", "Rollout"]
+__all__ = ["GroupCollector", "Rollout", "group_of", "transform_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -23,6 +23,20 @@ class Rollout:
     prompt: Any  # text or chat messages
     response: str
     images: Sequence[Any] = ()  # of the prompt: paths, encoded bytes or PIL images
+
+
+def group_of(rollouts: Sequence[Rollout]) -> ResponseGroup:
+    """The group of the rollouts of one prompt, taken from the first."""
+    first = rollouts[0]
+    responses = [rollout.response for rollout in rollouts]
+    return ResponseGroup(prompt=first.prompt, images=first.images, responses=responses, id=first.key[:80])
+
+
+def transform_of(reward: str) -> Callable[[Sequence[float]], Sequence[float]]:
+    """Scores -> rewards, by the name that `MultiResponseReward` takes."""
+    if reward not in REWARD_TRANSFORMS:
+        raise ConfigurationError(f"reward is {reward!r}, expected one of {', '.join(REWARD_TRANSFORMS)}")
+    return REWARD_TRANSFORMS[reward]
 
 
 @dataclass(slots=True)
@@ -47,13 +61,11 @@ class GroupCollector:
             raise ConfigurationError(
                 f"num_generations is {num_generations}, expected the trainer's samples per prompt"
             )
-        if reward not in REWARD_TRANSFORMS:
-            raise ConfigurationError(f"reward is {reward!r}, expected one of {', '.join(REWARD_TRANSFORMS)}")
         if not deadline > 0:
             raise ConfigurationError(f"deadline is {deadline} s, expected more than 0")
         self._batcher = batcher
         self._size = num_generations
-        self._transform = REWARD_TRANSFORMS[reward]
+        self._transform = transform_of(reward)
         self._deadline = deadline
         self._waiting: dict[str, _Group] = {}
 
@@ -98,13 +110,7 @@ class GroupCollector:
                     del self._waiting[rollout.key]
 
     async def _score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        first = rollouts[0]
-        whole = ResponseGroup(
-            prompt=first.prompt,
-            images=first.images,
-            responses=[rollout.response for rollout in rollouts],
-            id=first.key[:80],
-        )
+        whole = group_of(rollouts)
         (result,) = await self._batcher.submit([whole])
         if result.scores is None:
             raise OverLengthError(f"{whole.name} got no reward: {result.drop_reason}")

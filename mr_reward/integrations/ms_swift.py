@@ -66,28 +66,19 @@ def register(
 def to_prompt(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """ms-swift's messages, where `<image>` in the text stands for an image, as messages of content blocks.
 
-    Args:
-        messages: the turns before the completion.
-
-    Returns:
-        Chat messages.
-
-    Example:
-        >>> to_prompt([{"role": "user", "content": "<image>What?"}])
-        [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]}]
+    >>> to_prompt([{"role": "user", "content": "<image>What?"}])
+    [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]}]
     """
     turns = []
     for message in messages:
         content = message["content"]
         if isinstance(content, str):
             pieces = [piece for piece in re.split(f"({_IMAGE_TAG})", content) if piece]
-            content = [_block(piece) for piece in pieces]
+            content = [
+                {"type": "image"} if piece == _IMAGE_TAG else {"type": "text", "text": piece} for piece in pieces
+            ]
         turns.append({"role": message["role"], "content": content})
     return turns
-
-
-def _block(piece: str) -> dict[str, str]:
-    return {"type": "image"} if piece == _IMAGE_TAG else {"type": "text", "text": piece}
 
 
 def _image(image: Any) -> Any:

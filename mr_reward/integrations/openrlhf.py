@@ -120,20 +120,8 @@ _CHAT_ENDINGS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>", "<end_of_t
 def response_of(query: str, prompt: str, endings: Sequence[str]) -> str:
     """The response in what OpenRLHF sends: prompt and response as one text, control tokens included.
 
-    Args:
-        query: the decoded tokens.
-        prompt: the prompt as text, chat template applied.
-        endings: control tokens that may end the response.
-
-    Returns:
-        The text behind the prompt, without endings.
-
-    Raises:
-        ValueError: the query does not hold the prompt.
-
-    Example:
-        >>> response_of("<s>2 + 2? 4</s>", "2 + 2?", ["</s>"])
-        ' 4'
+    >>> response_of("<s>2 + 2? 4</s>", "2 + 2?", ["</s>"])
+    ' 4'
     """
     place = query.find(prompt)
     if place < 0:
@@ -179,7 +167,7 @@ def _image(name: str, root: Path | None) -> Path:
 
 
 def _read_label(label: Any) -> _Label:
-    """A label is the trainer's own affair unless it is an object that means something here."""
+    """What a label says; one that is no object is the trainer's own and says nothing here."""
     if isinstance(label, str) and label.lstrip().startswith("{"):
         try:
             label = json.loads(label)

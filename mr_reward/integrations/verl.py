@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mr_reward.errors import GroupAssemblyError, GroupError, ScoringServerError
-from mr_reward.groups import ResponseGroup, Scorer
-from mr_reward.grpo.reward import REWARD_TRANSFORMS
+from mr_reward.groups import Scorer
+from mr_reward.integrations.collector import Rollout, group_of, transform_of
 from mr_reward.scorers.opening import open_scorer
 
 __all__ = ["compute_score", "compute_score_single"]
@@ -55,6 +55,7 @@ def compute_score(
         M objects with `score` (the reward) and `mr_reward_score` (before the transform), which verl logs.
 
     Raises:
+        ConfigurationError: `reward` has a value that does not exist.
         GroupAssemblyError: the rollouts of a prompt are no multiple of `num_generations`: the batch was split.
         GroupError: `extra_info` lacks `index` or `prompt`, or a group was dropped.
 
@@ -67,13 +68,13 @@ def compute_score(
         reward_model: {reward_manager: batch}
         ```
     """
-    if reward not in REWARD_TRANSFORMS:
-        raise GroupError(f"reward is {reward!r}, expected one of {', '.join(REWARD_TRANSFORMS)}")
-    rows_by_prompt: dict[str, list[int]] = defaultdict(list)
-    for row, info in enumerate(extra_infos):
-        rows_by_prompt[_key(info)].append(row)
+    transform = transform_of(reward)
+    rollouts = [_rollout(info, text) for info, text in zip(extra_infos, solution_strs, strict=True)]
+    rows_by_key: dict[str, list[int]] = defaultdict(list)
+    for row, rollout in enumerate(rollouts):
+        rows_by_key[rollout.key].append(row)
     chunks: list[list[int]] = []
-    for key, rows in rows_by_prompt.items():
+    for key, rows in rows_by_key.items():
         if len(rows) % num_generations:
             raise GroupAssemblyError(
                 f"prompt {key} has {len(rows)} rollouts in this call, expected a multiple of num_generations="
@@ -81,21 +82,12 @@ def compute_score(
                 "compute_score_single with `mr-reward serve --collect`"
             )
         chunks += [rows[i : i + num_generations] for i in range(0, len(rows), num_generations)]
-    groups = [
-        ResponseGroup(
-            prompt=extra_infos[rows[0]]["prompt"],
-            images=extra_infos[rows[0]].get("images") or (),
-            responses=[solution_strs[row] for row in rows],
-            id=_key(extra_infos[rows[0]]),
-        )
-        for rows in chunks
-    ]
-    results = _scorer(model, server).score_detailed(groups)
-    rewards: list[dict[str, float]] = [{} for _ in solution_strs]
-    for rows, group, result in zip(chunks, groups, results, strict=True):
+    groups = [group_of([rollouts[row] for row in rows]) for rows in chunks]
+    rewards: list[dict[str, float]] = [{} for _ in rollouts]
+    for rows, group, result in zip(chunks, groups, _scorer(model, server).score_detailed(groups), strict=True):
         if result.scores is None:
             raise GroupError(f"{group.name} was dropped ({result.drop_reason}), and verl takes no missing reward")
-        for row, score, value in zip(rows, result.scores, REWARD_TRANSFORMS[reward](result.scores), strict=True):
+        for row, score, value in zip(rows, result.scores, transform(result.scores), strict=True):
             rewards[row] = {"score": value, "mr_reward_score": score}
     return rewards
 
@@ -127,13 +119,23 @@ async def compute_score_single(
     Raises:
         GroupError: `extra_info` lacks `index` or `prompt`.
         ScoringServerError: the server cannot be reached, or refuses; its message says why.
+
+    Example:
+        ```yaml
+        custom_reward_function:
+          path: my_reward.py          # from mr_reward.integrations.verl import compute_score_single
+          name: compute_score_single
+          reward_kwargs: {server: "http://127.0.0.1:5000"}
+        ```
     """
     import httpx2  # of the extra `serve`
 
-    label = {"id": _key(extra_info), "prompt": extra_info["prompt"], "images": list(extra_info.get("images") or ())}
+    rollout = _rollout(extra_info, solution_str)
+    label = {"id": rollout.key, "prompt": rollout.prompt, "images": list(rollout.images)}
     body = {"query": [solution_str], "prompts": [""], "labels": [label]}
     try:
         async with httpx2.AsyncClient(timeout=timeout) as client:
+            # Not httpx's own JSON, which is no ASCII: a policy can write lone surrogates.
             answer = await client.post(
                 f"{server.rstrip('/')}/get_reward",
                 content=json.dumps(body),
@@ -142,23 +144,30 @@ async def compute_score_single(
     except (TimeoutError, httpx2.HTTPError) as error:
         raise ScoringServerError(f"{server}: {type(error).__name__} {error}; is `mr-reward serve` running?") from error
     if answer.status_code != 200:
-        raise ScoringServerError(f"{server} refused: {answer.json().get('error', answer.status_code)}")
+        is_json = answer.headers.get("content-type", "").startswith("application/json")
+        reason = answer.json().get("error") if is_json else answer.text[:200]
+        raise ScoringServerError(f"{server} refused (status {answer.status_code}): {reason}")
     return float(answer.json()["rewards"][0])
 
 
-def _key(info: Mapping[str, Any]) -> str:
+def _rollout(info: Mapping[str, Any], response: str) -> Rollout:
     missing = [name for name in ("index", "prompt") if info.get(name) is None]
     if missing:
         raise GroupError(
             f"extra_info lacks {', '.join(missing)}, found {sorted(info)}; verl passes no prompt to a reward, "
             "so put index and prompt (and images) there when the data set is made"
         )
-    return str(info["index"])
+    images = info.get("images")
+    return Rollout(
+        key=str(info["index"]), prompt=info["prompt"], response=response, images=() if images is None else images
+    )
 
 
 @functools.lru_cache(maxsize=4)
 def _scorer(model: str | None, server: str | None) -> Scorer:
-    """Loaded once in a process, as verl calls the function anew for each batch."""
-    if (model is None) == (server is None):
-        raise GroupError("give either model or server in reward_kwargs")
-    return open_scorer(server) if server is not None else open_scorer(str(model), over_length="truncate_responses")
+    """Opened once in a process, as verl calls the function for each batch."""
+    if server is not None and model is None:
+        return open_scorer(server)
+    if model is not None and server is None:
+        return open_scorer(model, over_length="truncate_responses")
+    raise GroupError("give either model or server in reward_kwargs")
