@@ -12,17 +12,13 @@ import argparse
 import json
 import random
 import resource
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from speed_harness import finish, in_turn, positive, print_table, quartiles, run_json, spread
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.evaluation.evaluator import score_benchmark
@@ -70,37 +66,35 @@ def worker(how: str, count: int) -> None:
     print(json.dumps({"seconds": seconds, "parameters": size, "kib_before": before, "kib_after": after}))
 
 
-def run(how: str, count: int) -> dict[str, float]:
-    """A run in a process of its own."""
-    command = [sys.executable, __file__, "--worker", how, "--items", str(count)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     """Run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, default=1000)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--worker", choices=["together", "alone"])
+    parser.add_argument("--items", type=positive, default=1000)
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--child", choices=["together", "alone"], help=argparse.SUPPRESS)  # one run
     options = parser.parse_args()
-    if options.worker:
-        worker(options.worker, options.items)
+    if options.child:
+        worker(options.child, options.items)
         return
-    runs: dict[str, list[dict[str, float]]] = {"together": [], "alone": [], "a quarter together": []}
-    for _ in range(options.repeats):
-        runs["together"].append(run("together", options.items))
-        runs["alone"].append(run("alone", options.items))
-        runs["a quarter together"].append(run("together", options.items // 4))
+
+    def run(how: str, count: int) -> dict[str, Any]:
+        return run_json([__file__, "--child", how, "--items", str(count)])
+
+    runs = in_turn(
+        {
+            "together": lambda: run("together", options.items),
+            "alone": lambda: run("alone", options.items),
+            "a quarter together": lambda: run("together", max(1, options.items // 4)),
+        },
+        options.repeats,
+    )
     ratios = [a["seconds"] / t["seconds"] for a, t in zip(runs["alone"], runs["together"], strict=True)]
-    table = Table("", "median", "smallest", "largest", title=f"{options.items} items of four responses")
-    rows = {"time alone / together": ratios}
+    rows = [["time alone / together", spread(quartiles(ratios))]]
     for name in ("together", "a quarter together"):
-        rows[f"peak memory, {name}, MB"] = [found["kib_after"] / 1024 for found in runs[name]]
-    for name, values in rows.items():
-        table.add_row(name, *(f"{value:.2f}" for value in (statistics.median(values), min(values), max(values))))
-    Console().print(table)
-    print(json.dumps({"settings": {"items": options.items, "repeats": options.repeats}, "runs": runs}))
+        sizes = quartiles([found["kib_after"] / 1024 for found in runs[name]])
+        rows.append([f"peak memory, {name}, MB", spread(sizes, 0)])
+    print_table(f"{options.items} items of four responses", ["", "median (quartiles)"], rows)
+    finish({"runs": runs}, options)
 
 
 if __name__ == "__main__":

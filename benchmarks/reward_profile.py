@@ -7,28 +7,17 @@ calls are those that TRL makes, with the policy's own rollouts. The first step i
 one JSON document.
 """
 
-import argparse
-import json
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from trl import GRPOConfig, ModelConfig, TrlParser
+from speed_harness import finish, print_table, quartiles, recipe_options, run_recipe, spread
 
 from mr_reward import MultiResponseReward
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.rows import Packer
 from mr_reward.templates.rendering import Renderer
-
-RECIPES = Path(__file__).parents[1] / "grpo_recipes"
-sys.path.insert(0, str(RECIPES))
-import train_policy  # noqa: E402
 
 # Preparation runs beside the forward of the passes before, so the parts need not add up to the call.
 PARTS = {
@@ -40,14 +29,7 @@ PARTS = {
 
 
 def watch(seconds: dict[str, list[float]]) -> list[Callable[[], None]]:
-    """Count the seconds in each part, from now until the returned functions are called.
-
-    Args:
-        seconds: for each part a list with the seconds of each call of the reward; "call" begins a new entry.
-
-    Returns:
-        Functions that undo it.
-    """
+    """Count the seconds in each part, from now until the returned functions are called."""
     undo = []
     for part, (owner, name) in PARTS.items():
         original = getattr(owner, name)
@@ -69,39 +51,26 @@ def watch(seconds: dict[str, list[float]]) -> list[Callable[[], None]]:
 
 def main() -> None:
     """Run, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", type=Path, default=Path("outputs/quickstart/sft/checkpoint-50"))
-    parser.add_argument("--reward_model", type=Path, default=Path("outputs/quickstart/rm"))
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = recipe_options(__doc__, steps=12).parse_args()
     seconds: dict[str, list[float]] = {part: [] for part in PARTS}
     with tempfile.TemporaryDirectory() as folder:
-        command = ["--config", str(RECIPES / "policy_tiny_handwriting_cpu.yaml"), "--output_dir", folder]
-        command += ["--model_name_or_path", str(options.policy), "--reward_model", str(options.reward_model)]
-        command += ["--max_steps", str(options.steps), "--disable_tqdm", "true", "--seed", str(options.seed)]
-        arguments = TrlParser((train_policy.HandwritingArguments, GRPOConfig, ModelConfig))
         undo = watch(seconds)
         try:
-            train_policy.train_policy(*arguments.parse_args_and_config(args=command))
+            run_recipe(options, folder)
         finally:
             for restore in undo:
                 restore()
     calls = {part: values[1 : options.steps] for part, values in seconds.items()}
-    outside = [1 - forward / call for forward, call in zip(calls["forward"], calls["call"], strict=True)]
-    table = Table("part", "share of the call (median)", title=f"one MultiResponseReward call, {len(outside)} calls")
     shares = {
-        part: statistics.median(own / call for own, call in zip(values, calls["call"], strict=True))
-        for part, values in calls.items()
+        part: [own / call for own, call in zip(values, calls["call"], strict=True)] for part, values in calls.items()
     }
-    for part, share in shares.items():
-        table.add_row(part, f"{share:.1%}")
-    table.add_row(
-        "outside the forward", f"{statistics.median(outside):.1%} ({min(outside):.1%} to {max(outside):.1%})"
+    outside = [1 - share for share in shares["forward"]]
+    rows = [[part, spread(quartiles(own), 1, 100)] for part, own in {**shares, "outside the forward": outside}.items()]
+    print_table(
+        f"one MultiResponseReward call, {len(outside)} calls", ["part", "% of the call, median (quartiles)"], rows
     )
-    Console().print(table)
-    settings = {key: str(value) for key, value in vars(options).items()}
-    print(json.dumps({"settings": settings, "shares": shares, "outside_forward": outside, "seconds": calls}))
+    medians = {part: quartiles(own)["median"] for part, own in shares.items()}
+    finish({"shares": medians, "outside_forward": outside, "seconds": calls}, options)
 
 
 if __name__ == "__main__":

@@ -9,33 +9,21 @@ time, one row each, with the same weights. The last line of stdout is one JSON d
 """
 
 import argparse
-import json
+import functools
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from trl import GRPOConfig, ModelConfig, TrlParser
+from speed_harness import finish, in_turn, positive, print_table, quartiles, recipe_options, run_recipe, spread
 
 from mr_reward import GroupScorer, ResponseGroup
-
-RECIPES = Path(__file__).parents[1] / "grpo_recipes"
-sys.path.insert(0, str(RECIPES))
-import train_policy  # noqa: E402
 
 
 def run(size: int, options: argparse.Namespace, folder: str) -> dict[str, float]:
     """A short GRPO run; medians over its steps."""
-    command = ["--config", str(RECIPES / "policy_tiny_handwriting_cpu.yaml"), "--output_dir", folder]
-    command += ["--model_name_or_path", str(options.policy), "--reward_model", str(options.reward_model)]
-    command += ["--num_generations", str(size), "--max_steps", str(options.steps), "--disable_tqdm", "true"]
-    command += ["--max_completion_length", str(options.max_completion_length), "--seed", str(options.seed)]
-    parser = TrlParser((train_policy.HandwritingArguments, GRPOConfig, ModelConfig))
-    trainer = train_policy.train_policy(*parser.parse_args_and_config(args=command))
+    more = ("--num_generations", str(size), "--max_completion_length", str(options.max_completion_length))
+    trainer = run_recipe(options, folder, *more)
     rollouts = trainer.args.per_device_train_batch_size
     steps = [entry for entry in trainer.state.log_history if "step_time" in entry][1:]
     reward = [entry["mr_reward/ms_per_group"] * rollouts / size / 1000 for entry in steps]
@@ -74,35 +62,22 @@ def one_by_one(folder: Path, groups: list[ResponseGroup]) -> float:
 
 def main() -> None:
     """Run, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", type=Path, default=Path("outputs/quickstart/sft/checkpoint-50"))
-    parser.add_argument("--reward_model", type=Path, default=Path("outputs/quickstart/rm"))
-    parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--max_completion_length", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = recipe_options(__doc__, steps=8)
+    parser.add_argument("--sizes", type=positive, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--max_completion_length", type=positive, default=8)
     options = parser.parse_args()
-    runs: dict[int, list[dict[str, float]]] = {size: [] for size in options.sizes}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(options.repeats):
-            for size in options.sizes:
-                runs[size].append(run(size, options, folder))
-    table = Table(
-        "N", "reward model's share of a step", "one by one / together", title="medians (smallest to largest)"
-    )
-    for size, found in runs.items():
-        table.add_row(
-            str(size), *(cell([entry[key] for entry in found]) for key in ("share", "one_by_one_over_together"))
-        )
-    Console().print(table)
-    settings: dict[str, Any] = {key: str(value) for key, value in vars(options).items()}
-    print(json.dumps({"settings": settings, "runs": runs}))
-
-
-def cell(values: list[float]) -> str:
-    """Median and range."""
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        ways = {str(size): functools.partial(run, size, options, folder) for size in options.sizes}
+        runs = in_turn(ways, options.repeats)
+    keys = ("share", "one_by_one_over_together")
+    rows = [
+        [size, *(spread(quartiles([entry[key] for entry in found]), 3) for key in keys)]
+        for size, found in runs.items()
+    ]
+    columns = ["N", "reward model's share of a step", "one by one / together"]
+    print_table("medians (quartiles)", columns, rows)
+    finish({"runs": runs}, options)
 
 
 if __name__ == "__main__":

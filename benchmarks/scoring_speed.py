@@ -6,6 +6,7 @@
     python benchmarks/scoring_speed.py --what linear               # cost against tokens and visible pairs
     python benchmarks/scoring_speed.py --what padding --groups train.jsonl
     python benchmarks/scoring_speed.py --what peak                 # beside a bare forward pass
+    python benchmarks/scoring_speed.py --preset issue --against ../other   # this checkout beside another one
 
 Random weights, nothing is downloaded. A cell is MODEL:PROMPT:RESPONSE:N:GROUPS (numbers of tokens, of responses, of
 groups in a batch), with `:image` if a quarter of the prompt is an image. `speed_competitors.py` says what is compared.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,20 +31,26 @@ from typing import Any
 import numpy as np
 import torch
 from speed_cells import Cell, Shared, draw_groups
-from speed_common import (
+from speed_competitors import REFERENCES, Competitor, build, check_scores, make_competitor
+from speed_harness import (
     DTYPES,
     add_options,
     added_bytes,
     finish,
     in_own_process,
+    in_turn,
+    megabytes,
+    plot_bars,
+    plot_lines,
     positive,
+    print_table,
     quartiles,
+    run_json,
     set_up,
+    spread,
     time_rounds,
 )
-from speed_competitors import REFERENCES, Competitor, check_scores, make_competitor
 from speed_padding import run_padding
-from speed_report import megabytes, plot_bars, plot_lines, print_table, spread
 from torch import Tensor
 
 from mr_reward.layouts import LAYOUTS
@@ -71,33 +79,8 @@ PEAK_CELL = Cell("135M", 512, 191, 8)  # 2,048 tokens
 LINEAR_CELLS = [Cell("10M", 256, 32), Cell("10M", 1024, 32), Cell("10M", 256, 128)]
 
 
-def build(cell: Cell, names: Sequence[str], options: argparse.Namespace) -> dict[str, Competitor]:
-    """Competitors that share weights and tokens.
-
-    Args:
-        cell: the sizes.
-        names: of the competitors.
-        options: of the command line.
-
-    Returns:
-        The competitors by name.
-    """
-    device, dtype = torch.device(options.device), DTYPES[options.dtype]
-    shared = Shared.make(cell, device, dtype, options.seed)
-    groups = draw_groups(cell, shared.full.config, ragged=options.lengths == "ragged", seed=options.seed)
-    return {name: make_competitor(name, shared, groups) for name in names}
-
-
 def memory_in_this_process(what: str, options: argparse.Namespace) -> dict[str, int]:
-    """Bytes that one run adds.
-
-    Args:
-        what: cell and competitor.
-        options: of the command line.
-
-    Returns:
-        The number as `bytes`.
-    """
+    """Bytes that one run adds."""
     text, name = what.split("|")
     cell = Cell.parse(text)
     competitor = build(cell, [name], options)[name]
@@ -114,16 +97,7 @@ def _score(competitor: Competitor) -> Tensor:
 
 
 def measure(cell: Cell, names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Times, work and memory of a cell.
-
-    Args:
-        cell: the sizes.
-        names: of the competitors.
-        options: of the command line.
-
-    Returns:
-        For the JSON document.
-    """
+    """Times, work and memory of a cell."""
     competitors = build(cell, names, options)
     config = competitors[names[0]].shared.full.config
     checked: dict[str, float] = {}
@@ -134,16 +108,10 @@ def measure(cell: Cell, names: Sequence[str], options: argparse.Namespace) -> di
     timing = time_rounds(competitors, _score, check, options)
     needed = competitors["isolated"].work.tokens
     found: dict[str, dict[str, Any]] = {}
-    for name, seconds in timing.seconds.items():
+    for name in timing.seconds:
         work = competitors[name].work
         found[name] = {
-            "seconds": quartiles(seconds),
-            "runs": seconds,
-            "ratios": {
-                reference: quartiles(timing.ratios(name, reference))
-                for reference in REFERENCES
-                if reference in timing.seconds
-            },
+            **timing.entry(name, REFERENCES),
             "tokens": asdict(work),
             "computed_over_needed": work.computed_tokens / needed,
             "gflop": work.flops(config) / 1e9,
@@ -164,12 +132,7 @@ def measure(cell: Cell, names: Sequence[str], options: argparse.Namespace) -> di
 
 
 def print_cell(cell: Cell, result: dict[str, Any]) -> None:
-    """A table of a cell.
-
-    Args:
-        cell: the sizes.
-        result: of `measure`.
-    """
+    """A table of a cell."""
     rows = []
     for name, found in result["competitors"].items():
         ratios = [spread(found["ratios"].get(reference)) for reference in REFERENCES]
@@ -192,14 +155,7 @@ def print_cell(cell: Cell, result: dict[str, Any]) -> None:
 
 
 def run_speed(options: argparse.Namespace) -> dict[str, Any]:
-    """The sweep.
-
-    Args:
-        options: of the command line.
-
-    Returns:
-        For the JSON document.
-    """
+    """The sweep."""
     cells = options.cell or PRESETS[options.preset]
     wanted = options.competitors or TEXT_COMPETITORS
     results = []
@@ -216,6 +172,35 @@ def run_speed(options: argparse.Namespace) -> dict[str, Any]:
     if panels:
         plot_lines(panels, options.output / "scoring_speed.png", "time / time of isolated")
     return {"cells": results}
+
+
+def run_against(options: argparse.Namespace) -> dict[str, Any]:
+    """This checkout and another one in turn, each by its own `scoring_speed.py` in a process of its own."""
+    here, there = Path(__file__).resolve().parents[1], options.against.resolve()
+    names = options.competitors or list(REFERENCES)
+    passed = ["--warmup", "--seed", "--lengths", "--dtype", "--device", "--time_limit", "--threads", "--matmul_size"]
+    found: dict[str, dict[str, list[float]]] = {}
+    rows = []
+    for cell in options.cell or PRESETS[options.preset]:
+        command = ["--cell", str(cell), "--no_memory", "--repeats", "3", "--competitors", *names]
+        for name in passed:
+            if (value := getattr(options, name.removeprefix("--"))) is not None:
+                command += [name, str(value)]
+
+        def run(folder: Path, command: list[str] = command) -> dict[str, float]:
+            with tempfile.TemporaryDirectory() as output:
+                script = str(folder / "benchmarks" / "scoring_speed.py")
+                document = run_json([script, *command, "--output", output], PYTHONPATH=str(folder))
+            return {name: each["seconds"]["median"] for name, each in document["cells"][0]["competitors"].items()}
+
+        runs = in_turn({"here": lambda: run(here), "there": lambda: run(there)}, options.repeats)
+        found[str(cell)] = {
+            name: [own[name] / other[name] for own, other in zip(runs["here"], runs["there"], strict=True)]
+            for name in runs["here"][0]
+        }
+        rows += [[str(cell), name, spread(quartiles(ratios))] for name, ratios in found[str(cell)].items()]
+    print_table("time here / time there, median (quartiles)", ["cell", "", "ratio"], rows)
+    return {"ratios": found}
 
 
 def _lines(axis: str, cells: Sequence[Cell], results: Sequence[dict[str, Any]]) -> dict[str, tuple[list, list]]:
@@ -235,14 +220,7 @@ def _lines(axis: str, cells: Sequence[Cell], results: Sequence[dict[str, Any]]) 
 
 
 def run_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of ours and of the full language model with a large vocabulary.
-
-    Args:
-        options: of the command line.
-
-    Returns:
-        For the JSON document.
-    """
+    """Peak memory of ours and of the full language model with a large vocabulary."""
     (cell,) = options.cell or [MEMORY_CELL]
     found = {name: in_own_process(f"{cell}|{name}") for name in ("isolated", "set", "set, dense mask", "full LM")}
     ratios = {
@@ -261,14 +239,7 @@ def run_memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_linear(options: argparse.Namespace) -> dict[str, Any]:
-    """Time as a linear function of tokens and visible pairs, N growing at fixed P and R.
-
-    Args:
-        options: of the command line.
-
-    Returns:
-        For the JSON document.
-    """
+    """Time as a linear function of tokens and visible pairs, N growing at fixed P and R."""
     shapes = options.cell or LINEAR_CELLS
     (model,) = {cell.model for cell in shapes}
     sizes = [2**power for power in range(1, options.largest.bit_length())]
@@ -316,14 +287,7 @@ def run_linear(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_peak(options: argparse.Namespace) -> dict[str, Any]:
-    """Ours beside a bare forward pass over as many tokens.
-
-    Args:
-        options: of the command line.
-
-    Returns:
-        For the JSON document.
-    """
+    """Ours beside a bare forward pass over as many tokens."""
     (cell,) = options.cell or [PEAK_CELL]
     result = measure(cell, ("isolated", "set", "bare backbone"), options)
     print_cell(cell, result)
@@ -342,14 +306,7 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line.
-
-    Args:
-        arguments: None for those of the process.
-
-    Returns:
-        The options.
-    """
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=MEASUREMENTS, default="speed")
     parser.add_argument("--preset", choices=PRESETS, default="quick", help="cells of `speed`")
@@ -360,12 +317,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--groups", type=Path, help="of `padding`: JSON Lines with `prompt` and `responses`")
     parser.add_argument("--tokenizer", help="of `padding`; without it a token is four bytes")
     parser.add_argument("--max_tokens", type=positive, default=16_384, help="of `padding`: budget of a batch")
+    parser.add_argument("--against", type=Path, help="folder of another checkout; ratios of `speed` to its times")
     add_options(parser)
     options = parser.parse_args(arguments)
     if options.what == "padding" and options.groups is None:
         parser.error("--what padding needs --groups, a JSON Lines file")
     if options.what in ("memory", "peak") and options.cell and len(options.cell) > 1:
         parser.error(f"--what {options.what} takes one --cell")
+    if options.against and (options.what != "speed" or not (options.against / "benchmarks").is_dir()):
+        parser.error("--against takes the folder of a checkout, and --what speed")
     if options.what == "linear" and len({(cell.model, cell.image) for cell in options.cell or LINEAR_CELLS}) > 1:
         parser.error("--what linear takes cells of one model")
     return options
@@ -378,6 +338,9 @@ def main() -> None:
     set_up(options)
     if options.child:
         print(json.dumps(memory_in_this_process(options.child, options)))
+        return
+    if options.against:
+        finish({"what": "against", **run_against(options)}, options)
         return
     finish({"what": options.what, **MEASUREMENTS[options.what](options)}, options)
 

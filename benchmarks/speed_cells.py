@@ -45,37 +45,18 @@ _NUM_SPECIAL = 4
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One point of a sweep.
+    """One point of a sweep."""
 
-    Args:
-        model: a name of `MODELS`.
-        prompt_tokens: P, the image's tokens included.
-        response_tokens: R; the mean of ragged responses.
-        num_responses: N.
-        num_groups: G, groups of a batch.
-        image: the backbone is a Qwen3-VL and a quarter of the prompt is an image.
-    """
-
-    model: str = "135M"
-    prompt_tokens: int = 1024
-    response_tokens: int = 128
-    num_responses: int = 8
-    num_groups: int = 1
-    image: bool = False
+    model: str = "135M"  # a name of `MODELS`
+    prompt_tokens: int = 1024  # P, the image's tokens included
+    response_tokens: int = 128  # R; the mean of ragged responses
+    num_responses: int = 8  # N
+    num_groups: int = 1  # G, groups of a batch
+    image: bool = False  # the backbone is a Qwen3-VL and a quarter of the prompt is an image
 
     @classmethod
     def parse(cls, text: str) -> Cell:
-        """Read MODEL:P:R:N:G, with `:image` at the end for an image.
-
-        Args:
-            text: as on the command line.
-
-        Returns:
-            The cell.
-
-        Raises:
-            argparse.ArgumentTypeError: anything else.
-        """
+        """Read MODEL:P:R:N:G, with `:image` at the end for an image."""
         parts = text.removesuffix(":image").split(":")
         if len(parts) != 5 or parts[0] not in MODELS or not all(part.isdecimal() and int(part) for part in parts[1:]):
             raise argparse.ArgumentTypeError(
@@ -93,15 +74,7 @@ class Cell:
 
 
 def build_model(cell: Cell, seed: int) -> PreTrainedModel:
-    """The language model with its head over the vocabulary, weights drawn at random.
-
-    Args:
-        cell: says which.
-        seed: of the weights.
-
-    Returns:
-        A Llama, or a Qwen3-VL of the same size with a vision tower as wide as itself and a third as deep.
-    """
+    """The language model with its head over the vocabulary, weights drawn at random."""
     torch.manual_seed(seed)
     width, layers, heads, key_heads, inner, vocabulary = MODELS[cell.model]
     sizes: dict[str, Any] = {
@@ -140,17 +113,7 @@ def build_model(cell: Cell, seed: int) -> PreTrainedModel:
 
 
 def draw_groups(cell: Cell, config: PreTrainedConfig, *, ragged: bool, seed: int) -> list[RenderedGroup]:
-    """G groups of random tokens.
-
-    Args:
-        cell: the sizes.
-        config: of the model that will read them.
-        ragged: draw the lengths of the responses between R / 2 and 3 R / 2; otherwise all are R.
-        seed: of tokens and lengths.
-
-    Returns:
-        The groups; no token is the one that the TRL classifier pads with.
-    """
+    """G groups of random tokens."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
 
     def tokens(length: int) -> Tensor:
@@ -189,31 +152,15 @@ def _put_image(
 
 @dataclass(slots=True)
 class Shared:
-    """The weights that all competitors of a cell share.
+    """The weights that all competitors of a cell share."""
 
-    Args:
-        full: the language model.
-        readouts: the readout vectors.
-        head: the value head.
-    """
-
-    full: PreTrainedModel
-    readouts: ReadoutVectors
-    head: ValueHead
+    full: PreTrainedModel  # the language model
+    readouts: ReadoutVectors  # the readout vectors
+    head: ValueHead  # the value head
 
     @classmethod
     def make(cls, cell: Cell, device: torch.device, dtype: torch.dtype, seed: int) -> Shared:
-        """Draw them.
-
-        Args:
-            cell: the size.
-            device: where.
-            dtype: of the language model; the rest is float32 as always.
-            seed: of the weights.
-
-        Returns:
-            The weights.
-        """
+        """Draw them."""
         full = build_model(cell, seed)
         width = full.config.get_text_config().hidden_size
         return cls(full.to(device, dtype), ReadoutVectors(width).to(device), ValueHead(width, width).to(device))
@@ -231,21 +178,13 @@ class Shared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a competitor has to compute and what it does compute.
+    """What a competitor has to compute and what it does compute."""
 
-    Args:
-        tokens: that go through the layers, without padding.
-        pairs: of a query and a key that it sees.
-        computed_tokens: with padding.
-        computed_pairs: with those that a mask throws away.
-        head_tokens: for which logits over the vocabulary are computed.
-    """
-
-    tokens: int
-    pairs: int
-    computed_tokens: int
-    computed_pairs: int
-    head_tokens: int = 0
+    tokens: int  # that go through the layers, without padding
+    pairs: int  # of a query and a key that it sees
+    computed_tokens: int  # with padding
+    computed_pairs: int  # with those that a mask throws away
+    head_tokens: int = 0  # for which logits over the vocabulary are computed
 
     def flops(self, config: PreTrainedConfig) -> float:
         """Floating point operations of what has to be computed, without embeddings and vision tower."""
@@ -268,27 +207,12 @@ def _flops(config: PreTrainedConfig, tokens: int, pairs: int) -> float:
 
 
 def triangle(length: int) -> int:
-    """Pairs of a causal mask.
-
-    Args:
-        length: of the sequence.
-
-    Returns:
-        The number.
-    """
+    """Pairs of a causal mask."""
     return length * (length + 1) // 2
 
 
 def visible_pairs(group: RenderedGroup, layout: str) -> int:
-    """Pairs of tokens of a row that see each other.
-
-    Args:
-        group: the tokens.
-        layout: of the row.
-
-    Returns:
-        The number that `mr_reward.layouts.visible` counts.
-    """
+    """Pairs of tokens of a row that see each other."""
     prompt = len(group.prompt_ids)
     sizes = [len(ids) + len(readout_kinds(layout)) for ids in group.response_ids]
     if layout == "causal":

@@ -16,11 +16,13 @@ Legend: P tokens of the prompt, N responses, G groups, L tokens of a row, H widt
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from speed_cells import Shared, Work, triangle, visible_pairs
+from speed_cells import Cell, Shared, Work, draw_groups, triangle, visible_pairs
+from speed_harness import DTYPES
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
@@ -33,16 +35,7 @@ from mr_reward.templates.rendered import RenderedGroup
 
 
 def our_scorer(shared: Shared, layout: str, attention: str | None) -> MultiResponseRewardModel:
-    """The reward model around the shared weights, as `from_backbone` makes it.
-
-    Args:
-        shared: the weights.
-        layout: `causal`, `isolated` or `set`.
-        attention: as `attn_implementation` of `from_backbone`: None for what the model chooses itself.
-
-    Returns:
-        The model.
-    """
+    """The reward model around the shared weights, as `from_backbone` makes it."""
     choose_attention(shared.backbone, "sdpa")
     config = MultiResponseRewardConfig(
         backbone_config=shared.backbone.config, layout=layout, attn_implementation="sdpa"
@@ -59,17 +52,7 @@ def packed(rows: Sequence[Rows], adapter: BackboneAdapter, device: torch.device)
 
 
 class Competitor:
-    """A way to score groups.
-
-    Args:
-        shared: the weights.
-        groups: G groups of N responses.
-
-    Attributes:
-        name: in tables.
-        attention: implementation that the backbone is switched to before a run.
-        work: what it has to compute and what it computes.
-    """
+    """A way to score groups."""
 
     name = ""
     attention: str | None = "sdpa"
@@ -85,12 +68,13 @@ class Competitor:
         choose_attention(self.shared.backbone, "sdpa")
         choose_attention(self.shared.backbone, self.attention)
 
-    def scores(self) -> Tensor:
-        """What is timed.
+    @property
+    def computed_flops(self) -> float:
+        """Of a forward pass, padding included."""
+        return self.work.computed_flops(self.shared.full.config)
 
-        Returns:
-            (G, N) scores.
-        """
+    def scores(self) -> Tensor:
+        """What is timed: (G, N) scores."""
         raise NotImplementedError
 
     def _embed(self, input_ids: Tensor, kinds: Tensor) -> Tensor:
@@ -121,14 +105,7 @@ class Competitor:
 
 
 class Ours(Competitor):
-    """The reward model of this package.
-
-    Args:
-        shared: as `Competitor`.
-        groups: as `Competitor`.
-        layout: `causal`, `isolated` or `set`.
-        attention: see `our_scorer`.
-    """
+    """The reward model of this package."""
 
     def __init__(
         self, shared: Shared, groups: Sequence[RenderedGroup], layout: str, attention: str | None = None
@@ -147,7 +124,7 @@ class Ours(Competitor):
             self.work = Work(tokens=tokens, pairs=pairs, computed_tokens=padded, computed_pairs=dense)
 
     def scores(self) -> Tensor:
-        """See `Competitor.scores`."""
+        """(G, N) scores."""
         return self.model(self.inputs).scores
 
 
@@ -169,7 +146,7 @@ class Separate(Competitor):
         )
 
     def scores(self) -> Tensor:
-        """See `Competitor.scores`."""
+        """(G, N) scores."""
         hidden = self.shared.backbone(**self._read(self.inputs), use_cache=False).last_hidden_state
         return self._head(hidden, self.inputs.score_sites)
 
@@ -198,7 +175,7 @@ class SharedCache(Competitor):
         )
 
     def scores(self) -> Tensor:
-        """See `Competitor.scores`."""
+        """(G, N) scores."""
         arguments, cache = self._read(self.prompts), DynamicCache(config=self.shared.backbone.config)
         self.shared.backbone(**arguments, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(self.repeats)
@@ -234,7 +211,7 @@ class FullModel(Competitor):
         )
 
     def scores(self) -> Tensor:
-        """See `Competitor.scores`."""
+        """(G, N) scores."""
         output = self.shared.full(
             inputs_embeds=self._embed(self.inputs.input_ids, self.inputs.kinds),
             attention_mask=(self.inputs.segments != PADDING_SEGMENT).long(),
@@ -276,7 +253,7 @@ class Classifier(Competitor):
         )
 
     def scores(self) -> Tensor:
-        """See `Competitor.scores`."""
+        """(G, N) scores."""
         return self.model(**self.inputs).logits.view(len(self.groups), -1)
 
 
@@ -313,17 +290,21 @@ _MAKERS = {
 
 
 def make_competitor(name: str, shared: Shared, groups: Sequence[RenderedGroup]) -> Competitor:
-    """Make a competitor by its name.
-
-    Args:
-        name: see the top of this file.
-        shared: the weights.
-        groups: the groups.
-
-    Returns:
-        The competitor.
-    """
+    """Make a competitor by its name."""
     return _MAKERS[name](shared, groups)
+
+
+def build(
+    cell: Cell,
+    names: Sequence[str],
+    options: argparse.Namespace,
+    change: Callable[[Shared], None] = lambda shared: None,
+) -> dict[str, Competitor]:
+    """Competitors that share weights, which `change` prepares, and tokens."""
+    shared = Shared.make(cell, torch.device(options.device), DTYPES[options.dtype], options.seed)
+    groups = draw_groups(cell, shared.full.config, ragged=options.lengths == "ragged", seed=options.seed)
+    change(shared)
+    return {name: make_competitor(name, shared, groups) for name in names}
 
 
 # Whose scores have to be the same.
@@ -332,19 +313,7 @@ _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def check_scores(found: dict[str, Tensor], dtype: torch.dtype, tolerance: float | None = None) -> dict[str, float]:
-    """Refuse to time what gives other scores.
-
-    Args:
-        found: name of a competitor -> its scores, or its gradients.
-        dtype: of the language model.
-        tolerance: largest difference; None for that of scores in this dtype.
-
-    Returns:
-        For each pair of competitors that was compared the largest difference of two scores.
-
-    Raises:
-        RuntimeError: two competitors differ.
-    """
+    """Refuse to time what gives other scores."""
     tolerance = _TOLERANCES[dtype] if tolerance is None else tolerance
     differences = {}
     for one, other in _SAME:

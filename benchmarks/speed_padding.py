@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed_common import quartiles
-from speed_report import plot_bars, print_table
+from speed_harness import plot_bars, print_table, quartiles
 from transformers import AutoTokenizer
 
 from mr_reward.attention.plan import GroupPlan
@@ -22,29 +21,13 @@ _BYTES_PER_TOKEN = 4
 
 
 def tokens_computed(rows: Sequence[Rows], layout: str, *, padded: bool) -> int:
-    """Tokens that go through the backbone when a batch of rows is scored.
-
-    Args:
-        rows: of the batch.
-        layout: of the rows.
-        padded: the dense mask reads them, instead of the attention that the model chooses itself.
-
-    Returns:
-        The number.
-    """
+    """Tokens that go through the backbone when a batch of rows is scored."""
     batch = collate(rows, TextAdapter())
     return batch.input_ids.numel() if padded else len(GroupPlan.of(layout, batch.segments, batch.kinds).tokens)
 
 
 def run_padding(options: argparse.Namespace) -> dict[str, Any]:
-    """Padding over what is needed: our batches, ours under the dense mask, and padded batches in file order.
-
-    Args:
-        options: of the command line.
-
-    Returns:
-        For the JSON document.
-    """
+    """Padding over what is needed: our batches, ours under the dense mask, and padded batches in file order."""
     rows = _read_rows(options.groups, options.layout, _counter(options.tokenizer))
     sizes = [row.num_tokens for row in rows]
     if max(sizes) > options.max_tokens:

@@ -23,18 +23,21 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from speed_cells import Cell, Shared, draw_groups
-from speed_common import (
+from speed_competitors import REFERENCES, Competitor, build, check_scores, make_competitor
+from speed_harness import (
     DTYPES,
     add_options,
     added_bytes,
     finish,
     in_own_process,
+    megabytes,
+    plot_bars,
+    print_table,
     quartiles,
     set_up,
+    spread,
     time_rounds,
 )
-from speed_competitors import REFERENCES, Competitor, check_scores, make_competitor
-from speed_report import megabytes, plot_bars, print_table, spread
 from torch import Tensor
 
 from mr_reward.training.losses import best_of_n_cross_entropy
@@ -52,13 +55,7 @@ _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 
 
 def make_trainable(shared: Shared, train: str, checkpointing: bool) -> None:
-    """Choose the weights that are trained; head and readout vectors always are.
-
-    Args:
-        shared: the weights.
-        train: `lora` or `full`.
-        checkpointing: compute activations again in the backward pass.
-    """
+    """Choose the weights that are trained; head and readout vectors always are."""
     if train == "lora":
         inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=_PROJECTIONS), shared.backbone)
     if checkpointing:
@@ -67,14 +64,7 @@ def make_trainable(shared: Shared, train: str, checkpointing: bool) -> None:
 
 
 def step(competitor: Competitor) -> tuple[Tensor, Tensor]:
-    """What is timed.
-
-    Args:
-        competitor: gives the scores.
-
-    Returns:
-        The scores, and the gradient of the summary vector; they say whether two competitors do the same.
-    """
+    """What is timed."""
     for weight in competitor.shared.parameters():
         weight.grad = None
     scores = competitor.scores()
@@ -83,39 +73,21 @@ def step(competitor: Competitor) -> tuple[Tensor, Tensor]:
     return scores.detach(), competitor.shared.readouts.summary.grad.clone()
 
 
-def build(cell: Cell, names: Sequence[str], checkpointing: bool, options: argparse.Namespace) -> dict[str, Competitor]:
-    """Competitors that share weights and tokens.
-
-    Args:
-        cell: the sizes.
-        names: of the competitors.
-        checkpointing: see `make_trainable`.
-        options: of the command line.
-
-    Returns:
-        The competitors by name.
-    """
-    shared = Shared.make(cell, torch.device(options.device), DTYPES[options.dtype], options.seed)
-    groups = draw_groups(cell, shared.full.config, ragged=options.lengths == "ragged", seed=options.seed)
-    make_trainable(shared, options.train, checkpointing)
-    competitors = {name: make_competitor(name, shared, groups) for name in names}
-    shared.full.train()  # a new reward model is in evaluation mode
+def build_trainable(
+    cell: Cell, names: Sequence[str], checkpointing: str, options: argparse.Namespace
+) -> dict[str, Competitor]:
+    """Competitors in training mode."""
+    change = functools.partial(make_trainable, train=options.train, checkpointing=checkpointing == "on")
+    competitors = build(cell, names, options, change)
+    competitors[names[0]].shared.full.train()  # a new reward model is in evaluation mode
     return competitors
 
 
 def memory_in_this_process(what: str, options: argparse.Namespace) -> dict[str, int]:
-    """Bytes that one step adds, gradients included.
-
-    Args:
-        what: cell, competitor, and `on` or `off`.
-        options: of the command line.
-
-    Returns:
-        The number as `bytes`.
-    """
+    """Bytes that one step adds, gradients included."""
     text, name, checkpointing = what.split("|")
     cell = Cell.parse(text)
-    competitor = build(cell, [name], checkpointing == "on", options)[name]
+    competitor = build_trainable(cell, [name], checkpointing, options)[name]
     shared = competitor.shared
     # A small step first: libraries set themselves up, and the model tests its attention.
     small = replace(cell, prompt_tokens=16, response_tokens=4, num_responses=2, num_groups=1)
@@ -128,17 +100,8 @@ def memory_in_this_process(what: str, options: argparse.Namespace) -> dict[str, 
 
 
 def measure(cell: Cell, checkpointing: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Times and memory of a cell.
-
-    Args:
-        cell: the sizes.
-        checkpointing: `on` or `off`.
-        options: of the command line.
-
-    Returns:
-        For the JSON document.
-    """
-    competitors = build(cell, COMPETITORS, checkpointing == "on", options)
+    """Times and memory of a cell."""
+    competitors = build_trainable(cell, COMPETITORS, checkpointing, options)
     dtype, checked = DTYPES[options.dtype], {}
 
     def check(outputs: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -152,13 +115,7 @@ def measure(cell: Cell, checkpointing: str, options: argparse.Namespace) -> dict
     found: dict[str, dict[str, Any]] = {}
     for name, seconds in timing.seconds.items():
         found[name] = {
-            "seconds": quartiles(seconds),
-            "runs": seconds,
-            "ratios": {
-                reference: quartiles(timing.ratios(name, reference))
-                for reference in REFERENCES
-                if reference in timing.seconds
-            },
+            **timing.entry(name, REFERENCES),
             "tokens_per_second": quartiles([needed / each for each in seconds]),
             "tokens": asdict(competitors[name].work),
         }
@@ -180,12 +137,7 @@ def measure(cell: Cell, checkpointing: str, options: argparse.Namespace) -> dict
 
 
 def print_cell(cell: Cell, result: dict[str, Any]) -> None:
-    """A table of a cell.
-
-    Args:
-        cell: the sizes.
-        result: of `measure`.
-    """
+    """A table of a cell."""
     rows = []
     for name, found in result["competitors"].items():
         ratios = [spread(found["ratios"].get(reference)) for reference in REFERENCES]
@@ -200,14 +152,7 @@ def print_cell(cell: Cell, result: dict[str, Any]) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line.
-
-    Args:
-        arguments: None for those of the process.
-
-    Returns:
-        The options.
-    """
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="quick")
     parser.add_argument("--cell", type=Cell.parse, action="append", help="instead of the preset; may be repeated")
