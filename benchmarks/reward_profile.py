@@ -66,9 +66,7 @@ def main() -> None:
     }
     outside = [1 - share for share in shares["forward"]]
     rows = [[part, spread(quartiles(own), 1, 100)] for part, own in {**shares, "outside the forward": outside}.items()]
-    print_table(
-        f"one MultiResponseReward call, {len(outside)} calls", ["part", "% of the call, median (quartiles)"], rows
-    )
+    print_table(f"one MultiResponseReward call, {len(outside)} calls", ["", "% of the call"], rows)
     medians = {part: quartiles(own)["median"] for part, own in shares.items()}
     finish({"shares": medians, "outside_forward": outside, "seconds": calls}, options)
 

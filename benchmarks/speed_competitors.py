@@ -298,12 +298,13 @@ def build(
     cell: Cell,
     names: Sequence[str],
     options: argparse.Namespace,
-    change: Callable[[Shared], None] = lambda shared: None,
+    change: Callable[[Shared], None] | None = None,
 ) -> dict[str, Competitor]:
     """Competitors that share weights, which `change` prepares, and tokens."""
     shared = Shared.make(cell, torch.device(options.device), DTYPES[options.dtype], options.seed)
     groups = draw_groups(cell, shared.full.config, ragged=options.lengths == "ragged", seed=options.seed)
-    change(shared)
+    if change is not None:
+        change(shared)
     return {name: make_competitor(name, shared, groups) for name in names}
 
 
