@@ -24,15 +24,17 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 from mr_reward.doctor import check_before_start, examine_recipe, may_start, show_findings
 from mr_reward.errors import ConfigurationError
-from mr_reward.runs.arguments import PolicyTrainingArguments
-from mr_reward.runs.figure import RunFigure
-from mr_reward.runs.recipe import PolicyArguments, load_prompts, make_reward, other_rewards, truths
+from mr_reward.runs.callbacks import PolicyValidation, RunFigure, WarningSigns
+from mr_reward.runs.recipe import (
+    PolicyArguments,
+    PolicyTrainingArguments,
+    load_prompts,
+    make_reward,
+    other_rewards,
+    truths,
+)
 from mr_reward.runs.resume import ContinuedEpochs, checkpoint_to_resume
-from mr_reward.runs.validation import PolicyValidation
-from mr_reward.runs.vllm_cpu import prepare_vllm_on_cpu
-from mr_reward.runs.vllm_images import send_single_placeholders
-from mr_reward.runs.vllm_server import check_vllm_server
-from mr_reward.runs.warning_signs import WarningSigns
+from mr_reward.runs.vllm import check_vllm_server, prepare_vllm_on_cpu, send_single_placeholders
 from mr_reward.training.saving import naming_a_full_disk
 from mr_reward.worlds.handwriting_policy import HandwritingArguments
 

@@ -17,10 +17,9 @@ from mr_reward.doctor.findings import Finding
 from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.groups import PlannedGroup, RolloutRow, plan_groups
-from mr_reward.runs.arguments import PolicyTrainingArguments
 from mr_reward.runs.launch import Launch
-from mr_reward.runs.recipe import PolicyArguments, first_prompts, other_rewards, unread_data
-from mr_reward.runs.vllm_server import check_vllm_server
+from mr_reward.runs.recipe import PolicyArguments, PolicyTrainingArguments, first_prompts, other_rewards, unread_data
+from mr_reward.runs.vllm import check_vllm_server
 
 __all__ = ["PlannedRun", "check_trainer", "group_map", "needed_packages", "planned_arguments"]
 

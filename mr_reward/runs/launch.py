@@ -17,21 +17,13 @@ __all__ = ["Launch", "read_environment", "read_launch"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """How a run is started.
+    """How a run is started."""
 
-    Args:
-        num_processes: in all, over all machines.
-        num_machines: machines.
-        zero_stage: DeepSpeed ZeRO stage; 0 without DeepSpeed.
-        offload: whether DeepSpeed moves the optimizer or the weights to the CPU.
-        fsdp: whether FSDP shards the model.
-    """
-
-    num_processes: int = 1
+    num_processes: int = 1  # in all, over all machines
     num_machines: int = 1
-    zero_stage: int = 0
-    offload: bool = False
-    fsdp: bool = False
+    zero_stage: int = 0  # of DeepSpeed; 0 without it
+    offload: bool = False  # whether DeepSpeed moves the optimizer or the weights to the CPU
+    fsdp: bool = False  # whether FSDP shards the model
 
     @property
     def num_local_processes(self) -> int:
@@ -40,20 +32,9 @@ class Launch:
 
 
 def read_launch(path: str | Path) -> Launch:
-    """Read an accelerate file.
+    """Read the YAML file that `accelerate launch --config_file` gets.
 
-    Args:
-        path: the YAML file that `accelerate launch --config_file` gets.
-
-    Returns:
-        What matters here.
-
-    Raises:
-        ConfigurationError: no such file, no accelerate file, or a ZeRO stage that does not exist.
-
-    Example:
-        >>> read_launch("configs/deepspeed/zero3.yaml").zero_stage  # doctest: +SKIP
-        3
+    By hand: accelerate's own reader takes anything as num_processes, and its errors name no file.
     """
     path = Path(path)
     try:
@@ -80,15 +61,7 @@ def read_launch(path: str | Path) -> Launch:
 
 
 def read_environment() -> Launch:
-    """What `accelerate launch` or `torchrun` has told this process.
-
-    Returns:
-        The launch of which this process is a part; a single process if there is none.
-
-    Example:
-        >>> read_environment().num_processes  # doctest: +SKIP
-        2
-    """
+    """The launch of which this process is a part, as `accelerate launch` or `torchrun` told it; else a single one."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(processes)))
     machines = max(1, processes // local)

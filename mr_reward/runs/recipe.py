@@ -23,9 +23,11 @@ from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
 from mr_reward.model.rows import OVER_LENGTH_POLICIES
 from mr_reward.scorers.offload import PLACEMENTS
 from mr_reward.scorers.opening import DTYPES
+from mr_reward.training.trainer import backend_for_deepspeed
 
 __all__ = [
     "PolicyArguments",
+    "PolicyTrainingArguments",
     "PromptSource",
     "first_prompts",
     "load_prompts",
@@ -46,6 +48,10 @@ class PromptSource:
             `seed` and `limit` (at most so many, or None); gives what `GRPOTrainer` takes.
         truths: reward functions that know what is right. They are logged with weight 0, unless `reward_weights` says
             otherwise: the policy does not learn from them.
+
+    Example:
+        >>> PromptSource(lambda arguments, **_: Dataset.from_list([{"prompt": "2 + 2?"}])).truths
+        ()
     """
 
     load: Callable[..., Dataset]
@@ -85,6 +91,13 @@ class PolicyArguments:
 
     Attributes:
         sources: the data sets that this recipe makes itself, by the name that `dataset` and `eval_dataset` give.
+
+    Raises:
+        ConfigurationError: a value that is not allowed.
+
+    Example:
+        >>> PolicyArguments(reward_model="rm", dataset="prompts.jsonl").reward
+        'centred'
     """
 
     sources: ClassVar[Mapping[str, PromptSource]] = {}
@@ -123,6 +136,28 @@ class PolicyArguments:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.log_groups_steps < 0:
             raise ConfigurationError(f"log_groups_steps is {self.log_groups_steps}, expected 0 for never, or more")
+
+
+@dataclass
+class PolicyTrainingArguments(GRPOConfig):
+    """`GRPOConfig`; under DeepSpeed on a machine without a GPU the processes find each other by themselves.
+
+    Args:
+        ddp_backend: None for the right one.
+
+    Raises:
+        ConfigurationError: `use_cpu` together with DeepSpeed.
+
+    Example:
+        >>> PolicyTrainingArguments("out", num_generations=8, bf16=False, use_cpu=True).num_generations
+        8
+    """
+
+    ddp_backend: str | None = field(default=None, metadata={"help": "gloo without a GPU if DeepSpeed runs"})
+
+    def __post_init__(self) -> None:
+        self.ddp_backend = backend_for_deepspeed(self.ddp_backend, use_cpu=self.use_cpu)
+        super().__post_init__()
 
 
 def load_prompts(

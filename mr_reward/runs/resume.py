@@ -1,6 +1,6 @@
-"""Going on after an interruption: what TRL (1.16) leaves out of a checkpoint, put back or told.
+"""Resuming after an interruption: what TRL (1.16) leaves out of a checkpoint, put back or told.
 
-A checkpoint holds weights, optimizer, schedule and random states, so a run goes on as if it had never stopped, with
+A checkpoint holds weights, optimizer, schedule and random states, so a resumed run is as if it had never stopped, with
 the same prompts, samples and rewards. Not in it: the order of prompts from the second epoch on (`ContinuedEpochs`),
 the completions between two generations (`checkpoint_to_resume` warns), and the random state inside vLLM, whose samples
 after a restart are others from the same distribution. `eval_on_start` evaluates again at each restart.
@@ -41,7 +41,7 @@ def checkpoint_to_resume(args: GRPOConfig) -> str | None:
     if args.save_strategy == "steps" and args.save_steps % period:
         logger.warning(
             "save_steps is %s, expected a multiple of %d: completions serve %d updates and are not part of a "
-            "checkpoint, so a run that goes on from between two generations draws them anew",
+            "checkpoint, so a run that is resumed between two generations draws them again",
             args.save_steps,
             period,
             period,
@@ -50,20 +50,13 @@ def checkpoint_to_resume(args: GRPOConfig) -> str | None:
 
 
 def updates_per_generation(args: GRPOConfig) -> int:
-    """How many optimizer updates one generation of completions serves, at least one.
-
-    Args:
-        args: of the run.
-
-    Returns:
-        The number of steps.
-    """
+    """How many optimizer updates one generation of completions serves, at least one."""
     batches = args.steps_per_generation * args.num_iterations
     return max(1, batches // args.gradient_accumulation_steps)
 
 
 class ContinuedEpochs(TrainerCallback):
-    """Lets a run that goes on in its second or a later epoch see the prompts in the order it would have seen.
+    """Lets a run that is resumed in its second or a later epoch see the prompts in the order it would have seen.
 
     TRL's sampler draws a new order each epoch from one generator, and after a restart it draws the first epoch's
     again. Here the orders of the finished epochs are drawn and thrown away. Does nothing in a run from the start.

@@ -27,9 +27,8 @@ from mr_reward import GroupScorer, MultiResponseRewardModel
 from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.doctor import check_before_start
 from mr_reward.errors import ConfigurationError
-from mr_reward.runs.arguments import PolicyTrainingArguments
 from mr_reward.runs.launch import Launch, read_environment, read_launch
-from mr_reward.runs.recipe import PolicyArguments, first_prompts
+from mr_reward.runs.recipe import PolicyArguments, PolicyTrainingArguments, first_prompts
 from mr_reward.serving import build_app
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting_policy import HandwritingArguments

@@ -20,7 +20,7 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.groups import GroupScores
 from mr_reward.grpo.group_log import GroupLog
 from mr_reward.grpo.telemetry import COLUMN_KEYS
-from mr_reward.runs.figure import RunFigure, plot_run
+from mr_reward.runs.callbacks import RunFigure, plot_run
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
 

@@ -13,8 +13,7 @@ from transformers.trainer_callback import TrainerControl
 from trl import GRPOConfig, GRPOTrainer
 
 from mr_reward import MultiResponseReward, MultiResponseRewardModel, ResponseGroup
-from mr_reward.runs.validation import PolicyValidation
-from mr_reward.runs.warning_signs import WarningSigns
+from mr_reward.runs.callbacks import PolicyValidation, WarningSigns
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
 from mr_reward.worlds.handwriting_policy import handwriting_accuracy

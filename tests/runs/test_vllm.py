@@ -13,8 +13,7 @@ import pytest
 
 from mr_reward import MultiResponseRewardModel
 from mr_reward.errors import ConfigurationError, GroupAssemblyError
-from mr_reward.runs.vllm_cpu import prepare_vllm_on_cpu
-from mr_reward.runs.vllm_images import collapse_image_tokens, send_single_placeholders
+from mr_reward.runs.vllm import collapse_image_tokens, prepare_vllm_on_cpu, send_single_placeholders
 from mr_reward.worlds import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +164,7 @@ def test_nothing_is_done_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_vllm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mr_reward.runs.vllm_cpu.find_spec", lambda name: None)
+    monkeypatch.setattr("mr_reward.runs.vllm.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match="use_vllm needs vLLM; install"):
         prepare_vllm_on_cpu()
 
@@ -181,7 +180,7 @@ def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         "vllm.model_executor.layers": SimpleNamespace(utils=utils),
     }.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("mr_reward.runs.vllm_cpu.find_spec", lambda name: object())
+    monkeypatch.setattr("mr_reward.runs.vllm.find_spec", lambda name: object())
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE"):
         monkeypatch.setenv(name, "0")
     with pytest.raises(ConfigurationError, match=r"takes \['layer', 'keep', 'more'\], expected"):

@@ -13,7 +13,7 @@ import pytest
 from trl import GRPOConfig
 
 from mr_reward.errors import ConfigurationError
-from mr_reward.runs.vllm_server import check_vllm_server, vllm_server_url
+from mr_reward.runs.vllm import check_vllm_server, vllm_server_url
 
 GOOD: dict[str, Any] = {
     "/health": "",

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mr_reward.grpo.telemetry import repeated_share
-from mr_reward.runs.warning_signs import WarningSigns
+from mr_reward.runs.callbacks import WarningSigns
 
 HEALTHY = {
     "mr_reward/score_mean": 0.1,

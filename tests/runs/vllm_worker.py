@@ -12,7 +12,7 @@ import torch
 from trl import ModelConfig, TrlParser
 from trl.generation.vllm_generation import VLLMGeneration
 
-from mr_reward.runs.arguments import PolicyTrainingArguments
+from mr_reward.runs.recipe import PolicyTrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "grpo_recipes"))
 import train_policy  # noqa: E402

@@ -1,0 +1,373 @@
+"""What watches a GRPO run: held-out prompts, early signs of reward hacking, and a figure at the end.
+
+The rollouts are the trainer's own (`eval_strategy`, `eval_dataset`), so validation works wherever training does: with
+vLLM, with ZeRO-3, on many ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mr_reward.data.jsonl import read_json_lines, write_json_lines
+from mr_reward.errors import ConfigurationError
+from mr_reward.evaluation.plots import plot_curves
+from mr_reward.groups import ResponseGroup
+from mr_reward.grpo.reward import MultiResponseReward
+
+__all__ = ["PolicyValidation", "RunFigure", "WarningSigns", "plot_run"]
+
+logger = logging.getLogger(__name__)
+
+# Panel of a figure -> the metrics it shows. One that was never logged leaves no trace.
+_TRAINING_PANELS = {
+    "score of the reward model": ("mr_reward/score_mean",),
+    "spread within groups": ("mr_reward/score_spread", "mr_reward/zero_spread_groups"),
+    "order": ("mr_reward/order_flip_rate",),
+    "length": ("mr_reward/score_length_correlation",),
+}
+_VALIDATION_PANELS = {
+    "score of the reward model": ("eval_mr_reward/score_mean",),
+    "within groups": ("eval_mr_reward/score_spread", "eval_mr_reward/score_length_correlation"),
+    "responses": ("eval_mr_reward/duplicate_responses", "eval_mr_reward/repeated_text"),
+}
+
+
+@dataclass
+class WarningSigns:
+    """Watches the logs of a GRPO run for what policies do when they play the reward model instead of the task.
+
+    Means over the last `window` logs are compared with fixed limits, or with the means of the first `window` logs. A
+    sign is told once, when it appears, and again only after it had been gone for `window` logs. None of them is a
+    proof: a policy that has become sure of itself repeats itself too. Look at the samples.
+
+    Args:
+        window: logs that a mean is taken over, and that have to have passed before anything is told.
+        length_correlation: limit of the within-group correlation of score and length.
+        length_growth: completions this many times as long as at the start.
+        spread_collapse: within-group spread of the scores below this share of the spread at the start.
+        zero_spread: share of groups whose scores are all equal.
+        repeated_text: share of a response that it has said before.
+        truths: further metrics, such as `rewards/handwriting_accuracy/mean`, that must not fall while the score rises.
+        fall: how far below its start such a metric may be, in its own units.
+
+    Example:
+        >>> signs = WarningSigns(window=1)
+        >>> signs.update({"mr_reward/score_spread": 1.0})
+        []
+        >>> signs.update({"mr_reward/score_spread": 0.01})[0][:32]
+        'the spread of the scores within '
+    """
+
+    window: int = 10
+    length_correlation: float = 0.6
+    length_growth: float = 2.0
+    spread_collapse: float = 0.2
+    zero_spread: float = 0.8
+    repeated_text: float = 0.5
+    truths: Sequence[str] = ()
+    fall: float = 0.05
+    _values: dict[str, list[float]] = field(default_factory=dict, init=False, repr=False)
+    _last_seen: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+    _count: int = field(default=0, init=False, repr=False)
+
+    def update(self, logs: Mapping[str, object]) -> list[str]:
+        """Take in one log of the trainer; the signs that are new, each a sentence that says what to look at."""
+        for key, value in logs.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                self._values.setdefault(key, []).append(float(value))
+        self._count += 1
+        new = []
+        for name, text in self._signs().items():
+            if name not in self._last_seen or self._count - self._last_seen[name] > self.window:
+                new.append(text)
+            self._last_seen[name] = self._count
+        return new
+
+    def _signs(self) -> dict[str, str]:
+        signs: dict[str, str] = {}
+        correlation = self._now("mr_reward/score_length_correlation")
+        if correlation is not None and correlation > self.length_correlation:
+            signs["length_correlation"] = (
+                f"scores follow length: within groups they correlate at {correlation:.2f} (limit "
+                f"{self.length_correlation}); check that longer is better here, and not only longer"
+            )
+        start, now = self._start("completions/mean_length"), self._now("completions/mean_length")
+        if start is not None and now is not None and now > self.length_growth * start:
+            signs["length_growth"] = (
+                f"completions have grown from {start:.0f} to {now:.0f} tokens in the mean; check that the reward "
+                "model does not pay for length"
+            )
+        start, now = self._start("mr_reward/score_spread"), self._now("mr_reward/score_spread")
+        if start is not None and now is not None and now < self.spread_collapse * start:
+            signs["spread_collapse"] = (
+                f"the spread of the scores within groups has fallen from {start:.3g} to {now:.3g}; GRPO divides by "
+                "it, so what is left may be noise. Either the policy is sure, or the reward model sees no difference"
+            )
+        zero = self._now("mr_reward/zero_spread_groups")
+        if zero is not None and zero > self.zero_spread:
+            signs["zero_spread"] = (
+                f"{zero:.0%} of the groups have equal scores throughout and teach nothing; raise the temperature, or "
+                "take harder prompts"
+            )
+        repeated = self._now("mr_reward/repeated_text")
+        if repeated is not None and repeated > self.repeated_text:
+            signs["repeated_text"] = f"{repeated:.0%} of the responses' text repeats itself; read the samples"
+        signs.update(self._falling_truths())
+        return signs
+
+    def _falling_truths(self) -> dict[str, str]:
+        start, now = self._start("mr_reward/score_mean"), self._now("mr_reward/score_mean")
+        if start is None or now is None or now <= start:
+            return {}
+        signs = {}
+        for key in self.truths:
+            before, after = self._start(key), self._now(key)
+            if before is not None and after is not None and after < before - self.fall:
+                signs[key] = (
+                    f"the mean score has risen from {start:.3g} to {now:.3g} while {key} has fallen from {before:.3g} "
+                    f"to {after:.3g}: the policy is winning against the reward model, not at the task"
+                )
+        return signs
+
+    def _start(self, key: str) -> float | None:
+        """Mean of the first window; None before a second one is full, or nothing could be compared with it."""
+        values = self._values.get(key, [])
+        return statistics.fmean(values[: self.window]) if len(values) >= 2 * self.window else None
+
+    def _now(self, key: str) -> float | None:
+        values = self._values.get(key, [])
+        return statistics.fmean(values[-self.window :]) if len(values) >= self.window else None
+
+
+class PolicyValidation(TrainerCallback):
+    """Writes `validation.jsonl`, `validation.png` and `samples.md` to a folder, and warns of reward hacking.
+
+    At each evaluation of the trainer: its `eval_` metrics (one line of `validation.jsonl`; the figure has a curve of
+    each, with the other reward functions, a verifiable one for instance, in a panel of their own), and a few groups
+    of the last evaluation batch with their responses from best to worst (`samples.md`, and a table in the terminal).
+    At each log of the training: `WarningSigns`, as warnings and in `warning_signs` of the next line. Only the main
+    process writes. A resumed run keeps its files; what was written after the checkpoint is written again.
+
+    Args:
+        reward: the reward function of the trainer; its last call is where the samples come from.
+        folder: where to write.
+        num_samples: groups to show at each evaluation.
+        signs: what to warn of; None for the defaults.
+        console: where the table goes; None for the terminal.
+
+    Raises:
+        ConfigurationError: matplotlib is missing.
+
+    Example:
+        ```python
+        validation = PolicyValidation(reward, "out")
+        trainer = GRPOTrainer(..., eval_dataset=held_out, callbacks=[validation])
+        ```
+    """
+
+    def __init__(
+        self,
+        reward: MultiResponseReward,
+        folder: str | Path,
+        *,
+        num_samples: int = 3,
+        signs: WarningSigns | None = None,
+        console: Console | None = None,
+    ) -> None:
+        if find_spec("matplotlib") is None:
+            raise ConfigurationError("the validation figure needs matplotlib; install mr-reward[eval]")
+        self.reward = reward
+        self.folder = Path(folder)
+        self.num_samples = num_samples
+        self.signs = signs if signs is not None else WarningSigns()
+        self.console = console if console is not None else Console()
+        self._pending: list[str] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep what an interrupted run had written up to the checkpoint, or begin with nothing."""
+        if state.is_world_process_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept = [record for record in self._read() if record["step"] <= state.global_step]
+            # A new run replaces what an older one left here.
+            write_json_lines(self._file, kept if state.global_step else [])
+            for logs in state.log_history:  # of the run that is resumed
+                self._pending.extend(self.signs.update(logs))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look for warning signs in the metrics of the training."""
+        if not state.is_world_process_zero or not logs or any(key.startswith("eval_") for key in logs):
+            return
+        for sign in self.signs.update(logs):
+            logger.warning("step %d, sign of reward hacking: %s", state.global_step, sign)
+            self._pending.append(sign)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write down this evaluation."""
+        if not state.is_world_process_zero:
+            return
+        logs = next((entry for entry in reversed(state.log_history) if "eval_mr_reward/score_mean" in entry), None)
+        if logs is None or logs["step"] != state.global_step:
+            return
+        metrics = {key: value for key, value in logs.items() if key.startswith("eval_")}
+        # The evaluation that ends an epoch may fall on a step that was evaluated already.
+        records = [record for record in self._read() if record["step"] != state.global_step]
+        records.append({"step": state.global_step, **metrics, "warning_signs": self._pending})
+        self._pending = []
+        write_json_lines(self._file, records)
+        self._plot(records)
+        self._show_samples(state.global_step)
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "validation.jsonl"
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self._file.is_file():
+            return []
+        return [record for _, record in read_json_lines(self._file)]
+
+    def _plot(self, records: Sequence[Mapping[str, Any]]) -> None:
+        others = sorted(
+            {
+                key
+                for record in records
+                for key in record
+                if key.startswith("eval_rewards/") and key.endswith("/mean") and self.reward.__name__ not in key
+            }
+        )
+        panels = _panels(records, {**_VALIDATION_PANELS, "other rewards": others}, "eval_", "mr_reward/")
+        if panels:
+            plot_curves(panels, self.folder / "validation.png", title="held-out prompts")
+
+    def _show_samples(self, step: int) -> None:
+        scored = [(found.group, found.scores) for found in self.reward.last_scored if found.scores is not None]
+        samples = scored[: self.num_samples]
+        table = Table("prompt", "score", "response", title=f"step {step}: rollouts for held-out prompts, best first")
+        lines = [f"# Step {step}: rollouts for held-out prompts, best first", ""]
+        for group, scores in samples:
+            ranked = sorted(zip(scores, group.responses, strict=True), key=lambda pair: -pair[0])
+            lines += ["```text", json.dumps(_prompt_text(group), ensure_ascii=False)]
+            for position, (score, response) in enumerate(ranked):
+                name = _shorten(_prompt_text(group), 60) if position == 0 else ""
+                table.add_row(_plain(name), f"{score:+.3f}", _plain(_shorten(response, 100)))
+                lines.append(f"{score:+9.3f}  {json.dumps(response, ensure_ascii=False)}")
+            lines += ["```", ""]
+            table.add_section()
+        # Lone surrogates, which a policy can write, have no UTF-8.
+        (self.folder / "samples.md").write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
+        self.console.print(table)
+
+
+class RunFigure(TrainerCallback):
+    """Writes `training.png` to a folder when training ends: rewards, spread, flips, correlation of score and length.
+
+    Only the main process writes. A resumed run shows the steps before the interruption too, from the checkpoint. The
+    figure needs matplotlib (the extra `eval`); without it a warning says so when training begins.
+
+    Args:
+        folder: where to write.
+
+    Example:
+        ```python
+        trainer = GRPOTrainer(..., callbacks=[RunFigure("out")])
+        ```
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.can_draw = find_spec("matplotlib") is not None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell what will be missing while there is time."""
+        if state.is_world_process_zero and not self.can_draw:
+            logger.warning("no matplotlib, so there will be no figure of the run; install mr-reward[eval]")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw what was logged."""
+        if state.is_world_process_zero and self.can_draw:
+            plot_run(state.log_history, self.folder / "training.png")
+
+
+def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> bool:
+    """Draw what a run has logged (`trainer.state.log_history`) as a PNG file; False if there was nothing to draw."""
+    rewards = sorted(
+        {key for entry in log_history for key in entry if key.startswith("rewards/") and key.endswith("/mean")}
+    )
+    shown = {"rewards": rewards, **_TRAINING_PANELS}
+    panels = _panels(log_history, shown, "rewards/", "mr_reward/", suffix="/mean")
+    if not panels:
+        logger.warning("nothing was logged, so there is no figure %s; set logging_steps", path)
+        return False
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_curves(panels, path, title="training", columns=3)
+    return True
+
+
+def _panels(
+    logs: Sequence[Mapping[str, Any]], shown: Mapping[str, Sequence[str]], *prefixes: str, suffix: str = ""
+) -> dict[str, dict[str, tuple[tuple[float, ...], tuple[float, ...]]]]:
+    """Title -> name of a curve -> its steps and values; what has no value is left out."""
+    panels = {}
+    for title, keys in shown.items():
+        curves = {}
+        for key in keys:
+            points = [(entry["step"], entry[key]) for entry in logs if _is_number(entry.get(key))]
+            if points:
+                name = key.removesuffix(suffix)
+                for prefix in prefixes:
+                    name = name.removeprefix(prefix)
+                steps, values = zip(*points, strict=True)
+                curves[name] = (steps, values)
+        if curves:
+            panels[title] = curves
+    return panels
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _prompt_text(group: ResponseGroup) -> str:
+    """The text of the last turn; media as a word."""
+    content = group.messages[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(block["text"] if block["type"] == "text" else f"({block['type']})" for block in content)
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _plain(text: str) -> Text:
+    """Text that the terminal shows as it is: no markup, no control characters."""
+    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text))
