@@ -378,15 +378,16 @@ class GroupScorer:
             for slot, score, was_cut in zip(order, scores, cut, strict=True):
                 over_orders[slot].append(score)
                 truncated[slot] |= was_cut
+        means = [scores[0] if len(scores) == 1 else statistics.fmean(scores) for scores in over_orders]
         slots = [unique.index(response) for response in group.responses]
         by_order = list(zip(*over_orders, strict=True))
         flip_rate = None if self.packer.layout == "causal" else 0.0
         if len(by_order) > 1:
             flip_rate = order_flip_rate(by_order[1:], [by_order[0]] * (len(by_order) - 1))
         return GroupScores(
-            scores=tuple(statistics.fmean(over_orders[slot]) for slot in slots),
+            scores=tuple(means[slot] for slot in slots),
             truncated=tuple(truncated[slot] for slot in slots),
-            order_spread=statistics.fmean(map(statistics.pstdev, over_orders)),
+            order_spread=0.0 if len(passes) == 1 else statistics.fmean(map(statistics.pstdev, over_orders)),
             order_flip_rate=flip_rate,
         )
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mr_reward.errors import MediaError
 
-__all__ = ["load_image"]
+__all__ = ["DecodedImages", "load_image"]
 
 # What Pillow's decoders raise for damaged files; its own limits on unpacked data are ValueErrors.
 _DECODER_ERRORS = (
@@ -36,7 +36,7 @@ def load_image(source: Any) -> Image.Image:
         source: PIL image, path, encoded bytes, or a row of `datasets` (`{"bytes": ..., "path": ...}`).
 
     Returns:
-        An RGB image.
+        An RGB image: the one given, if it is upright and RGB already.
 
     Raises:
         MediaError: missing, unreadable, truncated or of an unknown type. URLs are not fetched.
@@ -65,6 +65,25 @@ def load_image(source: Any) -> Image.Image:
     raise MediaError(f"an image is {type(source).__name__}, expected a PIL image, a path or encoded bytes")
 
 
+class DecodedImages:
+    """`load_image` that decodes an object, or a path or bytes that it has met, once: for one call and no longer.
+
+    What is given has to live, and its file to stay as it is, as long as this does.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Image.Image] = {}
+
+    def __call__(self, source: Any) -> Image.Image:
+        """The image."""
+        if isinstance(source, dict):
+            source = source.get("bytes") or source.get("path") or source
+        key = source if isinstance(source, str | bytes | Path) else id(source)
+        if key not in self._known:
+            self._known[key] = load_image(source)
+        return self._known[key]
+
+
 def _decode(content: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(BytesIO(content))
@@ -77,12 +96,14 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     if not image.width or not image.height:
         raise MediaError(f"image {name} has no pixels; replace or remove it")
     try:
-        image = ImageOps.exif_transpose(image)
+        image.load()  # a truncated file shows only when its pixels are read
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # convert() would make everything above 255 white
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except _DECODER_ERRORS as error:  # a truncated file shows only when its pixels are read
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except _DECODER_ERRORS as error:
         raise MediaError(f"image {name} cannot be read ({error}); replace or remove it") from error

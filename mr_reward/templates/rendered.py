@@ -106,5 +106,8 @@ class RenderedGroup:
         return (
             torch.equal(self.prompt_ids, other.prompt_ids)
             and self.media.keys() == other.media.keys()
-            and all(torch.equal(tensor, other.media[name]) for name, tensor in self.media.items())
+            and all(
+                tensor is other.media[name] or torch.equal(tensor, other.media[name])
+                for name, tensor in self.media.items()
+            )
         )

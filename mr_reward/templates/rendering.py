@@ -26,7 +26,7 @@ from torch import Tensor
 from mr_reward.backbones.base import BackboneAdapter, TextAdapter
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError
 from mr_reward.groups import ResponseGroup
-from mr_reward.templates.images import load_image
+from mr_reward.templates.images import DecodedImages, load_image
 from mr_reward.templates.rendered import GLUE, Joiner, RenderedGroup
 from mr_reward.templates.tokens import TextEncoder, encodable
 
@@ -167,29 +167,31 @@ class Renderer:
         """
         if len(groups) == 1 or self.template in JOINED_TEMPLATES or any(group.videos for group in groups):
             return [self.render(group) for group in groups]
+        # Groups with one prompt, as the same objects, are one chat.
+        places: dict[Any, int] = {}
+        index = [places.setdefault((repr(group.messages), *map(id, group.images)), len(places)) for group in groups]
+        prompts = [groups[index.index(place)] for place in range(len(places))]
+        load = DecodedImages()
         try:
-            chats = [self._load_messages(group, group.messages) for group in groups]
+            chats = [self._load_messages(group, group.messages, load) for group in prompts]
             found = self.processor.apply_chat_template(chats, **_PROMPT_OPTIONS, add_generation_prompt=True)
         except (MRRewardError, ValueError, TemplateError):
             return [self.render(group) for group in groups]  # the one at fault says so under its name
         media = {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
-        lengths = [group.num_responses for group in groups]
-        num_images = [len(group.images) for group in groups]
+        num_images = [len(group.images) for group in prompts]
+        own = self.adapter.split_media(media, num_images) if media else [{}] * len(prompts)
+        no_types: list[None] = [None] * len(prompts)
+        ids = [torch.tensor(ids) for ids in found["input_ids"]]
+        types = [None if own is None else torch.tensor(own) for own in found.get("mm_token_type_ids", no_types)]
         responses = iter(self.encode_text.encode_all([text for group in groups for text in group.responses]))
-        token_types = found.get("mm_token_type_ids", [None] * len(groups))
         return [
-            _rendered(
-                {"input_ids": torch.tensor([ids]), **own}
-                | ({} if types is None else {"mm_token_type_ids": torch.tensor([types])}),
-                [next(responses) for _ in range(length)],
+            RenderedGroup(
+                prompt_ids=ids[place],
+                response_ids=[next(responses) for _ in group.responses],
+                media=dict(own[place]),
+                mm_token_type_ids=types[place],
             )
-            for ids, types, own, length in zip(
-                found["input_ids"],
-                token_types,
-                self.adapter.split_media(media, num_images) if media else [{}] * len(groups),
-                lengths,
-                strict=True,
-            )
+            for place, group in zip(index, groups, strict=True)
         ]
 
     def _render_joined(self, group: ResponseGroup) -> RenderedGroup:
@@ -265,7 +267,9 @@ class Renderer:
             )
         return index
 
-    def _load_messages(self, group: ResponseGroup, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _load_messages(
+        self, group: ResponseGroup, messages: list[dict[str, Any]], load: Callable[[Any], Any] = load_image
+    ) -> list[dict[str, Any]]:
         """The chat as the processor takes it, with the group's media in it."""
         if not self.sees_images:
             if group.images or group.videos:
@@ -281,7 +285,7 @@ class Renderer:
         return [
             {
                 **message,
-                "content": [self._load_block(block, images, videos, group.name) for block in message["content"]],
+                "content": [self._load_block(block, images, videos, group.name, load) for block in message["content"]],
             }
             for message in messages
         ]
@@ -327,13 +331,15 @@ class Renderer:
         return tensors
 
     @staticmethod
-    def _load_block(block: dict[str, Any], images: Any, videos: Any, name: str) -> dict[str, Any]:
+    def _load_block(
+        block: dict[str, Any], images: Any, videos: Any, name: str, load: Callable[[Any], Any]
+    ) -> dict[str, Any]:
         if block["type"] == "text":
             return {"type": "text", "text": encodable(block["text"])}
         try:
             if block["type"] == "image":
-                return {"type": "image", "image": load_image(next(images))}
-            return {"type": "video", "video": [load_image(frame) for frame in next(videos)]}
+                return {"type": "image", "image": load(next(images))}
+            return {"type": "video", "video": [load(frame) for frame in next(videos)]}
         except MediaError as error:
             raise MediaError(f"{name}: {error}") from error
 

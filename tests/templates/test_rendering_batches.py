@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from tiny_models import FAMILIES, family, random_group, random_text
+from tiny_models import FAMILIES, family, random_group, random_image, random_text
 
 from mr_reward import ResponseGroup
 from mr_reward.errors import MediaError
+from mr_reward.templates import images
 from mr_reward.templates.rendered import RenderedGroup
 from mr_reward.templates.tokens import TextEncoder
 
@@ -65,3 +67,31 @@ def test_encoding_together_equals_encoding_alone(name: str) -> None:
     assert encode.encode_all(texts) == [encode(text) for text in texts]
     assert encode.encode_all([]) == []
     assert not any(index in encode.control_tokens for ids in encode.encode_all(texts) for index in ids)
+
+
+def test_a_prompt_of_several_groups_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image object in several groups is decoded once, and one prompt is one chat for the processor."""
+    renderer = family("qwen3_vl").renderer()
+    image = random_image(random.Random(0))
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which?"}]}]
+    other = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
+    groups = [
+        ResponseGroup(prompt=messages, responses=[f"{i}", "b"], images=[image])
+        for i, messages in enumerate([prompt, other, prompt, prompt])
+    ]
+    expected = [renderer.render(group) for group in groups]
+    decoded: list[Any] = []
+    chats: list[int] = []
+    load = images.load_image
+    monkeypatch.setattr(images, "load_image", lambda source: decoded.append(source) or load(source))
+    template = renderer.processor.apply_chat_template
+
+    def counted(messages: Any, **options: Any) -> Any:
+        chats.append(len(messages))
+        return template(messages, **options)
+
+    monkeypatch.setattr(renderer.processor, "apply_chat_template", counted)
+    found = renderer.render_all(groups)
+    assert len(decoded) == 1 and chats == [2]
+    for one, two in zip(found, expected, strict=True):
+        assert one.has_prompt_of(two) and one.response_ids == two.response_ids
