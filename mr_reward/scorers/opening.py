@@ -13,7 +13,6 @@ from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.checkpoint.zero3 import outside_zero3, partitioned_weights
 from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.groups import Scorer
-from mr_reward.model.memory import measure_reward_memory
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.scorer import GroupScorer
 from mr_reward.scorers.offload import PLACEMENTS, OffloadedScorer
@@ -158,13 +157,7 @@ def _check_loaded(model: MultiResponseRewardModel, attn_implementation: str | No
 
 
 def _tell_memory(scorer: GroupScorer, target: torch.device, placement: str) -> None:
-    backbone = scorer.model.backbone
-    need = measure_reward_memory(
-        backbone,
-        dtype=backbone.dtype,
-        max_tokens=scorer.max_tokens_per_batch,
-        dense_mask=scorer.model.config.layout != "causal",
-    )
+    need = scorer.memory(device=target)
     logger.info(
         "reward model: %.2f GB of weights %s %s, and about %.2f GB more in a forward pass of %d tokens",
         need.weights / 1e9,

@@ -15,8 +15,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3VLConfig
 
-from mr_reward import GroupScorer, MultiResponseRewardModel
-from mr_reward.model.memory import estimate_reward_memory, measure_reward_memory
+from mr_reward import GroupScorer, MultiResponseRewardConfig, MultiResponseRewardModel
 from mr_reward.scorers.opening import open_scorer
 from mr_reward.worlds import tiny
 
@@ -26,8 +25,9 @@ def size_of(model: nn.Module) -> int:
 
 
 def test_weights_of_a_four_billion_model() -> None:
-    config = Qwen3VLConfig(**QWEN3_VL_4B)
-    reward = estimate_reward_memory(config, dtype=torch.bfloat16, max_tokens=16384)
+    config = MultiResponseRewardConfig(backbone_config=Qwen3VLConfig(**QWEN3_VL_4B))
+    model = MultiResponseRewardModel.without_weights(config)
+    reward = model.memory(16384, device="cuda", dtype=torch.bfloat16)
     assert 8.7e9 < reward.weights < 9.1e9
 
 
@@ -35,9 +35,10 @@ def test_weights_of_a_four_billion_model() -> None:
 def test_weights_as_counted(dtype: torch.dtype) -> None:
     model = reward_model("qwen3_vl", fresh=True)
     model.backbone.to(dtype)
-    reward = estimate_reward_memory(model.config, dtype=dtype, max_tokens=10)
-    assert reward.weights == size_of(model.backbone)
-    assert reward == measure_reward_memory(model.backbone, dtype=dtype, max_tokens=10)
+    beside = (sum(weight.numel() for weight in model.parameters()) - model.backbone.num_parameters()) * dtype.itemsize
+    reward = model.memory(10, device="cpu", dtype=dtype)
+    assert reward.weights == size_of(model.backbone) + beside
+    assert reward == MultiResponseRewardModel.without_weights(model.config).memory(10, device="cpu", dtype=dtype)
 
 
 def peak_of(scorer: GroupScorer, groups: list[Any]) -> int:
@@ -58,9 +59,7 @@ def test_activations_as_measured(layout: str) -> None:
     scorer = GroupScorer(model, max_tokens_per_batch=4096)
     row = scorer.packer.pack(group)
     assert row is not None and row.num_tokens > 700
-    expected = estimate_reward_memory(
-        model.config, dtype=torch.float32, max_tokens=row.num_tokens, dense_mask=layout != "causal"
-    )
+    expected = model.memory(row.num_tokens, device="cpu", dtype=torch.float32)
     scorer.score_detailed([group])  # what is made once
     peak = peak_of(scorer, [group])
     assert 0.5 < peak / expected.activations < 2, (peak, expected.activations)
@@ -71,5 +70,5 @@ def test_the_estimate_is_told(caplog: pytest.LogCaptureFixture) -> None:
         open_scorer(reward_model("llama"), device="cpu", max_tokens_per_batch=2048)
         open_scorer(reward_model("llama"), device="cpu", placement="offload")
     told = [record.getMessage() for record in caplog.records if "GB of weights" in record.getMessage()]
-    assert "GB of weights on cpu, and about 0.02 GB more in a forward pass of 2048 tokens" in told[0]
+    assert "GB of weights on cpu, and about 0.01 GB more in a forward pass of 2048 tokens" in told[0]
     assert "on the CPU, in calls also on cpu" in told[1]
