@@ -211,20 +211,6 @@ def ranking_metrics(
 ) -> dict[str, float]:
     """All metrics of ranked groups, under fixed keys.
 
-    Args:
-        scores: B sequences of N floats, higher is better.
-        rankings: B sequences of N whole numbers from 1 on, 1 = best, ties share a rank.
-        lengths: B sequences of N lengths, for `score_length_correlation`.
-        reordered: scores of another order of the responses, put back into that of `scores`, for `order_flip_rate`.
-
-    Returns:
-        best_of_n_accuracy, pairwise_accuracy, kendall_tau_b, ndcg, pairwise_calibration_error, mean_score_spread, and
-        score_length_correlation and order_flip_rate where asked; NaN where the function of that name gives it.
-
-    Raises:
-        ConfigurationError: the numbers of groups or responses differ, or a rank is not one.
-        NonFiniteScoreError: a score is NaN or infinite.
-
     Example:
         >>> ranking_metrics([[1.0, -1.0]], [[1, 2]])["kendall_tau_b"]
         1.0

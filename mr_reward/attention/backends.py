@@ -56,33 +56,14 @@ def check_backend(layout: str, backend: str | None, media_blocks: bool = False) 
 
 
 def is_flat(backend: str | None) -> bool:
-    """Whether the backend reads all rows of a batch end to end in one row without padding.
-
-    Args:
-        backend: transformers' `attn_implementation`.
-
-    Returns:
-        True if `flat_arguments` knows it, False if it takes padded rows and `attention_mask`.
-    """
+    """Whether the backend reads all rows of a batch end to end in one row without padding."""
     return backend not in _DENSE
 
 
 def flat_arguments(
     layout: str, backend: str | None, plan: GroupPlan, segments: Tensor, kinds: Tensor, blocks: Tensor | None = None
 ) -> dict[str, Any]:
-    """The attention arguments of the backbone's forward for rows that lie end to end in one row without padding.
-
-    Args:
-        layout: `causal`, `isolated` or `set`.
-        backend: one for which `is_flat`.
-        plan: of the batch.
-        segments: (B, L) int64.
-        kinds: (B, L) int64.
-        blocks: (B, L) int64 or None, see `mr_reward.layouts.visible`.
-
-    Returns:
-        Keyword arguments.
-    """
+    """The attention arguments of the backbone's forward for rows that lie end to end in one row without padding."""
     if backend == GROUP_ATTENTION:
         # The mask only stops transformers from making one: it passes one of four dimensions on as it is.
         return {"group_plan": plan, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=segments.device)}
@@ -128,20 +109,7 @@ def attention_mask(
     dtype: torch.dtype,
     blocks: Tensor | None = None,
 ) -> Tensor:
-    """The mask argument for the backbone's forward.
-
-    Args:
-        layout: `causal`, `isolated` or `set`.
-        backend: transformers' `attn_implementation` of the backbone.
-        segments: (B, L) int64.
-        kinds: (B, L) int64.
-        dtype: of the hidden states; eager attention adds the mask to its logits.
-        blocks: (B, L) int64 or None, see `mr_reward.layouts.visible`.
-
-    Returns:
-        For `causal` a padding mask (B, L) int64; causality and blocks are the backbone's own. Otherwise (B, 1, L, L),
-        additive for eager and boolean for all others; transformers passes a 4-D mask on as it is.
-    """
+    """The mask argument for the backbone's forward."""
     if layout == "causal":
         return (segments != PADDING_SEGMENT).long()
     mask = visible(layout, segments, kinds, blocks)[:, None]

@@ -50,25 +50,7 @@ def group_attention(
     group_plan: GroupPlan | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' attention functions.
-
-    Args:
-        module: the attention layer.
-        query: (1, h, T, d).
-        key: (1, h', T, d).
-        value: like `key`.
-        attention_mask: used without a plan only; the plan says it all.
-        scaling: of the logits.
-        dropout: of attention; 0.
-        group_plan: where everything is.
-        **options: what else the layer says.
-
-    Returns:
-        (1, T, h, d), and no weights.
-
-    Raises:
-        BackendError: the layer wants something that this attention cannot do.
-    """
+    """As transformers' attention functions."""
     # A vision tower is handed the plan of the row too, and is none of its business.
     if group_plan is None or not getattr(module, "is_causal", True):
         return sdpa_attention_forward(

@@ -21,70 +21,42 @@ __all__ = ["Block", "Cached", "Exchange", "GroupPlan"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Exchange:
-    """The comparison tokens and the summaries they see beside their own.
+    """The comparison tokens and the summaries they see beside their own."""
 
-    Args:
-        comparisons: (G * N,) int64 sites of queries; any site in empty slots.
-        summaries: (G * S,) int64 sites of keys.
-        bias: (G, 1, 1, N, S) float32 to add to the logits: 0 where a comparison sees a summary, else -inf.
-        real: int64 places of the real slots among the G * N; None if all are.
-        sites: int64 sites of the real comparisons.
-    """
-
-    comparisons: Tensor
-    summaries: Tensor
-    bias: Tensor
-    real: Tensor | None
-    sites: Tensor
+    comparisons: Tensor  # (G * N,) int64 sites of queries; any site in empty slots
+    summaries: Tensor  # (G * S,) int64 sites of keys
+    bias: Tensor  # (G, 1, 1, N, S) float32 to add to the logits: 0 where a comparison sees a summary, else -inf
+    real: Tensor | None  # int64 places of the real slots among the G * N; None if all are
+    sites: Tensor  # int64 sites of the real comparisons
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """A prompt in which some tokens see each other in both directions.
+    """A prompt in which some tokens see each other in both directions."""
 
-    Args:
-        start: first token.
-        mask: (P, P) bool.
-    """
-
-    start: int
-    mask: Tensor
+    start: int  # first token
+    mask: Tensor  # (P, P) bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cached:
-    """Keys that stand before those of the row: a prompt that all its responses see, and summaries of other chunks.
+    """Keys that stand before those of the row: a prompt that all its responses see, and summaries of other chunks."""
 
-    Args:
-        prompt: P, tokens of the prompt; the rows themselves have none.
-        summaries: S, summaries of all responses of the group that the row is a chunk of; 0 if it is no chunk.
-        first: place of the row's first response in that group.
-    """
-
-    prompt: int = 0
-    summaries: int = 0
-    first: int = 0
+    prompt: int = 0  # P, tokens of the prompt; the rows themselves have none
+    summaries: int = 0  # S, summaries of all responses of the group that the row is a chunk of; 0 if it is no chunk
+    first: int = 0  # place of the row's first response in that group
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupPlan:
-    """Where everything is in a row of T tokens that holds all rows of a batch, made once for all layers.
+    """Where everything is in a row of T tokens that holds all rows of a batch, made once for all layers."""
 
-    Args:
-        tokens: (T,) int64, the tokens that are not padding as places in the flattened batch.
-        row_lengths: B numbers of tokens.
-        own: each prompt and each response, causally.
-        prompts: the responses of each prompt and the prompt they see.
-        exchange: for `set`.
-        blocks: prompts with media blocks.
-    """
-
-    tokens: Tensor
-    row_lengths: tuple[int, ...]
-    own: Ragged
-    prompts: Ragged
-    exchange: Exchange | None
-    blocks: tuple[Block, ...]
+    tokens: Tensor  # (T,) int64, the tokens that are not padding as places in the flattened batch
+    row_lengths: tuple[int, ...]  # B numbers of tokens
+    own: Ragged  # each prompt and each response, causally
+    prompts: Ragged  # the responses of each prompt and the prompt they see
+    exchange: Exchange | None  # for `set`
+    blocks: tuple[Block, ...]  # prompts with media blocks
 
     @classmethod
     def of(
@@ -96,23 +68,7 @@ class GroupPlan:
         device: torch.device | None = None,
         cached: Cached = Cached(),
     ) -> GroupPlan:
-        """Read the structure off a batch. On a GPU that waits for it, so give tensors that are still on the CPU.
-
-        Args:
-            layout: `causal`, `isolated` or `set`.
-            segments: (B, L) int64, see `mr_reward.layouts`.
-            kinds: (B, L) int64.
-            blocks: (B, L) int64 or None, see `mr_reward.layouts.visible`.
-            device: of the plan's tensors; None for that of `segments`.
-            cached: keys before those of the rows.
-
-        Returns:
-            The plan.
-
-        Raises:
-            ConfigurationError: the tokens of a segment do not lie side by side.
-            BackendError: a device without a kernel.
-        """
+        """Read the structure off a batch. On a GPU that waits for it, so give tensors that are still on the CPU."""
         device = segments.device if device is None else device
         segments, kinds = segments.cpu(), kinds.cpu()
         tokens = (segments != PADDING_SEGMENT).flatten().nonzero()[:, 0]

@@ -30,74 +30,41 @@ _MIN_RUN = 4
 
 @dataclass(frozen=True, slots=True)
 class RaggedSequence:
-    """Queries that lie side by side and the keys they see, which lie side by side too.
+    """Queries that lie side by side and the keys they see, which lie side by side too."""
 
-    Args:
-        query: first query.
-        num_queries: how many.
-        key: first key.
-        num_keys: how many; as many as queries if the attention is causal.
-    """
-
-    query: int
-    num_queries: int
-    key: int
-    num_keys: int
+    query: int  # first query
+    num_queries: int  # how many
+    key: int  # first key
+    num_keys: int  # how many; as many as queries if the attention is causal
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Piece:
-    """One call of the CPU kernel: `count` sequences as a batch.
+    """One call of the CPU kernel: `count` sequences as a batch."""
 
-    Args:
-        first: the first of the sequences; the others follow it without a gap, unless `gather` is given.
-        count: S.
-        gather: (S * longest,) int64 sites of the queries relative to the row, padded with a sequence's last one.
-        shift: from the site of a query to that of its own key; for `gather` only.
-        real: int64 places in `gather` that are not padding.
-        sites: int64 sites of the queries at `real`.
-    """
-
-    first: RaggedSequence
-    count: int
+    first: RaggedSequence  # the first of the sequences; the others follow it without a gap, unless `gather` is given
+    count: int  # S
+    # (S * longest,) int64 sites of the queries relative to the row, padded with a sequence's last one
     gather: Tensor | None = None
-    shift: int = 0
-    real: Tensor | None = None
-    sites: Tensor | None = None
+    shift: int = 0  # from the site of a query to that of its own key; for `gather` only
+    real: Tensor | None = None  # int64 places in `gather` that are not padding
+    sites: Tensor | None = None  # int64 sites of the queries at `real`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lengths:
-    """What the variable-length kernel of CUDA is told.
+    """What the variable-length kernel of CUDA is told."""
 
-    Args:
-        queries: int64 sites of the queries of all sequences, in order.
-        keys: int64 sites of the keys.
-        query_starts: (S + 1,) int32.
-        key_starts: (S + 1,) int32.
-        max_queries: of a sequence.
-        max_keys: of a sequence.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    query_starts: Tensor
-    key_starts: Tensor
-    max_queries: int
-    max_keys: int
+    queries: Tensor  # int64 sites of the queries of all sequences, in order
+    keys: Tensor  # int64 sites of the keys
+    query_starts: Tensor  # (S + 1,) int32
+    key_starts: Tensor  # (S + 1,) int32
+    max_queries: int  # of a sequence
+    max_keys: int  # of a sequence
 
 
 class Ragged:
-    """Sequences, prepared once for all layers.
-
-    Args:
-        sequences: in the order of the row; those without queries or keys are left out.
-        causal: each query sees the keys up to its own place; otherwise all keys of its sequence.
-        device: of the tensors to come.
-
-    Raises:
-        BackendError: a device without a kernel.
-    """
+    """Sequences, prepared once for all layers."""
 
     def __init__(self, sequences: Sequence[RaggedSequence], causal: bool, device: torch.device) -> None:
         if device.type not in ("cpu", "cuda"):
@@ -119,32 +86,15 @@ class Ragged:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """What some queries found among some keys.
+    """What some queries found among some keys."""
 
-    Args:
-        sites: of the queries in the row.
-        out: (n, h, d).
-        lse: (n, h) float32 or float64.
-    """
-
-    sites: slice | Tensor
-    out: Tensor
-    lse: Tensor
+    sites: slice | Tensor  # of the queries in the row
+    out: Tensor  # (n, h, d)
+    lse: Tensor  # (n, h) float32 or float64
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, ragged: Ragged, scale: float | None) -> Iterator[Part]:
-    """Attention of each sequence.
-
-    Args:
-        query: (T, h, d).
-        key: (T', h', d), where h is a multiple of h'.
-        value: like `key`.
-        ragged: which queries see which keys.
-        scale: of the logits; None for 1 / sqrt(d).
-
-    Yields:
-        What the queries of the sequences found; each query once.
-    """
+    """Attention of each sequence."""
     for piece in ragged.pieces:
         parts = [_take(states, piece, is_query=i == 0) for i, states in enumerate((query, key, value))]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, ragged.causal, scale=scale)
@@ -184,18 +134,6 @@ def gradients(
 
     Given the merged output and its log-sum-exp, the kernel's backward gives what this part contributes: its
     probabilities are exp(logit - lse), whichever keys the sum ran over (as in ring attention, arXiv 2310.01889).
-
-    Args:
-        grad: (T, h, d), of the merged output.
-        states: query, key and value as in `attend`.
-        out: (T, h, d), merged.
-        lse: (T, h), merged.
-        ragged: the part.
-        scale: as in `attend`.
-        grads: of query, key and value, added to in place.
-
-    Raises:
-        BackendError: not on a CPU.
     """
     if ragged.lengths is not None:
         raise BackendError(

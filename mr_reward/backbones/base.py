@@ -64,12 +64,6 @@ def concatenate_media(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
     Right for tensors that hold one entry per image, patch or frame; wrong for tensors that count within a row.
 
-    Args:
-        rows: tensors by name; a row without media is empty.
-
-    Returns:
-        Tensors by name.
-
     Example:
         >>> concatenate_media([{"pixel_values": torch.zeros(2, 5)}, {}, {"pixel_values": torch.zeros(1, 5)}])[
         ...     "pixel_values"
@@ -82,13 +76,6 @@ def concatenate_media(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def different_pictures(pictures: Sequence[Tensor], grids: Tensor) -> tuple[list[Tensor], list[int]]:
     """Find the pictures that several rows of a batch show, so that the vision tower encodes them once.
-
-    Args:
-        pictures: pixels of each image or video of the batch.
-        grids: (pictures, axes) int64, how its patches lie; the same pixels in another grid are another picture.
-
-    Returns:
-        The different ones in the order of their first appearance, and for each picture which of them it is.
 
     Example:
         >>> different_pictures([torch.ones(2), torch.zeros(2), torch.ones(2)], torch.ones(3, 3))[1]
@@ -113,16 +100,7 @@ def different_pictures(pictures: Sequence[Tensor], grids: Tensor) -> tuple[list[
 
 
 def continue_positions(prompt_positions: Tensor, segments: Tensor, offsets: Tensor) -> Tensor:
-    """Keep the prompt's positions and let each response count on from the end of the prompt.
-
-    Args:
-        prompt_positions: (..., B, L) int64, right at the prompt's tokens, anything elsewhere.
-        segments: (B, L) int64.
-        offsets: (B, L) int64, from the layout.
-
-    Returns:
-        (..., B, L) int64, 0 at padding.
-    """
+    """Keep the prompt's positions and let each response count on from the end of the prompt."""
     prompt = segments == PROMPT_SEGMENT
     in_prompt = prompt_positions.masked_fill(~prompt, -1)
     # M-RoPE: text after an image goes on from the largest position of all three axes.

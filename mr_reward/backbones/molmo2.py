@@ -52,20 +52,18 @@ class Molmo2Adapter(TextAdapter):
     def merge_media(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Images and videos of all rows as images, in the order of the rows, in which their tokens are filled.
 
-        Args:
-            rows: what the processor makes of each prompt. Legend: C crops or frames, V patches of each, T media
-                tokens, W patches that a token pools.
+        What the processor makes of each prompt (C crops or frames, V patches of each, T media tokens, W patches that a
+        token pools):
 
-                - `pixel_values` or `pixel_values_videos` (C, V, pixels of a patch)
-                - `image_token_pooling` or `video_token_pooling` (T, W) int64, indices into the C * V patches of this
-                  prompt, -1 for none; W differs between images and videos
-                - `image_grids` (images, 4), rows and columns of the low- and of the high-resolution view in tokens, or
-                  `video_grids` (videos, 3), frames, rows and columns
-                - `image_num_crops` (images,), of videos the frames
+        - `pixel_values` or `pixel_values_videos` (C, V, pixels of a patch)
+        - `image_token_pooling` or `video_token_pooling` (T, W) int64, indices into the C * V patches of this
+          prompt, -1 for none; W differs between images and videos
+        - `image_grids` (images, 4), rows and columns of the low- and of the high-resolution view in tokens, or
+          `video_grids` (videos, 3), frames, rows and columns
+        - `image_num_crops` (images,), of videos the frames
 
-        Returns:
-            `pixel_values` (each picture once), `image_token_pooling` (with indices into the patches of the batch; the
-            tokens of a picture that is shown again point at the patches that are there) and `image_grids`.
+        What comes out: `pixel_values` (each picture once), `image_token_pooling` (with indices into the patches of the
+        batch; the tokens of a picture that is shown again point at the patches that are there) and `image_grids`.
         """
         rows = [_as_images(row) for row in rows if row]
         if not rows:

@@ -32,14 +32,10 @@ class QwenVLAdapter(TextAdapter):
     def merge_media(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Concatenated by name, the pixels of each picture once.
 
-        Args:
-            rows: what the processor makes of each prompt. `pixel_values` and `pixel_values_videos` hold the patches of
-                one picture after the other.
-
-        Returns:
-            Tensors by name; where a picture is shown more than once, also `image_index` (images,) int64 or
-            `video_index` (videos,) int64, which of the pictures in the pixels each one is. The grids are those of all
-            images and videos, in the order of the rows: positions follow from them.
+        `pixel_values` and `pixel_values_videos` hold the patches of one picture after the other. Where a picture is
+        shown more than once, `image_index` (images,) int64 or `video_index` (videos,) int64 says which of the pictures
+        in the pixels each one is. The grids are those of all images and videos, in the order of the rows: positions
+        follow from them.
         """
         kept: dict[str, Tensor] = {}
         for pixels, grids, index in _KINDS.values():

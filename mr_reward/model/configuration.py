@@ -67,14 +67,7 @@ class MultiResponseRewardConfig(PreTrainedConfig):
 
 
 def check_layers(config: MultiResponseRewardConfig) -> None:
-    """Refuse layers through which responses would leak into each other whatever the mask says.
-
-    Args:
-        config: the configuration.
-
-    Raises:
-        BackendError: the backbone has such layers, and the layout isolates responses.
-    """
+    """Refuse layers through which responses would leak into each other whatever the mask says."""
     layers = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _ISOLATING_LAYERS
     if layers and config.layout != "causal":
         raise BackendError(
@@ -88,12 +81,6 @@ def context_tokens(backbone_config: PreTrainedConfig) -> int | None:
 
     A sliding window counts as the limit: a 4-D mask replaces the window, so longer rows would be read in a way the
     backbone was never trained for.
-
-    Args:
-        backbone_config: configuration of the backbone.
-
-    Returns:
-        The number; None if the configuration does not say.
 
     Example:
         >>> from transformers import LlamaConfig

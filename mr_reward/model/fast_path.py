@@ -31,14 +31,7 @@ _TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, t
 
 
 def choose_attention(backbone: PreTrainedModel, requested: str | None) -> None:
-    """Set the attention implementation of the part of a backbone that reads the row.
-
-    Args:
-        backbone: a base model.
-        requested: transformers' `attn_implementation`; None takes `mr_group` in place of `sdpa`, where the backbone
-            calls attention through transformers' interface. Without a plan `mr_group` is `sdpa`, so that a
-            backbone that is used elsewhere too reads there as before.
-    """
+    """Set the attention implementation of the part of a backbone that reads the row."""
     found = backbone.config.get_text_config()._attn_implementation
     if requested is None:
         if found != "sdpa" or not backbone._can_set_attn_implementation():
@@ -54,14 +47,7 @@ def choose_attention(backbone: PreTrainedModel, requested: str | None) -> None:
 
 
 def load_attention(requested: str | None) -> dict[str, str]:
-    """What transformers is told when it makes a model or a configuration, before `choose_attention`.
-
-    Args:
-        requested: transformers' `attn_implementation`, or None.
-
-    Returns:
-        Keyword arguments. `mr_group` is not among them: the vision tower would get it too.
-    """
+    """What transformers is told when it makes a model or a configuration, before `choose_attention`."""
     if requested is None:
         return {}
     return {"attn_implementation": "sdpa" if requested == GROUP_ATTENTION else requested}

@@ -23,15 +23,6 @@ class ValueHead(nn.Module):
     bf16 has steps of 0.008 near 1; jitter of that size between equal completions becomes a full-size GRPO advantage.
     The last layer has no bias unless asked for: a constant shift of all scores of a group has no meaning, but the
     public heads of arXiv 2604.10966 have one.
-
-    Args:
-        hidden_size: H.
-        intermediate_size: width of the hidden layer.
-        activation: `selu` or a name of transformers' `ACT2FN`.
-        bias: of the last layer.
-
-    Raises:
-        ConfigurationError: unknown activation.
     """
 
     def __init__(
@@ -47,14 +38,7 @@ class ValueHead(nn.Module):
         self.out = nn.Linear(intermediate_size, 1, bias=bias, dtype=torch.float32)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map hidden states to scores.
-
-        Args:
-            hidden: (B, N, H) of any float dtype.
-
-        Returns:
-            (B, N) float32.
-        """
+        """Hidden states (B, N, H) of any float dtype -> scores (B, N) float32."""
         # Weights are cast too: an engine that casts the whole module (DeepSpeed bf16) must not change the arithmetic.
         with torch.autocast(hidden.device.type, enabled=False):
             inner = F.linear(hidden.float(), self.dense.weight.float(), self.dense.bias.float())
@@ -67,9 +51,6 @@ class ReadoutVectors(nn.Module):
 
     They are vectors put into the row by position, not entries of a vocabulary: no text tokenizes to them, so a policy
     cannot write one, and no embedding matrix is resized.
-
-    Args:
-        hidden_size: H.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -81,26 +62,14 @@ class ReadoutVectors(nn.Module):
 
     @torch.no_grad()
     def initialise_from(self, embedding: nn.Embedding) -> None:
-        """Start from the mean input embedding plus small noise, so that the backbone meets vectors of a known scale.
-
-        Args:
-            embedding: the input embedding, with a `weight` (V, H).
-        """
+        """Start from the mean input embedding plus small noise: vectors of a scale that the backbone knows."""
         with whole_weights(embedding):
             mean, std = embedding.weight.float().mean(0), embedding.weight.float().std(0)
         for vector in (self.summary, self.comparison):
             vector.copy_(mean + 0.5 * std * torch.randn_like(mean))
 
     def forward(self, inputs_embeds: Tensor, kinds: Tensor) -> Tensor:
-        """Put the vectors at their sites.
-
-        Args:
-            inputs_embeds: (B, L, H) input embeddings.
-            kinds: (B, L) int64, a `TokenKind`.
-
-        Returns:
-            (B, L, H), text untouched.
-        """
+        """Put the vectors at their sites in (B, L, H) by kinds (B, L); text is untouched."""
         kinds = kinds[..., None]
         summary, comparison = (vector.to(inputs_embeds.dtype) for vector in (self.summary, self.comparison))
         inputs_embeds = torch.where(kinds == TokenKind.SUMMARY, summary, inputs_embeds)

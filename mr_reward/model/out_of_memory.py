@@ -14,9 +14,6 @@ __all__ = ["memory_advice"]
 def memory_advice(advice: str) -> Iterator[None]:
     """A block that needs memory; an error about it keeps its type and gets a note.
 
-    Args:
-        advice: what to lower.
-
     Example:
         >>> with memory_advice("lower max_tokens_per_batch"):
         ...     scores = model(**inputs).scores  # doctest: +SKIP

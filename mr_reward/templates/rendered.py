@@ -18,21 +18,13 @@ GLUE = "\n\n"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joiner:
-    """Encodes responses as parts of one text that a template makes of them.
+    """Encodes responses as parts of one text that a template makes of them."""
 
-    Args:
-        encode: text -> ids without control tokens.
-        separator_id: of `<|resp_sep|>`.
-        before: plain text between the last control token and the first response.
-        after: plain text between the last response and the next control token.
-        after_ids: from that control token on.
-    """
-
-    encode: Callable[[str], list[int]]
-    separator_id: int
-    before: str
-    after: str
-    after_ids: list[int]
+    encode: Callable[[str], list[int]]  # text -> ids without control tokens
+    separator_id: int  # of `<|resp_sep|>`
+    before: str  # plain text between the last control token and the first response
+    after: str  # plain text between the last response and the next control token
+    after_ids: list[int]  # from that control token on
 
     def join(self, texts: Sequence[str]) -> dict[str, Any]:
         """`response_ids` and `framing` of a `RenderedGroup`.
@@ -55,36 +47,20 @@ class Joiner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedGroup:
-    """Token ids of one group, not laid out yet.
+    """Token ids of one group, not laid out yet."""
 
-    Args:
-        prompt_ids: (P,) int64, media placeholders expanded.
-        response_ids: N lists of token ids, none of them special or added.
-        media: tensors of the prompt's media by name, as the processor makes them; empty for text.
-        mm_token_type_ids: (P,) int64, 0 text, 1 image, 2 video; None for text-only backbones.
-        framing: N pairs of token ids that the template puts before and after a response; they are never cut, and the
-            score is read at the last of them. None for templates whose scores are read at readout tokens.
-        texts: the N responses, where their ids depend on what stands beside them.
-        joiner: encodes them.
-    """
-
-    prompt_ids: Tensor
-    response_ids: list[list[int]]
-    media: dict[str, Tensor]
-    mm_token_type_ids: Tensor | None
+    prompt_ids: Tensor  # (P,) int64, media placeholders expanded
+    response_ids: list[list[int]]  # N lists of token ids, none of them special or added
+    media: dict[str, Tensor]  # tensors of the prompt's media by name, as the processor makes them; empty for text
+    mm_token_type_ids: Tensor | None  # (P,) int64, 0 text, 1 image, 2 video; None for text-only backbones
+    # N pairs of token ids that the template puts before and after a response; they are never cut, and the score
+    # is read at the last of them. None for templates whose scores are read at readout tokens
     framing: list[tuple[list[int], list[int]]] | None = None
-    texts: Sequence[str] = ()
-    joiner: Joiner | None = None
+    texts: Sequence[str] = ()  # the N responses, where their ids depend on what stands beside them
+    joiner: Joiner | None = None  # encodes them
 
     def select(self, indices: Sequence[int]) -> "RenderedGroup":
-        """The same prompt with the responses at `indices`, in that order.
-
-        Args:
-            indices: positions of responses.
-
-        Returns:
-            A new rendered group that shares the prompt's tensors.
-        """
+        """The same prompt with the responses at `indices`, in that order."""
         if self.joiner is None:
             return replace(self, response_ids=[self.response_ids[i] for i in indices])
         texts = [self.texts[i] for i in indices]
@@ -95,14 +71,7 @@ class RenderedGroup:
         return replace(self, prompt_ids=self.prompt_ids[:0], media={}, mm_token_type_ids=None)
 
     def has_prompt_of(self, other: "RenderedGroup") -> bool:
-        """Whether prompt and media are the same as those of another group.
-
-        Args:
-            other: of the same renderer.
-
-        Returns:
-            True if every token and every pixel is.
-        """
+        """Whether prompt and media are the same as those of another group."""
         return (
             torch.equal(self.prompt_ids, other.prompt_ids)
             and self.media.keys() == other.media.keys()

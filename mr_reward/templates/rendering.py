@@ -51,15 +51,7 @@ _PROMPT_OPTIONS = {"tokenize": True, "return_dict": True, "sanitize_control_toke
 
 
 def check_template(template: str, layout: str = "causal") -> None:
-    """Refuse a template that does not exist or does not go with the layout.
-
-    Args:
-        template: a name.
-        layout: name of the layout.
-
-    Raises:
-        ConfigurationError: unknown name, or responses joined by text in a layout that hides them from each other.
-    """
+    """Refuse a template that does not exist or does not go with the layout."""
     if template not in (TEMPLATE, *JOINED_TEMPLATES):
         raise ConfigurationError(
             f"unknown template {template!r}, expected {TEMPLATE!r}, {' or '.join(map(repr, JOINED_TEMPLATES))}"

@@ -10,12 +10,6 @@ __all__ = ["TextEncoder", "encodable"]
 def encodable(text: str) -> str:
     """Replace lone surrogates, which no UTF-8 tokenizer takes, by U+FFFD.
 
-    Args:
-        text: any text.
-
-    Returns:
-        The text without lone surrogates.
-
     Example:
         >>> encodable("a" + chr(0xD800)) == "a" + chr(0xFFFD)
         True
@@ -24,11 +18,7 @@ def encodable(text: str) -> str:
 
 
 class TextEncoder:
-    """Encodes text with one tokenizer and keeps its special and added tokens out.
-
-    Args:
-        tokenizer: a tokenizer of transformers.
-    """
+    """Encodes text with one tokenizer and keeps its special and added tokens out."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -41,25 +31,11 @@ class TextEncoder:
         }
 
     def __call__(self, text: str) -> list[int]:
-        """Encode a text; without control tokens in it the ids are those of the plain tokenizer.
-
-        Args:
-            text: anything a policy may write, `<|im_end|>` and lone surrogates included.
-
-        Returns:
-            Token ids without special or added tokens.
-        """
+        """Encode a text; without control tokens in it the ids are those of the plain tokenizer."""
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts, in one call of the tokenizer.
-
-        Args:
-            texts: as for a single one.
-
-        Returns:
-            For each text its token ids.
-        """
+        """Encode texts, in one call of the tokenizer."""
         pieces = [encodable(text) for text in texts]
         encoded = self._encode_pieces(pieces)
         return [
