@@ -51,7 +51,7 @@ def group_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' attention functions."""
-    # A vision tower is handed the plan of the row too, and is none of its business.
+    # A vision tower is handed the plan of the row too, which does not concern it.
     if group_plan is None or not getattr(module, "is_causal", True):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options

@@ -80,7 +80,7 @@ def test_flash_attention_is_told_where_rows_begin(name: str, monkeypatch: pytest
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["llama", "qwen3_vl", "molmo2"])
 def test_compiled_layers_give_the_same_scores(name: str, layout: str) -> None:
-    """Rows of any length, without compiling anew for each."""
+    """Rows of any length, without compiling again for each."""
     model = reward_model(name, layout, fresh=True)
     scorer = GroupScorer(model, compile=True, max_tokens_per_batch=400)
     counted = torch._dynamo.utils.counters["stats"]

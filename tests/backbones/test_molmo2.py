@@ -62,7 +62,7 @@ def test_blocks_are_those_of_the_stock_model(padding_side: str) -> None:
     )
     blocks = model.adapter.media_block_ids(batch.media)
     found = visible("causal", batch.segments, batch.kinds, blocks)
-    real = batch.segments >= 0  # what padding sees is nobody's business
+    real = batch.segments >= 0  # what padding sees does not matter
     assert torch.equal(found[real], expected[:, 0].expand_as(found)[real])
     assert not torch.equal(found, visible("causal", batch.segments, batch.kinds)), "no media token saw a later one"
 
@@ -216,7 +216,7 @@ def test_media_that_molmo2_does_not_take_are_refused_by_name() -> None:
 
 
 def test_media_keys_tell_the_families_apart() -> None:
-    """A batch is merged by the names of its tensors, before any model is there to ask."""
+    """Media of another family are refused by their names."""
     for name in FAMILIES:
         if not family(name).sees_images:
             continue
