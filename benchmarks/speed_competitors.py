@@ -179,7 +179,7 @@ class SharedCache(Competitor):
         arguments, cache = self._read(self.prompts), DynamicCache(config=self.shared.backbone.config)
         self.shared.backbone(**arguments, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(self.repeats)
-        # Each response goes on from the largest position of its prompt on any axis: an image has three.
+        # Each response continues from the largest position of its prompt on any axis: an image has three.
         positions = arguments["position_ids"]
         axes = tuple(axis for axis in range(positions.ndim) if axis != positions.ndim - 2)
         following = positions.amax(axes).repeat_interleave(self.repeats)[:, None] + 1 + self.responses["offsets"]

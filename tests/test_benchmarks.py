@@ -1,4 +1,4 @@
-"""The benchmarks run; their numbers are nobody's promise."""
+"""The benchmarks run; their numbers are not checked."""
 
 import json
 import os

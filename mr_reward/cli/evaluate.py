@@ -37,7 +37,7 @@ def evaluate(
     over_length: OverLength = "drop_group",
     resamples: Annotated[int, typer.Option(help="Resamples of the intervals")] = 1000,
 ) -> None:
-    """Evaluate a reward model on a benchmark, by its official metric; an interrupted run goes on.
+    """Evaluate a reward model on a benchmark, by its official metric; an interrupted run resumes.
 
     Example: mr-reward evaluate vl_rewardbench outputs/rm --out results/vl
     """

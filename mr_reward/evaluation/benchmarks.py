@@ -72,19 +72,7 @@ class BenchmarkData:
 def open_benchmark(name: str, source: str | Path | None = None, split: str | None = None) -> BenchmarkData:
     """Open a benchmark; its rows are read when they are asked for.
 
-    Args:
-        name: one of `BENCHMARKS`.
-        source: file, folder or hub id; None for where it is published.
-        split: of a hub data set; None for the published one. Of a folder, files whose name starts with it.
-
-    Returns:
-        Its items.
-
-    Raises:
-        ConfigurationError: there is no such benchmark, or nothing at the source.
-
-    Example:
-        >>> for item in open_benchmark("vl_rewardbench"): ...  # doctest: +SKIP
+    `source`: file, folder or hub id, None for where it is published. `split` of a folder: how its files begin.
     """
     benchmark = get_benchmark(name)
     if source is None:
