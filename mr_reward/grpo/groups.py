@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from mr_reward.errors import GroupAssemblyError, GroupError
 from mr_reward.groups import ResponseGroup
-from mr_reward.templates.images import load_image
+from mr_reward.templates.images import DecodedImages
 
 __all__ = ["PlannedGroup", "RolloutRow", "completion_text", "plan_groups", "prompt_fingerprint", "read_rollouts"]
 
@@ -56,7 +55,10 @@ def read_rollouts(
     Images are taken from the prompt's content blocks, where TRL puts them; from the `images` or else the `image`
     column if no block carries one. Each image is decoded once, whatever the number of rollouts that show it.
     """
-    images = _image_column(columns, len(prompts))
+    images = columns.get("images")  # wins over `image`, as in TRL
+    if images is None:
+        column = columns.get("image")
+        images = [() if image is None else (image,) for image in ([None] * len(prompts) if column is None else column)]
     if not len(prompts) == len(completions) == len(images):
         raise GroupError(
             f"got {len(prompts)} prompts, {len(completions)} completions and {len(images)} entries in the image "
@@ -69,12 +71,12 @@ def read_rollouts(
             ResponseGroup(
                 prompt=_without_empty_content(prompt),
                 responses=[completion_text(completion, name=name)],
-                images=() if _carries_images(prompt) else media,
+                images=() if media is None or _carries_images(prompt) else media,
                 id=name,
             )
         )
-    digest = _digest_once()
-    return groups, [RolloutRow(prompt_fingerprint(group, digest), group.responses[0]) for group in groups]
+    load = DecodedImages()
+    return groups, [RolloutRow(prompt_fingerprint(group, load), group.responses[0]) for group in groups]
 
 
 def plan_groups(rows_by_rank: Sequence[Sequence[RolloutRow]], num_generations: int) -> list[PlannedGroup]:
@@ -144,40 +146,12 @@ def completion_text(completion: Completion, *, name: str = "completion") -> str:
     return "\n\n".join(turn for turn in turns if turn)
 
 
-def prompt_fingerprint(group: ResponseGroup, digest: Callable[[Any], bytes] | None = None) -> str:
+def prompt_fingerprint(group: ResponseGroup, load: DecodedImages | None = None) -> str:
     """Hash of everything that makes a prompt: roles, text, placeholders and the pixels of the media; 32 hex digits."""
-    digest = digest or _digest_once()
+    digest = (load or DecodedImages()).digest
+    media = [*map(digest, group.images)], [[*map(digest, video)] for video in group.videos]
     # json escapes lone surrogates, which have no UTF-8
-    parts = [json.dumps(group.messages, sort_keys=True).encode()]
-    for medium in (*group.images, *group.videos):
-        if isinstance(medium, Sequence) and not isinstance(medium, str | bytes | bytearray):
-            parts += [f"{len(medium)} frames".encode(), *map(digest, medium)]
-        else:
-            parts.append(digest(medium))
-    whole = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        whole.update(len(part).to_bytes(8, "little"))
-        whole.update(part)
-    return whole.hexdigest()
-
-
-def _digest_once() -> Callable[[Any], bytes]:
-    """A function that hashes an image as the model will see it: a file, its bytes and the opened image are the same.
-
-    It decodes an object, or a path or bytes that it has met, once; objects have to live as long as the function.
-    """
-    known: dict[Any, bytes] = {}
-
-    def digest(source: Any) -> bytes:
-        if isinstance(source, Mapping):  # a row of `datasets`
-            source = source.get("bytes") or source.get("path") or source
-        key = source if isinstance(source, str | bytes | Path) else id(source)
-        if key not in known:
-            image = load_image(source)
-            known[key] = hashlib.blake2b(f"{image.size}".encode() + image.tobytes()).digest()
-        return known[key]
-
-    return digest
+    return hashlib.blake2b(json.dumps([group.messages, media], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _turn_text(message: Mapping[str, Any], name: str) -> str:
@@ -208,24 +182,11 @@ def _without_empty_content(prompt: Prompt) -> Prompt:
     ]
 
 
-def _blocks(prompt: Prompt) -> Iterable[Mapping[str, Any]]:
-    for message in () if isinstance(prompt, str) else prompt:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if isinstance(content, Sequence) and not isinstance(content, str):
-            yield from (block for block in content if isinstance(block, Mapping))
-
-
 def _carries_images(prompt: Prompt) -> bool:
-    return any(block.get("image") is not None for block in _blocks(prompt))
-
-
-def _image_column(columns: Mapping[str, Any], length: int) -> list[Sequence[Any]]:
-    """M lists of images; `images` wins over `image`, as in TRL."""
-    if columns.get("images") is not None:
-        return [images if images is not None else () for images in columns["images"]]
-    if columns.get("image") is not None:
-        return [(image,) if image is not None else () for image in columns["image"]]
-    return [()] * length
+    """Whether a content block has an image in it; what is no chat is refused later."""
+    contents = [] if isinstance(prompt, str) else [m.get("content") for m in prompt if isinstance(m, Mapping)]
+    blocks = [block for content in contents if isinstance(content, Sequence) for block in content]
+    return any(isinstance(block, Mapping) and block.get("image") is not None for block in blocks)
 
 
 def _check_same_prompt(chunk: Sequence[tuple[int, int, RolloutRow]], start: int, num_generations: int) -> None:
@@ -249,18 +210,12 @@ def _balance(groups: Sequence[PlannedGroup], *, num_ranks: int) -> list[PlannedG
     rank goes on at row 0 of a later one.
     """
     load = [0] * num_ranks
-    for group in groups:
-        if not group.straddles:
-            load[group.owner] += _cost(group)
-    balanced = []
-    for group in groups:
+    balanced = list(groups)
+    for index in sorted(range(len(groups)), key=lambda index: groups[index].straddles):  # the others come first
+        group = groups[index]
+        owner = group.owner
         if group.straddles:
             owner = min(group.holders, key=lambda rank: (load[rank], rank))
-            load[owner] += _cost(group)
-            group = replace(group, owner=owner, owner_row=group.owner_row if owner == group.owner else 0)
-        balanced.append(group)
+            balanced[index] = replace(group, owner=owner, owner_row=group.owner_row if owner == group.owner else 0)
+        load[owner] += 1 + sum(map(len, group.responses))
     return balanced
-
-
-def _cost(group: PlannedGroup) -> int:
-    return 1 + sum(len(response) for response in group.responses)

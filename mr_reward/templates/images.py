@@ -1,5 +1,6 @@
 """Open and check images: one form (RGB, upright) for everything that follows."""
 
+import hashlib
 import os
 import struct
 from io import BytesIO
@@ -73,6 +74,7 @@ class DecodedImages:
 
     def __init__(self) -> None:
         self._known: dict[Any, Image.Image] = {}
+        self._digests: dict[Any, str] = {}  # by object and by pixels: Python's own hash of them is the faster one
 
     def __call__(self, source: Any) -> Image.Image:
         """The image."""
@@ -82,6 +84,16 @@ class DecodedImages:
         if key not in self._known:
             self._known[key] = load_image(source)
         return self._known[key]
+
+    def digest(self, source: Any) -> str:
+        """Hash of size and pixels as a model sees them: a file, its bytes and the opened image have the same."""
+        image = self(source)
+        if id(image) not in self._digests:
+            pixels = image.size, image.tobytes()
+            if pixels not in self._digests:
+                self._digests[pixels] = hashlib.blake2b(f"{image.size}".encode() + pixels[1]).hexdigest()
+            self._digests[id(image)] = self._digests[pixels]
+        return self._digests[id(image)]
 
 
 def _decode(content: bytes, name: str) -> Image.Image:

@@ -48,12 +48,7 @@ __all__ = [
 Media = Literal["image", "video"]
 
 # Short, because the tiny models read one token per byte.
-QUESTIONS = {
-    "read": "Number?",
-    "sum": "Sum?",
-    "largest": "Largest?",
-    "even": "How many even?",
-}
+QUESTIONS = {"read": "Number?", "sum": "Sum?", "largest": "Largest?", "even": "How many even?"}
 
 # How quality is measured, see `grade`.
 PARTIAL = 0.45  # the most that a partly right answer can reach: below a right one, however it is worded
@@ -188,15 +183,8 @@ def grade(question: str, digits: Sequence[int], response: str) -> float:
 
     A claim counts in full when it stands alone, less in a sentence, half in a text longer than `SENTENCE_LENGTH`
     characters (`WORDING`). Similarity is, for "read", the share of digits in place (over the longer of the two
-    numbers); else `1 - |claim - answer| / TOLERANCE`, 0 at least.
-
-    Args:
-        question: a key of `QUESTIONS`.
-        digits: the k digits shown.
-        response: any text.
-
-    Returns:
-        A number in [0, 1], 1 exactly where `is_correct`; texts that are equally wrong have equal ones.
+    numbers); else `1 - |claim - answer| / TOLERANCE`, 0 at least. The quality is 1 exactly where `is_correct`, and
+    texts that are equally wrong have equal ones.
 
     Example:
         >>> [grade("read", (4, 7, 2), text) for text in ("472", "It is 472.", "475", "I cannot tell.", "865", "")]
@@ -230,30 +218,20 @@ def make_tasks(
     media: Media = "image",
     seed: int = 0,
 ) -> list[HandwritingTask]:
-    """Draw questions about random digits of a split.
+    """Draw questions about k = `num_digits` random digits of a split; each task asks one of the questions.
 
     Task i depends on the seed, the split and i alone, so a longer list begins with the shorter one.
-
-    Args:
-        split: "train", "validation" or "test".
-        num_tasks: how many.
-        num_digits: k, digits shown per task; 1 to 16, for a video 2 at least (two frames make one temporal patch).
-        questions: keys of `QUESTIONS`; each task asks one of them, all equally often in the mean.
-        media: "image" or "video".
-        seed: non-negative.
-
-    Returns:
-        `num_tasks` tasks.
-
-    Raises:
-        ConfigurationError: an argument is out of its range.
-
-    Example:
-        >>> len(make_tasks("test", 2, num_digits=4)[0].answer)
-        4
     """
     scans = split_scans(split)
-    _check_task_arguments(num_tasks, num_digits, questions, media, seed)
+    if isinstance(questions, str) or not questions or any(question not in QUESTIONS for question in questions):
+        raise ConfigurationError(f"got questions={questions!r}, expected a non-empty list out of {list(QUESTIONS)}")
+    if media not in get_args(Media):
+        raise ConfigurationError(f"got media={media!r}, expected one of {list(get_args(Media))}")
+    least = 2 if media == "video" else 1  # two frames make one temporal patch
+    if not least <= num_digits <= 16:
+        raise ConfigurationError(f"got num_digits={num_digits}, expected {least} to 16 for media={media!r}")
+    if num_tasks < 0 or seed < 0:
+        raise ConfigurationError(f"got {num_tasks} items and seed={seed}, expected numbers that are not negative")
     labels = _digits()[1]
     tasks = []
     for i in range(num_tasks):
@@ -281,30 +259,10 @@ def make_groups(
     media: Media = "image",
     seed: int = 0,
 ) -> list[ResponseGroup]:
-    """Draw ranked groups: the tasks of `make_tasks` with N graded responses each.
+    """Draw ranked groups: the tasks that `make_tasks` draws from the same seed, with N graded responses each.
 
     One response in nine groups of ten is right (seldom more), the others are near misses, worded answers, refusals,
     hedges, waffle or empty, in random order. Rankings follow `grade`; at least two differ within a group.
-
-    Args:
-        split: "train", "validation" or "test".
-        num_groups: how many.
-        num_responses: N, 2 to 64.
-        num_digits: k, digits shown per task.
-        questions: keys of `QUESTIONS`.
-        media: "image" or "video".
-        seed: non-negative; the same seed gives the same tasks as `make_tasks`.
-
-    Returns:
-        `num_groups` groups with rankings and media.
-
-    Raises:
-        ConfigurationError: an argument is out of its range.
-
-    Example:
-        >>> group = make_groups("train", 1, num_responses=4, seed=0)[0]
-        >>> group.num_responses, min(group.rankings)
-        (4, 1)
     """
     if not MIN_RESPONSES <= num_responses <= MAX_RESPONSES:
         raise ConfigurationError(
@@ -330,43 +288,31 @@ def make_groups(
 
 
 def make_policy_rows(tasks: Sequence[HandwritingTask]) -> list[dict[str, Any]]:
-    """Rows of a dataset for TRL's GRPOTrainer or RLOOTrainer.
+    """Rows of a dataset for TRL's GRPOTrainer or RLOOTrainer, of image tasks: TRL 1.16 passes no videos to them.
 
-    Args:
-        tasks: image tasks; TRL 1.16 passes no videos to its online trainers.
-
-    Returns:
-        Rows with `prompt` (one user turn with the question as a string: TRL itself puts the image in front), `image`
-        (PIL), and for reward functions `solution` (str), `question` (key of `QUESTIONS`), `digits` (list of int).
-
-    Raises:
-        ConfigurationError: a task is a video.
-
-    Example:
-        >>> sorted(make_policy_rows(make_tasks("train", 1))[0])
-        ['digits', 'image', 'prompt', 'question', 'solution']
+    `prompt` is one user turn with the question as a string, and TRL itself puts `image` in front; `solution`,
+    `question` (key of `QUESTIONS`) and `digits` are for reward functions.
     """
-    rows = []
     for task in tasks:
         if task.media != "image":
             raise ConfigurationError(
                 f"task {task.id!r} is a {task.media}, expected an image: TRL's trainers take no videos; "
                 "make the tasks with media='image'"
             )
-        rows.append(
-            {
-                "prompt": [{"role": "user", "content": task.text}],
-                "image": task.image(),
-                "solution": task.answer,
-                "question": task.question,
-                "digits": list(task.digits),
-            }
-        )
-    return rows
+    return [
+        {
+            "prompt": [{"role": "user", "content": task.text}],
+            "image": task.image(),
+            "solution": task.answer,
+            "question": task.question,
+            "digits": list(task.digits),
+        }
+        for task in tasks
+    ]
 
 
 def make_sft_rows(tasks: Sequence[HandwritingTask]) -> list[dict[str, Any]]:
-    """Rows of a dataset for TRL's SFTTrainer: `prompt`, `completion` (one assistant turn) and `image`."""
+    """Rows for TRL's SFTTrainer, of image tasks; the completion is the right answer alone."""
     return [
         {
             "prompt": row["prompt"],
@@ -380,18 +326,6 @@ def make_sft_rows(tasks: Sequence[HandwritingTask]) -> list[dict[str, Any]]:
 def _rng(seed: int, split: str, index: int, purpose: int) -> np.random.Generator:
     """A stream of its own for every item, so that no item depends on how many there are."""
     return np.random.default_rng([seed, list(SPLITS).index(split), index, purpose])
-
-
-def _check_task_arguments(num_tasks: int, num_digits: int, questions: Sequence[str], media: str, seed: int) -> None:
-    if isinstance(questions, str) or not questions or any(question not in QUESTIONS for question in questions):
-        raise ConfigurationError(f"got questions={questions!r}, expected a non-empty list out of {list(QUESTIONS)}")
-    if media not in get_args(Media):
-        raise ConfigurationError(f"got media={media!r}, expected one of {list(get_args(Media))}")
-    least = 2 if media == "video" else 1
-    if not least <= num_digits <= 16:
-        raise ConfigurationError(f"got num_digits={num_digits}, expected {least} to 16 for media={media!r}")
-    if num_tasks < 0 or seed < 0:
-        raise ConfigurationError(f"got {num_tasks} items and seed={seed}, expected numbers that are not negative")
 
 
 def _similarity(question: str, claim: str, answer: str) -> float:

@@ -30,7 +30,10 @@ def policy_answers(
     model.eval()
     answers: list[str] = []
     for start in tqdm(range(0, len(tasks), batch_size), desc="answering", disable=not show_progress):
-        prompts = [_with_image(task) for task in tasks[start : start + batch_size]]
+        prompts = []
+        for task in tasks[start : start + batch_size]:
+            blocks = [{"type": "image", "image": task.image()}, {"type": "text", "text": task.text}]
+            prompts.append([{"role": "user", "content": blocks}])
         inputs = processor.apply_chat_template(
             prompts,
             tokenize=True,
@@ -44,11 +47,6 @@ def policy_answers(
         answers += processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     model.train(was_training)
     return answers
-
-
-def _with_image(task: HandwritingTask) -> list[dict[str, Any]]:
-    blocks = [{"type": "image", "image": task.image()}, {"type": "text", "text": task.text}]
-    return [{"role": "user", "content": blocks}]
 
 
 def handwriting_accuracy(completions: Sequence[Any], question: Sequence[str], digits: Any, **_: Any) -> list[float]:
@@ -77,21 +75,7 @@ def _load_prompts(
 
 @dataclass
 class HandwritingArguments(PolicyArguments):
-    """The fields of a GRPO recipe, and those of the data set `handwriting`.
-
-    Args:
-        num_prompts: number of handwriting prompts.
-        num_eval_prompts: number of held-out handwriting prompts.
-        num_digits: digits in each image.
-        questions: keys of `QUESTIONS`.
-
-    Raises:
-        ConfigurationError: a value that is not allowed.
-
-    Example:
-        >>> HandwritingArguments(reward_model="rm", num_digits=2).dataset
-        'handwriting'
-    """
+    """The fields of a GRPO recipe, and those of the data set `handwriting`."""
 
     sources: ClassVar[Mapping[str, PromptSource]] = {
         "handwriting": PromptSource(_load_prompts, [handwriting_accuracy])

@@ -153,33 +153,27 @@ def _word_merges() -> list[tuple[str, str]]:
     return list(dict.fromkeys((word[:i], word[i]) for word in spelled for i in range(1, len(word))))
 
 
-def _image_processor() -> Qwen2VLImageProcessor:
-    return Qwen2VLImageProcessor(size=dict(_PIXELS), image_mean=_HALF, image_std=_HALF, **_VISION)
-
-
 def build_qwen3_vl_processor() -> Qwen3VLProcessor:
     """The real Qwen3-VL processor around `build_tokenizer`, with patches of 16 pixels and no resizing of small media.
 
     Videos are lists of frames and are not sampled; pass `video_metadata` with the frame rate to have right timestamps.
     """
-    video = Qwen3VLVideoProcessor(size=dict(_PIXELS), image_mean=_HALF, image_std=_HALF, **_VISION, **_VIDEO)
-    return Qwen3VLProcessor(
-        image_processor=_image_processor(),
-        tokenizer=build_tokenizer(),
-        video_processor=video,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return Qwen3VLProcessor(**_processor_parts(Qwen3VLVideoProcessor))
 
 
 def build_qwen2_5_vl_processor() -> Qwen2_5_VLProcessor:
     """The real Qwen2.5-VL processor around `build_tokenizer`, same sizes as `build_qwen3_vl_processor`."""
-    video = Qwen2VLVideoProcessor(size=dict(_PIXELS), image_mean=_HALF, image_std=_HALF, **_VISION, **_VIDEO)
-    return Qwen2_5_VLProcessor(
-        image_processor=_image_processor(),
-        tokenizer=build_tokenizer(),
-        video_processor=video,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return Qwen2_5_VLProcessor(**_processor_parts(Qwen2VLVideoProcessor))
+
+
+def _processor_parts(video_class: type[Any]) -> dict[str, Any]:
+    sizes: dict[str, Any] = {"image_mean": _HALF, "image_std": _HALF, **_VISION}
+    return {
+        "image_processor": Qwen2VLImageProcessor(size=dict(_PIXELS), **sizes),
+        "tokenizer": build_tokenizer(),
+        "video_processor": video_class(size=dict(_PIXELS), **sizes, **_VIDEO),
+        "chat_template": CHAT_TEMPLATE,
+    }
 
 
 def build_qwen3_vl(
@@ -199,30 +193,18 @@ def build_qwen3_vl(
     `vision_hidden_size` one of 16; there are half as many key-value heads as query heads. The global random state is
     left as it was.
     """
-    _check_sizes(hidden_size, num_heads, vision_hidden_size)
-    tokenizer = build_tokenizer()
     head_dim = hidden_size // num_heads
     third = head_dim // 6
-    config = Qwen3VLConfig(
-        text_config={
-            **decoder_sizes(tokenizer, hidden_size, num_layers, num_heads, initializer_range),
-            "head_dim": head_dim,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10_000.0,
-                "mrope_section": [head_dim // 2 - 2 * third, third, third],
-                "mrope_interleaved": True,
-            },
-        },
-        vision_config={
-            **_vision_sizes(hidden_size, vision_hidden_size, vision_layers, initializer_range),
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0],
-        },
-        tie_word_embeddings=True,
-        **_media_token_ids(tokenizer),
+    return _build_qwen_vl(
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLConfig,
+        seed,
+        (hidden_size, num_layers, num_heads, initializer_range),
+        (vision_hidden_size, vision_layers),
+        rope={"mrope_section": [head_dim // 2 - 2 * third, third, third], "mrope_interleaved": True},
+        text={"head_dim": head_dim},
+        vision={"num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
     )
-    return finish(Qwen3VLForConditionalGeneration, config, tokenizer, seed)
 
 
 def build_qwen2_5_vl(
@@ -239,28 +221,67 @@ def build_qwen2_5_vl(
 
     The last vision layer attends fully, the others within windows of 64 pixels.
     """
-    _check_sizes(hidden_size, num_heads, vision_hidden_size)
-    tokenizer = build_tokenizer()
     half = hidden_size // num_heads // 2
     section = 3 * half // 8
-    config = Qwen2_5_VLConfig(
+    return _build_qwen_vl(
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        seed,
+        (hidden_size, num_layers, num_heads, initializer_range),
+        (vision_hidden_size, vision_layers),
+        rope={"mrope_section": [half - 2 * section, section, section]},
+        vision={"window_size": 2 * TILE_SIZE, "fullatt_block_indexes": [vision_layers - 1]},
+    )
+
+
+def _build_qwen_vl(
+    model_class: type[Model],
+    config_class: type[PreTrainedConfig],
+    seed: int,
+    sizes: tuple[int, int, int, float],
+    vision_sizes: tuple[int, int],
+    *,
+    rope: dict[str, Any],
+    vision: dict[str, Any],
+    text: dict[str, Any] | None = None,
+) -> Model:
+    """What the two Qwen families have in common; sizes in the order of `decoder_sizes`."""
+    hidden_size, _, num_heads, initializer_range = sizes
+    vision_hidden_size, vision_layers = vision_sizes
+    if hidden_size % (8 * num_heads):
+        raise ConfigurationError(
+            f"got hidden_size={hidden_size} with num_heads={num_heads}, expected a multiple of {8 * num_heads}: "
+            "M-RoPE splits each head in three; change one of them"
+        )
+    if vision_hidden_size % 16:
+        raise ConfigurationError(
+            f"got vision_hidden_size={vision_hidden_size}, expected a multiple of 16 (4 heads, two-dimensional RoPE)"
+        )
+    tokenizer = build_tokenizer()
+    tokens = ("image_token", "<|image_pad|>"), ("video_token", "<|video_pad|>")
+    tokens += ("vision_start_token", "<|vision_start|>"), ("vision_end_token", "<|vision_end|>")
+    config = config_class(
         text_config={
-            **decoder_sizes(tokenizer, hidden_size, num_layers, num_heads, initializer_range),
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10_000.0,
-                "mrope_section": [half - 2 * section, section, section],
-            },
+            **decoder_sizes(tokenizer, *sizes),
+            **(text or {}),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, **rope},
         },
         vision_config={
-            **_vision_sizes(hidden_size, vision_hidden_size, vision_layers, initializer_range),
-            "window_size": 2 * TILE_SIZE,
-            "fullatt_block_indexes": [vision_layers - 1],
+            "depth": vision_layers,
+            "hidden_size": vision_hidden_size,
+            "intermediate_size": 2 * vision_hidden_size,
+            "num_heads": 4,
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": MERGE_SIZE,
+            "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+            "out_hidden_size": hidden_size,
+            "initializer_range": initializer_range,
+            **vision,
         },
         tie_word_embeddings=True,
-        **_media_token_ids(tokenizer),
+        **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens},
     )
-    return finish(Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed)
+    return finish(model_class, config, tokenizer, seed)
 
 
 def build_llama(
@@ -311,36 +332,3 @@ def decoder_sizes(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-
-
-def _vision_sizes(out_hidden_size: int, hidden_size: int, num_layers: int, initializer_range: float) -> dict[str, Any]:
-    """What the vision encoders of both Qwen families have in common."""
-    return {
-        "depth": num_layers,
-        "hidden_size": hidden_size,
-        "intermediate_size": 2 * hidden_size,
-        "num_heads": 4,
-        "patch_size": PATCH_SIZE,
-        "spatial_merge_size": MERGE_SIZE,
-        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
-        "out_hidden_size": out_hidden_size,
-        "initializer_range": initializer_range,
-    }
-
-
-def _media_token_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
-    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
-    names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-    return {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
-
-
-def _check_sizes(hidden_size: int, num_heads: int, vision_hidden_size: int) -> None:
-    if hidden_size % (8 * num_heads):
-        raise ConfigurationError(
-            f"got hidden_size={hidden_size} with num_heads={num_heads}, expected a multiple of {8 * num_heads}: "
-            "M-RoPE splits each head in three; change one of them"
-        )
-    if vision_hidden_size % 16:
-        raise ConfigurationError(
-            f"got vision_hidden_size={vision_hidden_size}, expected a multiple of 16 (4 heads, two-dimensional RoPE)"
-        )

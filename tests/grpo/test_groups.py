@@ -179,7 +179,7 @@ def test_an_image_is_decoded_once_for_all_rollouts(tmp_path: Path, monkeypatch: 
         decoded.append(source)
         return load_image(source)
 
-    monkeypatch.setattr("mr_reward.grpo.groups.load_image", counting)
+    monkeypatch.setattr("mr_reward.templates.images.load_image", counting)
     path = str(tmp_path / "red.png")
     rows = [{"bytes": bytes(bytearray(content)), "path": None} for _ in range(8)]  # as `datasets` has them undecoded
     for images in ([red] * 8, [path] * 8, [Path(path)] * 8, rows):
