@@ -99,65 +99,58 @@ class WarningSigns:
     def _signs(self) -> dict[str, str]:
         signs: dict[str, str] = {}
         correlation = self._now("mr_reward/score_length_correlation")
-        if correlation is not None and correlation > self.length_correlation:
+        if correlation > self.length_correlation:
             signs["length_correlation"] = (
                 f"scores follow length: within groups they correlate at {correlation:.2f} (limit "
                 f"{self.length_correlation}); check that longer is better here, and not only longer"
             )
         start, now = self._start("completions/mean_length"), self._now("completions/mean_length")
-        if start is not None and now is not None and now > self.length_growth * start:
+        if now > self.length_growth * start:
             signs["length_growth"] = (
                 f"completions have grown from {start:.0f} to {now:.0f} tokens in the mean; check that the reward "
                 "model does not pay for length"
             )
         start, now = self._start("mr_reward/score_spread"), self._now("mr_reward/score_spread")
-        if start is not None and now is not None and now < self.spread_collapse * start:
+        if now < self.spread_collapse * start:
             signs["spread_collapse"] = (
                 f"the spread of the scores within groups has fallen from {start:.3g} to {now:.3g}; GRPO divides by "
                 "it, so what is left may be noise. Either the policy is sure, or the reward model sees no difference"
             )
         zero = self._now("mr_reward/zero_spread_groups")
-        if zero is not None and zero > self.zero_spread:
+        if zero > self.zero_spread:
             signs["zero_spread"] = (
                 f"{zero:.0%} of the groups have equal scores throughout and teach nothing; raise the temperature, or "
                 "take harder prompts"
             )
         repeated = self._now("mr_reward/repeated_text")
-        if repeated is not None and repeated > self.repeated_text:
+        if repeated > self.repeated_text:
             signs["repeated_text"] = f"{repeated:.0%} of the responses' text repeats itself; read the samples"
-        signs.update(self._falling_truths())
-        return signs
-
-    def _falling_truths(self) -> dict[str, str]:
         start, now = self._start("mr_reward/score_mean"), self._now("mr_reward/score_mean")
-        if start is None or now is None or now <= start:
-            return {}
-        signs = {}
-        for key in self.truths:
+        for key in self.truths if now > start else ():
             before, after = self._start(key), self._now(key)
-            if before is not None and after is not None and after < before - self.fall:
+            if after < before - self.fall:
                 signs[key] = (
                     f"the mean score has risen from {start:.3g} to {now:.3g} while {key} has fallen from {before:.3g} "
                     f"to {after:.3g}: the policy is winning against the reward model, not at the task"
                 )
         return signs
 
-    def _start(self, key: str) -> float | None:
-        """Mean of the first window; None before a second one is full, or nothing could be compared with it."""
+    def _start(self, key: str) -> float:
+        """Mean of the first window; NaN, with which no comparison holds, before a second one is full."""
         values = self._values.get(key, [])
-        return statistics.fmean(values[: self.window]) if len(values) >= 2 * self.window else None
+        return statistics.fmean(values[: self.window]) if len(values) >= 2 * self.window else math.nan
 
-    def _now(self, key: str) -> float | None:
+    def _now(self, key: str) -> float:
         values = self._values.get(key, [])
-        return statistics.fmean(values[-self.window :]) if len(values) >= self.window else None
+        return statistics.fmean(values[-self.window :]) if len(values) >= self.window else math.nan
 
 
 class PolicyValidation(TrainerCallback):
     """Writes `validation.jsonl`, `validation.png` and `samples.md` to a folder, and warns of reward hacking.
 
-    At each evaluation of the trainer: its `eval_` metrics (one line of `validation.jsonl`; the figure has a curve of
-    each, with the other reward functions, a verifiable one for instance, in a panel of their own), and a few groups
-    of the last evaluation batch with their responses from best to worst (`samples.md`, and a table in the terminal).
+    At each evaluation: the trainer's `eval_` metrics (a line of `validation.jsonl`, a curve each in the figure, those
+    of other reward functions in a panel of their own), and a few groups of the last evaluation batch with their
+    responses from best to worst (`samples.md`, and a table in the terminal).
     At each log of the training: `WarningSigns`, as warnings and in `warning_signs` of the next line. Only the main
     process writes. A resumed run keeps its files; what was written after the checkpoint is written again.
 

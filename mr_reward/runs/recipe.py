@@ -41,20 +41,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PromptSource:
-    """A data set that a recipe makes itself.
+    """A data set that a recipe makes itself."""
 
-    Args:
-        load: gets the recipe's arguments and, by name, `split`, `evaluation` (whether these are the held-out prompts),
-            `seed` and `limit` (at most so many, or None); gives what `GRPOTrainer` takes.
-        truths: reward functions that know what is right. They are logged with weight 0, unless `reward_weights` says
-            otherwise: the policy does not learn from them.
-
-    Example:
-        >>> PromptSource(lambda arguments, **_: Dataset.from_list([{"prompt": "2 + 2?"}])).truths
-        ()
-    """
-
+    # Gets the recipe's arguments and, by name, `split`, `evaluation` (whether these are the held-out prompts), `seed`
+    # and `limit` (at most so many, or None); gives what `GRPOTrainer` takes.
     load: Callable[..., Dataset]
+    # Reward functions that know what is right. They are logged with weight 0, unless `reward_weights` says otherwise:
+    # the policy does not learn from them.
     truths: Sequence[Callable[..., Any]] = ()
 
 
@@ -64,59 +57,33 @@ class PolicyArguments:
 
     A recipe with a data set of its own is a subclass that adds the fields and names the data set in `sources`; see
     `mr_reward.worlds.handwriting_policy.HandwritingArguments`.
-
-    Args:
-        reward_model: folder or hub id of a reward model written by `pretrain_rm.py`.
-        reward: centred, raw, rank or win_rate.
-        reward_dtype: dtype of the reward model's backbone (bfloat16 on a GPU); None for the checkpoint's.
-        reward_max_tokens: token budget of one forward pass of the reward model.
-        reward_over_length: drop_group, truncate_responses or error.
-        reward_num_orders: response orders to average over (layout causal).
-        reward_attn_implementation: attention backend of the reward model; None for the default.
-        reward_placement: resident keeps the reward model on the device, offload in CPU memory between calls.
-        reward_server: URL of a server that `mr-reward serve` runs, in place of `reward_model`; its options are the
-            server's. The token stands in the environment variable MR_REWARD_TOKEN.
-        reward_server_hash: checksum of the model that the server has to score with; None for any.
-        log_groups_steps: write the groups with images and scores to `groups` in the output folder every so many steps,
-            for `mr-reward inspect`; 0 for never.
-        extra_reward_funcs: further reward functions by import path, as `trl.rewards.accuracy_reward`, or, where a call
-            makes them, `trl.rewards.get_repetition_penalty_reward()`; in this order after the reward model (and the
-            truths of a `PromptSource`) in `reward_weights`.
-        dataset: a data set with `prompt` (text or messages) and optional `image(s)`, local file or hub id; or a name
-            in `sources`.
-        dataset_split: its split.
-        eval_dataset: held-out prompts for `eval_strategy`, named like `dataset`; None for no validation.
-        eval_dataset_split: its split.
-        skip_doctor: start without the checks of `mr-reward doctor`.
-
-    Attributes:
-        sources: the data sets that this recipe makes itself, by the name that `dataset` and `eval_dataset` give.
-
-    Raises:
-        ConfigurationError: a value that is not allowed.
-
-    Example:
-        >>> PolicyArguments(reward_model="rm", dataset="prompts.jsonl").reward
-        'centred'
     """
 
+    # The data sets that this recipe makes itself, by the name that `dataset` and `eval_dataset` give.
     sources: ClassVar[Mapping[str, PromptSource]] = {}
 
-    reward_model: str | None = field(default=None, metadata={"help": "Folder or hub id of the reward model"})
+    reward_model: str | None = field(default=None, metadata={"help": "Folder or hub id of what pretrain_rm.py wrote"})
     reward: str = field(default="centred", metadata={"help": "centred, raw, rank or win_rate"})
-    reward_dtype: str | None = field(default=None, metadata={"help": "dtype of the reward model's backbone"})
-    reward_max_tokens: int = field(default=16384, metadata={"help": "Token budget of one reward forward"})
-    reward_over_length: str = field(default="drop_group", metadata={"help": "drop_group, truncate_responses, error"})
-    reward_num_orders: int = field(default=1, metadata={"help": "Orders to average over (layout causal)"})
+    reward_dtype: str | None = field(default=None, metadata={"help": "Of its backbone; None for the checkpoint's"})
+    reward_max_tokens: int = field(default=16384, metadata={"help": "Token budget of one forward pass"})
+    reward_over_length: str = field(default="drop_group", metadata={"help": "drop_group, truncate_responses or error"})
+    reward_num_orders: int = field(default=1, metadata={"help": "Response orders to average over (layout causal)"})
     reward_attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the reward model"})
-    reward_placement: str = field(default="resident", metadata={"help": "resident or offload"})
-    reward_server: str | None = field(default=None, metadata={"help": "URL of a scoring server, for reward_model"})
+    reward_placement: str = field(
+        default="resident", metadata={"help": "resident; offload: in CPU memory between calls"}
+    )
+    # The token stands in the environment variable MR_REWARD_TOKEN; the options of the scorer are the server's.
+    reward_server: str | None = field(default=None, metadata={"help": "URL of mr-reward serve, for reward_model"})
     reward_server_hash: str | None = field(default=None, metadata={"help": "Checksum of the server's model"})
+    # To `groups` in the output folder, for `mr-reward inspect`; 0 for never.
     log_groups_steps: int = field(default=0, metadata={"help": "Write the scored groups every so many steps"})
+    # As `trl.rewards.accuracy_reward`, or, where a call makes them, `trl.rewards.get_repetition_penalty_reward()`; in
+    # this order after the reward model and the truths of a `PromptSource` in `reward_weights`.
     extra_reward_funcs: list[str] = field(default_factory=list, metadata={"help": "Import paths"})
-    dataset: str | None = field(default=None, metadata={"help": "Data set with prompts"})
+    # With the columns `prompt` (text or messages) and, if there are any, `image(s)`.
+    dataset: str | None = field(default=None, metadata={"help": "File, hub id, or a name in sources"})
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set"})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out prompts"})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out prompts for eval_strategy"})
     eval_dataset_split: str = field(default="validation", metadata={"help": "Split of the held-out prompts"})
     skip_doctor: bool = field(default=False, metadata={"help": "Start without the checks of `mr-reward doctor`"})
 
@@ -140,18 +107,7 @@ class PolicyArguments:
 
 @dataclass
 class PolicyTrainingArguments(GRPOConfig):
-    """`GRPOConfig`; under DeepSpeed on a machine without a GPU the processes find each other by themselves.
-
-    Args:
-        ddp_backend: None for the right one.
-
-    Raises:
-        ConfigurationError: `use_cpu` together with DeepSpeed.
-
-    Example:
-        >>> PolicyTrainingArguments("out", num_generations=8, bf16=False, use_cpu=True).num_generations
-        8
-    """
+    """`GRPOConfig`; under DeepSpeed on a machine without a GPU the processes find each other by themselves."""
 
     ddp_backend: str | None = field(default=None, metadata={"help": "gloo without a GPU if DeepSpeed runs"})
 
@@ -243,25 +199,17 @@ def import_reward(path: str) -> Callable[..., Any]:
 
 def first_prompts(arguments: PolicyArguments, count: int = 64) -> list[ResponseGroup]:
     """The first prompts of both data sets as groups, if they are on this machine."""
-    groups = []
-    for name, evaluation in _named(arguments):
-        if _is_here(arguments, name) or name.endswith((".json", ".jsonl")):
+    groups, elsewhere = [], unread_data(arguments)
+    for name, evaluation in ((arguments.dataset, False), (arguments.eval_dataset, True)):
+        if name is not None and (name not in elsewhere or name.endswith((".json", ".jsonl"))):
             groups += _read_groups(name, load_prompts(arguments, evaluation=evaluation, limit=count))
     return groups
 
 
 def unread_data(arguments: PolicyArguments) -> list[str]:
     """The data sets that are not on this machine."""
-    return [name for name, _ in _named(arguments) if not _is_here(arguments, name)]
-
-
-def _named(arguments: PolicyArguments) -> list[tuple[str, bool]]:
-    both = (arguments.dataset, False), (arguments.eval_dataset, True)
-    return [(name, evaluation) for name, evaluation in both if name is not None]
-
-
-def _is_here(arguments: PolicyArguments, name: str) -> bool:
-    return name in arguments.sources or Path(name).exists()
+    named = (name for name in (arguments.dataset, arguments.eval_dataset) if name is not None)
+    return [name for name in named if name not in arguments.sources and not Path(name).exists()]
 
 
 def _read_groups(name: str, rows: Dataset) -> list[ResponseGroup]:

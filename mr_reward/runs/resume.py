@@ -23,20 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoint_to_resume(args: GRPOConfig) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` stands for.
-
-    Args:
-        args: of the run; `resume_from_checkpoint` is a folder, `true` for the newest whole checkpoint below
-            `output_dir` (the start if there is none, so that one command serves the first launch and every restart),
-            or empty.
-
-    Returns:
-        What `trainer.train(resume_from_checkpoint=...)` takes; None to start from the beginning.
-
-    Example:
-        >>> checkpoint_to_resume(GRPOConfig("new", num_generations=8, bf16=False, use_cpu=True)) is None
-        True
-    """
+    """The checkpoint that `resume_from_checkpoint` stands for, see `which_checkpoint`; None is the beginning."""
     period = updates_per_generation(args)
     if args.save_strategy == "steps" and args.save_steps % period:
         logger.warning(
@@ -60,11 +47,6 @@ class ContinuedEpochs(TrainerCallback):
 
     TRL's sampler draws a new order each epoch from one generator, and after a restart it draws the first epoch's
     again. Here the orders of the finished epochs are drawn and thrown away. Does nothing in a run from the start.
-
-    Example:
-        ```python
-        trainer = GRPOTrainer(..., callbacks=[ContinuedEpochs()])
-        ```
     """
 
     def on_train_begin(

@@ -72,20 +72,7 @@ def send_single_placeholders(trainer: Any) -> None:
     """Let a trainer's colocated vLLM see the prompts that the trainer itself sees, images included.
 
     Each call is checked: the prompt that vLLM has made of ids and images has to be the trainer's, token for token. And
-    the policy cannot write image tokens.
-
-    Args:
-        trainer: a `GRPOTrainer` or `RLOOTrainer`; without vLLM, in server mode or with a text-only policy nothing is
-            done.
-
-    Raises:
-        GroupAssemblyError: during generation, if the prompts differ.
-
-    Example:
-        ```python
-        trainer = GRPOTrainer(..., args=GRPOConfig(use_vllm=True, vllm_mode="colocate", ...))
-        send_single_placeholders(trainer)
-        ```
+    the policy cannot write image tokens. Without vLLM, in server mode or with a text-only policy nothing is done.
     """
     image_token_id = getattr(trainer.processing_class, "image_token_id", None)
     llm = getattr(getattr(trainer, "vllm_generation", None), "llm", None)
@@ -121,17 +108,8 @@ def _aligned(generate: Callable[..., Any], image_token_id: int) -> Callable[...,
 def prepare_vllm_on_cpu() -> bool:
     """Make colocated vLLM trainable on a machine without a GPU. Call it before the trainer is made.
 
-    Settings of the environment that are already there are kept.
-
-    Returns:
-        Whether anything was done: False with a GPU, or where vLLM's platform is not the CPU.
-
-    Raises:
-        ConfigurationError: vLLM is not installed, or is a version whose internals are not the ones known here.
-
-    Example:
-        >>> prepare_vllm_on_cpu()  # doctest: +SKIP
-        True
+    Settings of the environment that are already there are kept. False, and nothing done, with a GPU, or where vLLM's
+    platform is not the CPU.
     """
     if torch.cuda.is_available():
         return False
@@ -176,21 +154,9 @@ def vllm_server_url(args: GRPOConfig) -> str:
 
 
 def check_vllm_server(args: GRPOConfig, policy: str, *, wait: float = 0.0) -> None:
-    """Refuse a server that cannot serve this run, while nothing is loaded yet.
+    """Refuse a server that cannot serve this run, while nothing is loaded yet; `wait` seconds for one that starts.
 
-    Args:
-        args: of the run.
-        policy: folder or hub id of the policy; for messages, and compared with what the server says it serves.
-        wait: seconds to wait for a server that does not answer yet.
-
-    Raises:
-        ConfigurationError: nobody answers; the server cannot take weights; its context is too short; no CUDA here.
-
-    Example:
-        ```python
-        if args.use_vllm and args.vllm_mode == "server":
-            check_vllm_server(args, "my-policy", wait=args.vllm_server_timeout)
-        ```
+    `policy` is the folder or hub id of the policy: for messages, and compared with what the server says it serves.
     """
     url = vllm_server_url(args)
     start = f"start it with: trl vllm-serve --model {policy}"

@@ -258,8 +258,8 @@ def _build_qwen_vl(
             f"got vision_hidden_size={vision_hidden_size}, expected a multiple of 16 (4 heads, two-dimensional RoPE)"
         )
     tokenizer = build_tokenizer()
-    tokens = ("image_token", "<|image_pad|>"), ("video_token", "<|video_pad|>")
-    tokens += ("vision_start_token", "<|vision_start|>"), ("vision_end_token", "<|vision_end|>")
+    tokens = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    tokens |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
     config = config_class(
         text_config={
             **decoder_sizes(tokenizer, *sizes),
@@ -279,7 +279,7 @@ def _build_qwen_vl(
             **vision,
         },
         tie_word_embeddings=True,
-        **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens},
+        **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()},
     )
     return finish(model_class, config, tokenizer, seed)
 
