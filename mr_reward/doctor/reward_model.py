@@ -57,8 +57,8 @@ _WASTE = 0.9  # allocators lose some of a device
 
 
 def check_reward_folder(name: str) -> list[Finding]:
-    """Look at a reward model alone: its files, and a score of its architecture made tiny."""
-    model, findings = _read_folder(name)
+    """Look at a reward model alone: every byte of its files, and a score of its architecture made tiny."""
+    model, findings = _read_folder(name, verify=True)
     if model is not None and may_start(findings):
         findings.append(score_tiny(name, model.config, None, ()))
     return findings
@@ -105,8 +105,13 @@ def _ask_server(url: str, expected_hash: str | None) -> Finding:
     return Finding("green", what, f"{url}: layout {health.layout}, model {health.model_hash}")
 
 
-def _read_folder(name: str, attention: str | None = None) -> tuple[MultiResponseRewardModel | None, list[Finding]]:
-    """The model without weights, and what is to be said about the files; None if it cannot be built."""
+def _read_folder(
+    name: str, attention: str | None = None, *, verify: bool = False
+) -> tuple[MultiResponseRewardModel | None, list[Finding]]:
+    """The model without weights, and what is to be said about the files; None if it cannot be built.
+
+    `verify` reads every byte; not in a run that is about to start, where every rank asks.
+    """
     what = "reward model"
     if not Path(name).is_dir() and not has_file(name, "config.json"):
         text = f"{name} is no folder, and no hub within reach has it; give the folder that pretrain_rm.py wrote"
@@ -126,12 +131,12 @@ def _read_folder(name: str, attention: str | None = None) -> tuple[MultiResponse
     model.processor = processor
     findings = [Finding("green", what, f"{name}: layout {config.layout}, template unchanged")]
     if Path(name).is_dir():
-        findings.append(check_weights(Path(name), model))
+        findings.append(check_weights(Path(name), model, verify=verify))
     return model, findings
 
 
-def check_weights(folder: Path, model: MultiResponseRewardModel) -> Finding:
-    """Whether the files are those that were saved, and their headers have what the model has; no weight is read."""
+def check_weights(folder: Path, model: MultiResponseRewardModel, *, verify: bool = False) -> Finding:
+    """Whether the files are those that were saved, and their headers have what the model has; no weight is loaded."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         found = weight_shapes(folder)
@@ -141,7 +146,7 @@ def check_weights(folder: Path, model: MultiResponseRewardModel) -> Finding:
             "mismatched_keys": {key for key in expected.keys() & found.keys() if expected[key] != found[key]},
         }
         check_loading_info(str(folder), problems)
-        check_checksums(str(folder))
+        check_checksums(str(folder), verify=verify)
     except CheckpointError as error:
         return Finding("red", "weights", str(error))
     count = sum(torch.Size(shape).numel() for shape in found.values()) / 1e6

@@ -26,6 +26,7 @@ from mr_reward.checkpoint.checksums import (
     written_whole_file,
 )
 from mr_reward.checkpoint.verify import check_checksums
+from mr_reward.doctor.reward_model import check_reward_folder
 from mr_reward.errors import CheckpointError
 from mr_reward.training.saving import incomplete_reason
 
@@ -152,6 +153,7 @@ def test_one_wrong_bit_of_the_weights_is_found_by_verify(folders: tuple[Path, Pa
     path.write_bytes(data)
     assert changed_file(copy, verify=False) is None and changed_file(copy) == path.name
     MultiResponseRewardModel.from_pretrained(copy)
+    assert [finding.what for finding in check_reward_folder(str(copy)) if finding.level == "red"] == ["weights"]
     with pytest.raises(CheckpointError, match="model.safetensors is missing or not the file that was saved"):
         MultiResponseRewardModel.from_pretrained(copy, verify=True)
 
