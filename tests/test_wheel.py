@@ -74,7 +74,7 @@ def test_the_command_line_in_an_empty_environment(wheel: Path, tmp_path: Path) -
     doctor = run("doctor")
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
 
-    # Three groups with images through a pipe, stopped after the first and gone on with.
+    # Three groups with images through a pipe, stopped after the first and resumed.
     reward_model("qwen3_vl", "set").save_pretrained(tmp_path / "rm")
     rng, rows, groups = random.Random(3), [], []
     for i in range(3):

@@ -27,10 +27,64 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "MultiResponseRewardModel",
         "ResponseGroup",
     ],
+    "attention": [],
+    "backbones": ["ADAPTERS", "BackboneAdapter", "get_adapter"],
+    "checkpoint": ["changed_file", "outside_zero3", "weights_digest", "write_model_card"],
+    "cli": ["main"],
+    "data": [
+        "Conversion",
+        "ScoredGroup",
+        "decontaminate",
+        "get_converter",
+        "load_preferences",
+        "read_rows",
+        "read_scored",
+        "save_preferences",
+        "write_scored",
+    ],
+    "doctor": ["Finding", "check_before_start", "examine_machine", "examine_recipe", "may_start", "show_findings"],
+    "evaluation": [
+        "attack_items",
+        "evaluate_benchmark",
+        "evaluate_groups",
+        "load_scorer",
+        "read_report",
+        "run_attacks",
+    ],
+    "grpo": ["GroupLog", "MultiResponseReward", "plan_groups"],
+    "integrations": ["build_collecting_app", "compute_score", "compute_score_single", "register"],
+    "model": ["GroupScorer", "MultiResponseRewardConfig", "MultiResponseRewardModel"],
+    "mr2bench": ["build_benchmark", "rank_votes", "read_questions", "read_rankings", "read_votes", "write_benchmark"],
+    "runs": [
+        "ContinuedEpochs",
+        "PolicyArguments",
+        "PolicyTrainingArguments",
+        "PolicyValidation",
+        "PromptSource",
+        "RunFigure",
+        "WarningSigns",
+        "check_vllm_server",
+        "checkpoint_to_resume",
+        "prepare_vllm_on_cpu",
+        "send_single_placeholders",
+    ],
+    "scorers": ["OffloadedScorer", "RemoteScorer", "open_scorer"],
+    "serving": ["ServerLimits", "build_app", "serve"],
+    "templates": ["load_image"],
+    "training": [
+        "RewardTrainer",
+        "RewardTrainingArguments",
+        "best_of_n_cross_entropy",
+        "get_loss",
+        "pairwise_bradley_terry",
+        "plackett_luce",
+    ],
+    "viewer": ["load_source", "make_view", "plot_views", "render_page"],
+    "worlds": ["HandwritingArguments", "grade", "make_groups", "make_policy_rows", "make_tasks"],
 }
 SECTION = re.compile(r"^\s*(Args|Returns|Raises|Yields):$", re.MULTILINE)
 # Functions and classes that no folder exports and that have sections all the same. It only goes down.
-MOST_INNER_SECTIONS = 151
+MOST_INNER_SECTIONS = 24
 PACKAGES = sorted(
     ".".join(path.parent.relative_to(ROOT / "mr_reward").parts) for path in (ROOT / "mr_reward").rglob("__init__.py")
 )
@@ -52,7 +106,9 @@ EXPORTED = [
 
 
 def test_public_names_are_the_promised_ones() -> None:
-    assert mr_reward.__all__ == PUBLIC_NAMES[""]
+    assert {folder: sorted(exported(folder)) for folder in PACKAGES} == {
+        folder: sorted(names) for folder, names in PUBLIC_NAMES.items()
+    }
 
 
 @pytest.mark.parametrize("name", PUBLIC_NAMES[""])

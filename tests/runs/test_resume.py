@@ -165,7 +165,7 @@ def test_kill_at_a_random_moment_and_resume(uninterrupted: Path, world: Path, se
 
 @pytest.mark.slow
 def test_a_full_disk_while_saving_and_resume(uninterrupted: Path, world: Path) -> None:
-    """From step 6 on no checkpoint has room; what was saved before it is whole and gone on with."""
+    """From step 6 on no checkpoint has room; what was saved before it is whole, and the run resumes from it."""
     output = world / "full"
     arguments = command(world, output)
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())

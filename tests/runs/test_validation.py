@@ -122,7 +122,7 @@ def test_a_resumed_run_goes_on_with_its_files(models: Path, tmp_path: Path) -> N
     found = records(tmp_path)
     assert [record["step"] for record in found] == [0, 2, 4]
     assert found[:2] == first
-    train(models, tmp_path, 2)  # a new run in the same folder starts anew
+    train(models, tmp_path, 2)  # a new run in the same folder starts again
     assert [record["step"] for record in records(tmp_path)] == [0, 2]
 
 
