@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,19 @@ if TYPE_CHECKING:
     from mr_reward.groups import Scorer
     from mr_reward.model.model import MultiResponseRewardModel
 
-__all__ = ["REWARD_TRANSFORMS", "MultiResponseReward"]
+__all__ = ["REWARD_TRANSFORMS", "MultiResponseReward", "reward_transform"]
 
 logger = logging.getLogger(__name__)
+
+_SCORER_OPTIONS = (
+    "device",
+    "dtype",
+    "max_tokens_per_batch",
+    "over_length",
+    "num_orders",
+    "attn_implementation",
+    "placement",
+)
 
 
 def _centred(scores: Sequence[float]) -> list[float]:
@@ -41,29 +52,31 @@ def _centred(scores: Sequence[float]) -> list[float]:
     return [score - mean for score in scores]
 
 
-def _rank(scores: Sequence[float]) -> list[float]:
-    """Share of the other responses that are beaten, ties half."""
-    if len(scores) == 1:
-        return [0.5]
-    wins = [sum((other < score) + 0.5 * (other == score) for other in scores) - 0.5 for score in scores]
-    return [win / (len(scores) - 1) for win in wins]
+def _beating(chance: Callable[[float], float]) -> Callable[[Sequence[float]], list[float]]:
+    """Mean chance to beat each of the others, by the lead of the own score; minus 0.5 takes out the own comparison."""
 
+    def transform(scores: Sequence[float]) -> list[float]:
+        if len(scores) == 1:
+            return [0.5]
+        return [(sum(chance(score - other) for other in scores) - 0.5) / (len(scores) - 1) for score in scores]
 
-def _win_rate(scores: Sequence[float]) -> list[float]:
-    """Mean Bradley-Terry chance to win against each of the others."""
-    if len(scores) == 1:
-        return [0.5]
-    # sigmoid(x) = (1 + tanh(x / 2)) / 2 does not overflow; minus 0.5 takes out the comparison with itself
-    chances = [sum(0.5 + 0.5 * math.tanh((score - other) / 2) for other in scores) - 0.5 for score in scores]
-    return [chance / (len(scores) - 1) for chance in chances]
+    return transform
 
 
 REWARD_TRANSFORMS: Mapping[str, Callable[[Sequence[float]], list[float]]] = {
     "centred": _centred,
     "raw": list,
-    "rank": _rank,
-    "win_rate": _win_rate,
+    "rank": _beating(lambda lead: (lead > 0) + 0.5 * (lead == 0)),  # the share that is beaten, ties half
+    # Bradley-Terry: sigmoid(x) = (1 + tanh(x / 2)) / 2 does not overflow
+    "win_rate": _beating(lambda lead: 0.5 + 0.5 * math.tanh(lead / 2)),
 }
+
+
+def reward_transform(name: str) -> Callable[[Sequence[float]], list[float]]:
+    """Scores -> rewards, by the name that `MultiResponseReward` takes."""
+    if name not in REWARD_TRANSFORMS:
+        raise ConfigurationError(f"reward is {name!r}, expected one of {', '.join(REWARD_TRANSFORMS)}")
+    return REWARD_TRANSFORMS[name]
 
 
 class MultiResponseReward:
@@ -153,6 +166,8 @@ class MultiResponseReward:
         group_log: GroupLog | None = None,
         timeout: float = 1800.0,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "server_token")}
+        self._arguments = given  # what a copy is made of; the token is not pickled
         if num_generations_eval is None:
             num_generations_eval = num_generations
         for name, size in (("num_generations", num_generations), ("num_generations_eval", num_generations_eval)):
@@ -160,8 +175,7 @@ class MultiResponseReward:
                 raise ConfigurationError(
                     f"{name} is {size!r}, expected a whole number from 1 on; pass the trainer's {name}"
                 )
-        if reward not in REWARD_TRANSFORMS:
-            raise ConfigurationError(f"reward is {reward!r}, expected one of {', '.join(REWARD_TRANSFORMS)}")
+        self._transform = reward_transform(reward)
         if over_length not in OVER_LENGTH_POLICIES:  # known before the checkpoint is loaded, which takes a while
             raise ConfigurationError(
                 f"over_length is {over_length!r}, expected one of {', '.join(OVER_LENGTH_POLICIES)}"
@@ -172,19 +186,8 @@ class MultiResponseReward:
         self.num_generations = num_generations
         self.num_generations_eval = num_generations_eval
         self.reward = reward
-        sizes = {"num_generations_eval": num_generations_eval}
-        options: dict[str, Any] = {
-            "device": device,
-            "dtype": dtype,
-            "max_tokens_per_batch": max_tokens_per_batch,
-            "over_length": over_length,
-            "num_orders": num_orders,
-            "attn_implementation": attn_implementation,
-            "placement": placement,
-        }
+        options = {name: given[name] for name in _SCORER_OPTIONS}
         self.last_scored: list[ScoredGroup] = []
-        others = {"server": server, "server_hash": server_hash, "group_log": group_log, "timeout": timeout}
-        self._arguments = (model, num_generations), {**sizes, "reward": reward, **options, **others}
         self._group_log = group_log
         self._scorer: Scorer
         if server is None:
@@ -193,7 +196,14 @@ class MultiResponseReward:
                 raise ConfigurationError(f"got {got}; give the folder of a reward model, or a URL as server")
             self._scorer = open_scorer(model, **options)
         else:
-            _refuse_local_options({"model": model, **options})
+            # What a scoring server has decided when it was started cannot be asked of it.
+            defaults = inspect.signature(MultiResponseReward).parameters
+            local = [name for name in ("model", *_SCORER_OPTIONS) if given[name] != defaults[name].default]
+            if local:
+                raise ConfigurationError(
+                    f"{', '.join(local)} cannot be given together with server, where `mr-reward serve` decides about "
+                    "it; leave it out, and start the server with it"
+                )
             if not is_url(server):
                 raise ConfigurationError(f"server is {server!r}, expected http://host:port")
             self._scorer = open_scorer(server, token=server_token, expected_hash=server_hash)
@@ -202,8 +212,7 @@ class MultiResponseReward:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Pickle the arguments: a copy loads the checkpoint again, and has its own device and process group."""
-        args, kwargs = self._arguments
-        return functools.partial(type(self), **kwargs), args
+        return functools.partial(type(self), **self._arguments), ()
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], **kwargs: Any
@@ -275,16 +284,8 @@ class MultiResponseReward:
             return {}, 0.0
         groups = []
         for planned in own:
-            prompt = local[planned.owner_row]
-            groups.append(
-                ResponseGroup(
-                    prompt=prompt.messages,
-                    responses=planned.responses,
-                    images=prompt.images,
-                    videos=prompt.videos,
-                    id=f"{prefix}group {planned.index}",
-                )
-            )
+            prompt, name = local[planned.owner_row], f"{prefix}group {planned.index}"
+            groups.append(replace(prompt, prompt=prompt.messages, responses=planned.responses, id=name))
         started = time.perf_counter()
         results = self._scorer.score_detailed(groups)
         seconds = time.perf_counter() - started
@@ -301,18 +302,7 @@ class MultiResponseReward:
         """N rewards of a group; None for each if it was dropped."""
         if result.scores is None:
             return [None] * len(result.truncated)
-        return [*REWARD_TRANSFORMS[self.reward](result.scores)]
-
-
-def _refuse_local_options(options: Mapping[str, Any]) -> None:
-    """What a scoring server has decided when it was started cannot be asked of it."""
-    defaults = inspect.signature(MultiResponseReward).parameters
-    given = [name for name, value in options.items() if value != defaults[name].default]
-    if given:
-        raise ConfigurationError(
-            f"{', '.join(given)} cannot be given together with server, where `mr-reward serve` decides about it; "
-            "leave it out, and start the server with it"
-        )
+        return [*self._transform(result.scores)]
 
 
 def _name_groups(prefix: str, groups: Sequence[PlannedGroup]) -> str | None:

@@ -6,17 +6,8 @@ from mr_reward.exports import lazy_exports
 
 if TYPE_CHECKING:
     from mr_reward.integrations.ms_swift import register
-    from mr_reward.integrations.openrlhf import build_collecting_app
     from mr_reward.integrations.verl import compute_score, compute_score_single
 
-__all__ = ["build_collecting_app", "compute_score", "compute_score_single", "register"]
+__all__ = ["compute_score", "compute_score_single", "register"]
 
-__getattr__ = lazy_exports(
-    __name__,
-    {
-        "build_collecting_app": "openrlhf",
-        "compute_score": "verl",
-        "compute_score_single": "verl",
-        "register": "ms_swift",
-    },
-)
+__getattr__ = lazy_exports(__name__, {"compute_score": "verl", "compute_score_single": "verl", "register": "ms_swift"})

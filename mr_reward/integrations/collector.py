@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mr_reward.errors import ConfigurationError, GroupAssemblyError, OverLengthError
 from mr_reward.groups import ResponseGroup
-from mr_reward.grpo.reward import REWARD_TRANSFORMS
+from mr_reward.grpo.reward import reward_transform
 from mr_reward.serving.batcher import Batcher
 
-__all__ = ["GroupCollector", "Rollout", "group_of", "transform_of"]
+__all__ = ["GroupCollector", "Rollout", "group_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -30,13 +30,6 @@ def group_of(rollouts: Sequence[Rollout]) -> ResponseGroup:
     first = rollouts[0]
     responses = [rollout.response for rollout in rollouts]
     return ResponseGroup(prompt=first.prompt, images=first.images, responses=responses, id=first.key[:80])
-
-
-def transform_of(reward: str) -> Callable[[Sequence[float]], Sequence[float]]:
-    """Scores -> rewards, by the name that `MultiResponseReward` takes."""
-    if reward not in REWARD_TRANSFORMS:
-        raise ConfigurationError(f"reward is {reward!r}, expected one of {', '.join(REWARD_TRANSFORMS)}")
-    return REWARD_TRANSFORMS[reward]
 
 
 @dataclass(slots=True)
@@ -65,7 +58,7 @@ class GroupCollector:
             raise ConfigurationError(f"deadline is {deadline} s, expected more than 0")
         self._batcher = batcher
         self._size = num_generations
-        self._transform = transform_of(reward)
+        self._transform = reward_transform(reward)
         self._deadline = deadline
         self._waiting: dict[str, _Group] = {}
 

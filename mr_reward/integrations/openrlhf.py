@@ -51,32 +51,16 @@ def build_collecting_app(
     *,
     num_generations: int,
     reward: str = "centred",
-    deadline: float = 170.0,
+    deadline: float = 170.0,  # seconds that a rollout waits for its group; below the trainer's own 180
     media_root: Path | None = None,
     limits: ServerLimits | None = None,
 ) -> FastAPI:
-    """The endpoint as an ASGI application.
+    """The endpoint as an ASGI application: `POST /get_reward` and `GET /health`.
 
     A label that is a JSON object may name the group (`id`), give the prompt as chat messages (`prompt`) and the paths
     of its images (`images`); without one the group is named by the prompt's text, which is then what is judged, chat
-    template and all. With `id` two groups of one prompt are kept apart.
-
-    Args:
-        scorer: scores the groups; nothing else may use it at the same time.
-        num_generations: rollouts of a prompt, `--rollout.n_samples_per_prompt`.
-        reward: see `MultiResponseReward`.
-        deadline: seconds that a rollout waits for its group; below the trainer's own 180.
-        media_root: folder that the images of labels count from and may not lie outside of; None refuses images.
-        limits: what is refused; None for the defaults.
-
-    Returns:
-        The application, with `POST /get_reward` and `GET /health`.
-
-    Raises:
-        ConfigurationError: an argument has a value that does not exist.
-
-    Example:
-        >>> app = build_collecting_app(GroupScorer.from_pretrained("rm"), num_generations=8)  # doctest: +SKIP
+    template and all. With `id` two groups of one prompt are kept apart. Nothing else may use the scorer at the same
+    time. Images may not lie outside of `media_root`; without one they are refused.
     """
     limits = limits or ServerLimits()
     batcher = Batcher(scorer.score_detailed, max_wait=limits.max_wait, max_pending=limits.max_pending)
@@ -178,27 +162,23 @@ def _read_label(label: Any) -> _Label:
 
 async def _together(collector: GroupCollector, rollouts: Sequence[Rollout], request: Request) -> list[float]:
     """Rewards of a post; if the trainer hangs up, its rollouts are taken back."""
+
+    async def until_disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
     rewards = asyncio.gather(*(collector.reward(rollout) for rollout in rollouts))
-    gone = asyncio.ensure_future(_until_disconnected(request))
+    gone = asyncio.ensure_future(until_disconnected())
     both: list[asyncio.Future[Any]] = [rewards, gone]
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not rewards.done():
             rewards.cancel()
             await asyncio.wait([rewards])
-            raise _HungUp("the trainer hung up before its groups were whole")
+            raise MRRewardError("the trainer hung up before its groups were whole")
         return rewards.result()
     finally:
         gone.cancel()
-
-
-class _HungUp(MRRewardError):
-    """Nobody reads the answer."""
-
-
-async def _until_disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _answer(content: dict[str, Any], status: int = 200) -> Response:

@@ -20,7 +20,8 @@ from typing import Any
 
 from mr_reward.errors import GroupAssemblyError, GroupError, ScoringServerError
 from mr_reward.groups import Scorer
-from mr_reward.integrations.collector import Rollout, group_of, transform_of
+from mr_reward.grpo.reward import reward_transform
+from mr_reward.integrations.collector import Rollout, group_of
 from mr_reward.scorers.opening import open_scorer
 
 __all__ = ["compute_score", "compute_score_single"]
@@ -68,7 +69,7 @@ def compute_score(
         reward_model: {reward_manager: batch}
         ```
     """
-    transform = transform_of(reward)
+    transform = reward_transform(reward)
     rollouts = [_rollout(info, text) for info, text in zip(extra_infos, solution_strs, strict=True)]
     rows_by_key: dict[str, list[int]] = defaultdict(list)
     for row, rollout in enumerate(rollouts):
