@@ -175,7 +175,7 @@ def test_a_slow_server_scores_once_however_often_it_is_asked(scorer: GroupScorer
 
     def slow(batch: list[ResponseGroup]) -> list[GroupScores]:
         calls.append(len(batch))
-        time.sleep(3.0)
+        time.sleep(2.7)  # between the ends of two attempts
         return expected
 
     scorer.score_detailed = slow  # type: ignore[method-assign,assignment]
