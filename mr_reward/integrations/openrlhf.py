@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mr_reward.errors import MRRewardError
 from mr_reward.integrations.collector import GroupCollector, Rollout
 from mr_reward.model.scorer import GroupScorer
+from mr_reward.scorers.wire import explain
 from mr_reward.serving.batcher import Batcher
 from mr_reward.serving.server import ServerLimits
 
@@ -86,7 +87,7 @@ def build_collecting_app(
             post = _Post.model_validate(json.loads(await request.body()))
             rollouts = _read(post, endings, media_root)
         except (ValidationError, ValueError) as error:
-            return _answer({"error": f"{type(error).__name__}: {str(error)[:500]}"}, 422)
+            return _answer({"error": f"{type(error).__name__}: {explain(error)}"}, 422)
         try:
             rewards = await _together(collector, rollouts, request)
         except MRRewardError as error:

@@ -20,7 +20,6 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
-from pydantic import ValidationError
 
 from mr_reward.errors import (
     CheckpointError,
@@ -33,7 +32,7 @@ from mr_reward.errors import (
     ScoringServerError,
 )
 from mr_reward.groups import GroupScores, ResponseGroup
-from mr_reward.scorers.wire import ErrorAnswer, Health, ScoreAnswer, dump, to_wire
+from mr_reward.scorers.wire import ErrorAnswer, Health, ScoreAnswer, dump, explain, to_wire
 
 __all__ = ["TOKEN_VARIABLE", "RemoteScorer"]
 
@@ -131,7 +130,8 @@ class RemoteScorer:
         """
         if self._health is None:
             seconds = self._options["deadline"] if deadline is None else deadline
-            (health,) = self._send([_Request("/health", None, _read_health)], seconds)
+            read = functools.partial(Health.model_validate_json, strict=True)
+            (health,) = self._send([_Request("/health", None, read)], seconds)
             self._check_hash(health.model_hash)
             self._expected_hash = health.model_hash
             self._health = health
@@ -262,7 +262,7 @@ class RemoteScorer:
         except (MRRewardError, RecursionError):
             raise
         except ValueError as error:
-            raise _AgainError(f"an answer that makes no sense ({_first_line(error)})", answered=True) from error
+            raise _AgainError(f"an answer that makes no sense ({explain(error)})", answered=True) from error
 
     def _read_scores(
         self, groups: dict[str, ResponseGroup], request_id: str, content: bytes
@@ -376,17 +376,6 @@ def _failure(url: str, path: str, answer: httpx2.Response, content: bytes) -> Ex
         f"{url}{path} answers with status {status}: {told.message or 'no message'}; check that the URL is that of "
         "`mr-reward serve`, of the same version"
     )
-
-
-def _first_line(error: ValueError) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_input=False, include_url=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return str(error).partition("\n")[0][:200]
-
-
-def _read_health(content: bytes) -> Health:
-    return Health.model_validate(json.loads(content))
 
 
 def _checked_url(url: str) -> str:

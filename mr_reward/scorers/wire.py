@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mr_reward.errors import GroupError, MediaError
 from mr_reward.groups import GroupScores, ResponseGroup
@@ -31,6 +31,7 @@ __all__ = [
     "WireGroup",
     "WireResult",
     "dump",
+    "explain",
     "from_wire",
     "to_wire",
 ]
@@ -144,6 +145,15 @@ def dump(message: BaseModel) -> bytes:
         b'{"error":"MediaError","message":"\\\\u00e9"}'
     """
     return json.dumps(message.model_dump(), separators=(",", ":")).encode("ascii")
+
+
+def explain(error: Exception) -> str:
+    """Where a message is wrong, without its content, which may be long."""
+    if not isinstance(error, ValidationError):
+        return str(error)[:500]
+    first, *more = error.errors(include_input=False, include_url=False)
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" + (f" (and {len(more)} more)" if more else "")
 
 
 def to_wire(group: ResponseGroup, id: str) -> WireGroup:

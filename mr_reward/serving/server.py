@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from mr_reward.errors import ConfigurationError, MRRewardError
@@ -28,6 +28,7 @@ from mr_reward.scorers.wire import (
     ScoreRequest,
     WireResult,
     dump,
+    explain,
     from_wire,
 )
 from mr_reward.serving.batcher import Batcher
@@ -224,7 +225,7 @@ class _Service:
             except MRRewardError as error:
                 return _refuse(422, type(error).__name__, str(error))
             except (ValueError, RecursionError) as error:
-                return _refuse(422, "InvalidRequest", _explain(error))
+                return _refuse(422, "InvalidRequest", explain(error))
         return await self._answer_for(message, content, groups)
 
     async def _answer_for(self, message: ScoreRequest, content: bytes, groups: list[ResponseGroup]) -> Response:
@@ -285,15 +286,6 @@ def _answer(message: BaseModel, status: int = 200, headers: dict[str, str] | Non
 
 def _refuse(status: int, error: str, message: str, headers: dict[str, str] | None = None) -> Response:
     return _answer(ErrorAnswer(error=error, message=message), status, headers)
-
-
-def _explain(error: Exception) -> str:
-    """Where a message is wrong, without the content, which may be long."""
-    if not isinstance(error, ValidationError):
-        return str(error)[:500]
-    first, *more = error.errors(include_input=False, include_url=False)
-    place = ".".join(map(str, first["loc"]))
-    return f"{place}: {first['msg']}" + (f" (and {len(more)} more)" if more else "")
 
 
 def _check_token(token: str | None) -> None:

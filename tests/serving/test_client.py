@@ -117,7 +117,7 @@ def test_batches() -> None:
     assert batches([5, 5, 1, 20, 1, 1, 1], 2, 10) == [[0, 1], [2], [3], [4, 5], [6]]
 
 
-# --- faults that another attempt mends ---
+# --- faults after which it asks again ---
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_batches() -> None:
         "status 429",
     ],
 )
-def test_a_fault_in_the_middle_is_mended(fault: str, scorer: GroupScorer, groups: Groups) -> None:
+def test_after_a_fault_in_the_middle_it_asks_again(fault: str, scorer: GroupScorer, groups: Groups) -> None:
     given = groups(12)
     spoiled = Faulty(build_app(scorer), once(fault, (1, 2, 4)))
     with running(spoiled) as url:
