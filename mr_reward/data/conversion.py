@@ -33,27 +33,6 @@ class Conversion:
 
     Public pairs store the chosen response first, which a model that sees all responses would learn. So the order of
     the responses is shuffled, for each group in the same way at every run.
-
-    Args:
-        converter: of the data set.
-        rows: its rows.
-        media_root: relative paths in the rows count from here; the folder of the source if None.
-        limit: stop after so many rows.
-        skip_bad: leave a bad row out and continue; otherwise it is an error.
-        keep_order: do not shuffle the responses.
-
-    Attributes:
-        num_rows: rows that were read.
-        skipped: rows without a preference, by reason.
-        bad_rows: rows that contradict the schema or whose media are missing.
-
-    Raises:
-        GroupError: rows that contradict what the converter has to know about all of them; while iterating: a bad
-            row, with file, line and field.
-
-    Example:
-        >>> conversion = Conversion(get_converter("nectar"), read_rows("rlaif.parquet"))  # doctest: +SKIP
-        >>> save_preferences(conversion, "nectar.jsonl"), conversion.skipped  # doctest: +SKIP
     """
 
     def __init__(

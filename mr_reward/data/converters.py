@@ -377,22 +377,7 @@ CONVERTERS: Mapping[str, Converter] = MappingProxyType({converter.name: converte
 
 
 def get_converter(name: str, *, axis: str | None = None) -> Converter:
-    """The converter of a public data set.
-
-    Args:
-        name: a key of `CONVERTERS`.
-        axis: for `pku_saferlhf`: `agree` (default), `better` or `safer`.
-
-    Returns:
-        The converter.
-
-    Raises:
-        ConfigurationError: unknown name or axis, or an axis for another data set.
-
-    Example:
-        >>> get_converter("nectar").hub_id
-        'berkeley-nest/Nectar'
-    """
+    """The converter of a public data set; `axis` is for `pku_saferlhf`, one of `AXES`."""
     if name not in CONVERTERS:
         raise ConfigurationError(f"unknown data set {name!r}, expected one of {', '.join(CONVERTERS)}")
     converter = CONVERTERS[name]

@@ -109,26 +109,7 @@ def decontaminate(
     strict: bool = False,
     show_progress: bool = False,
 ) -> Decontamination:
-    """Remove the training groups that meet a benchmark, by the rules at the head of this file.
-
-    Args:
-        groups: training groups.
-        benchmarks: name -> the benchmark's groups.
-        strict: every equal prompt and long response counts.
-        show_progress: show bars.
-
-    Returns:
-        Kept and removed groups.
-
-    Raises:
-        MediaError: an image that cannot be read.
-
-    Example:
-        >>> clean = ResponseGroup(prompt="a", responses=["b", "c"], rankings=[1, 2])
-        >>> bench = ResponseGroup(prompt="A ", responses=["d", "e"], id="1")
-        >>> decontaminate([clean], {"bench": [bench]}).counts
-        {('unknown', 'bench', 'prompt'): 1}
-    """
+    """Remove the training groups that meet a benchmark (name -> groups), by the rules at the head of this file."""
     index = _Index(benchmarks, show_progress)
     stock: frozenset[bytes] = frozenset() if strict else _stock_texts(groups, index)
     kept: list[ResponseGroup] = []

@@ -32,22 +32,10 @@ class RowSource:
 
 
 def read_rows(source: str | Path, *, split: str | None = None, config: str | None = None) -> RowSource:
-    """Open a data set; its rows are read when they are asked for.
+    """Open a `.jsonl`, `.json` (one list) or `.parquet` file, a folder of them, or a data set of the hub (its id).
 
-    Args:
-        source: a `.jsonl`, `.json` (one list) or `.parquet` file, a folder of them, or a hub id `owner/name`.
-        split: of a hub data set, `train` if None; of a folder, only files whose name starts with it.
-        config: of a hub data set; of a folder, only files below a folder of this name.
-
-    Returns:
-        The rows. Embedded images are `{"bytes": ..., "path": ...}` and not decoded.
-
-    Raises:
-        ConfigurationError: nothing there, a file of another kind, or a data set, config or split that the hub does not
-            give.
-
-    Example:
-        >>> rows = read_rows("berkeley-nest/Nectar", split="train")  # doctest: +SKIP
+    Its rows are read when they are asked for. `split`: of the hub, `train` if None; of a folder, how the files'
+    names start. `config`: of the hub; of a folder, one above the files. Images are `{"bytes": ..., "path": ...}`.
     """
     path = Path(source)
     if path.is_file():

@@ -1,9 +1,12 @@
-"""Judgments -> a folder with the benchmark: N-way variants, full rankings, a card that tells how noisy they are."""
+"""Judgments -> a folder with the benchmark: N-way variants, full rankings, a card that tells how noisy they are.
+
+A variant is a few responses out of many: spread over the ranking, one clear best, shuffled, without the models' names.
+"""
 
 from __future__ import annotations
 
+import random
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -11,15 +14,23 @@ from pathlib import Path
 
 from mr_reward.data.media_files import resolve_media
 from mr_reward.data.preferences import save_preferences
-from mr_reward.errors import GroupError
-from mr_reward.groups import ResponseGroup
-from mr_reward.mr2bench.annotator_noise import ranking_strengths
-from mr_reward.mr2bench.bradley_terry import bradley_terry_map
-from mr_reward.mr2bench.judgments import FullRanking, Question, Vote, votes_of, win_counts
-from mr_reward.mr2bench.rankings import Denoised, agreement, consensus_ranks, describe, rank_votes
-from mr_reward.mr2bench.sampling import Variant, make_group, sample_variants
+from mr_reward.errors import ConfigurationError, GroupError
+from mr_reward.groups import ResponseGroup, dense_ranks
+from mr_reward.mr2bench.judgments import FullRanking, Question, Vote
+from mr_reward.mr2bench.rankings import Denoised, agreement, rank_rankings, rank_votes
 
-__all__ = ["Built", "build_benchmark", "rank_rankings", "write_benchmark"]
+__all__ = ["Built", "Variant", "build_benchmark", "sample_variants", "write_benchmark"]
+
+_ATTEMPTS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A group of a few responses of a question."""
+
+    question: int  # position of the question
+    positions: tuple[int, ...]  # of the models, in the order shown
+    gap: float  # logits between the two strongest of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,27 +43,6 @@ class Built:
     full: Sequence[ResponseGroup]  # a group of all responses for each question
     dropped: Sequence[str]  # questions without a clear variant
     facts: Mapping[str, str]  # what the card and the table show, by name
-
-
-def rank_rankings(rankings: Sequence[FullRanking]) -> Denoised:
-    """Consensus of several full rankings per question, with strengths that say how sure it is.
-
-    Where no question has two rankings, noise cannot be told from quality: the strengths are then Bradley-Terry on the
-    pairs of each ranking, good for comparing gaps, and surer than they should be.
-    """
-    if not rankings:
-        raise GroupError("got no rankings, expected at least one; check the file")
-    by_question: defaultdict[str, list[FullRanking]] = defaultdict(list)
-    for ranking in rankings:
-        by_question[ranking.question].append(ranking)
-    models = sorted({model for ranking in rankings for model in ranking.ranks})
-    questions = sorted(by_question)
-    ranks = [consensus_ranks(by_question[question], models) for question in questions]
-    counts = win_counts(votes_of(rankings), models)
-    wins = [counts[question] for question in questions]
-    repeated = any(len(members) > 1 for members in by_question.values())
-    strengths = ranking_strengths(by_question, models) if repeated else bradley_terry_map(wins)
-    return describe("consensus", models, questions, wins, ranks, strengths)
 
 
 def build_benchmark(
@@ -70,10 +60,10 @@ def build_benchmark(
     """Rank every question and draw a variant of it.
 
     Args:
-        questions: texts and media, by id.
-        votes: pairwise votes; or
-        rankings: full rankings.
-        method: for votes, see `rank_votes`.
+        questions: texts and media, by id, as `judgments.read_questions` gives them.
+        votes: pairwise votes (`judgments.read_votes`); or
+        rankings: full rankings (`judgments.read_rankings`).
+        method: for votes, see `rankings.rank_votes`.
         num_responses: N of a variant.
         min_gap: logits that a variant's best response has to be ahead of the next.
         seed: of the draws.
@@ -93,11 +83,11 @@ def build_benchmark(
     if bool(votes) == bool(rankings):
         raise GroupError(f"got {len(votes)} votes and {len(rankings)} rankings, expected one of both; give one file")
     ranking = rank_votes(votes, method=method, show_progress=show_progress) if votes else rank_rankings(rankings)
-    full = [make_group(ranking, q, judged, questions, source) for q, judged in enumerate(ranking.judged)]
+    full = [_make_group(ranking, q, judged, questions, source) for q, judged in enumerate(ranking.judged)]
     variants, dropped = sample_variants(
         ranking, num_responses=num_responses, min_gap=min_gap, seed=seed, questions=questions
     )
-    items = [make_group(ranking, v.question, v.positions, questions, source) for v in variants]
+    items = [_make_group(ranking, v.question, v.positions, questions, source) for v in variants]
     annotators = {vote.annotator for vote in votes} | {given.annotator for given in rankings}
     facts = {
         "questions": str(len(ranking.questions)),
@@ -185,3 +175,88 @@ Overall strength of the models, in logits (over all questions):
 |---|---|
 {models}
 """
+
+
+def _draw_positions(
+    ranking: Denoised,
+    question: int,
+    generator: random.Random,
+    *,
+    num_responses: int,
+    min_gap: float,
+    texts: Sequence[str] | None = None,
+) -> Variant | None:
+    """Draw responses from equal parts of the ranking, until one draw has a clear best; None if none has.
+
+    Two equal texts are never drawn together, for one of them would be called worse.
+    """
+    ranks, strengths = ranking.ranks[question], ranking.strengths.mean[question]
+    order = sorted(ranking.judged[question], key=lambda i: (ranks[i], -strengths[i]))
+    if len(order) < num_responses:
+        return None
+    parts = [
+        order[i * len(order) // num_responses : (i + 1) * len(order) // num_responses] for i in range(num_responses)
+    ]
+    for _ in range(_ATTEMPTS):
+        drawn = [generator.choice(part) for part in parts]
+        if texts is not None and len({texts[i] for i in drawn}) < num_responses:
+            continue
+        best = min(drawn, key=lambda i: ranks[i])
+        others = [i for i in drawn if i != best]
+        runner_up = max(others, key=lambda i: strengths[i])
+        gap = float(strengths[best] - strengths[runner_up])
+        if all(ranks[i] > ranks[best] for i in others) and gap >= min_gap:
+            generator.shuffle(drawn)
+            return Variant(question, tuple(drawn), gap)
+    return None
+
+
+def sample_variants(
+    ranking: Denoised,
+    *,
+    num_responses: int = 4,
+    min_gap: float = 0.0,
+    seed: int = 0,
+    questions: Mapping[str, Question] | None = None,
+) -> tuple[list[Variant], list[str]]:
+    """One variant of each question and the ids of those without a clear one; a draw depends on seed and id alone."""
+    if not 2 <= num_responses <= len(ranking.models):
+        raise ConfigurationError(
+            f"num_responses is {num_responses}, expected 2 to {len(ranking.models)}, the number of models"
+        )
+    if min_gap < 0:
+        raise ConfigurationError(f"min_gap is {min_gap}, expected 0 or more logits")
+    found, dropped = [], []
+    for i, name in enumerate(ranking.questions):
+        generator = random.Random(f"{seed} {name}")
+        texts = None
+        if questions is not None:
+            texts = [questions[name].responses.get(model, "").strip() for model in ranking.models]
+        variant = _draw_positions(ranking, i, generator, num_responses=num_responses, min_gap=min_gap, texts=texts)
+        if variant is None:
+            dropped.append(name)
+        else:
+            found.append(variant)
+    return found, dropped
+
+
+def _make_group(
+    ranking: Denoised, question: int, positions: Sequence[int], questions: Mapping[str, Question], source: str
+) -> ResponseGroup:
+    """The group of a question's responses; nothing in it tells which model wrote what."""
+    name = ranking.questions[question]
+    if name not in questions:
+        raise GroupError(f"question {name!r} has judgments but no text, expected it in the questions; add it")
+    given = questions[name]
+    models = [ranking.models[i] for i in positions]
+    if missing := [model for model in models if model not in given.responses]:
+        raise GroupError(f"question {name!r} has no response of {missing[0]!r}, expected one; add it to the questions")
+    return ResponseGroup(
+        prompt=given.prompt,
+        responses=[given.responses[model] for model in models],
+        rankings=dense_ranks([ranking.ranks[question][i] for i in positions]),
+        images=list(given.images),
+        videos=[[video] for video in given.videos],
+        id=name,
+        source=source,
+    )

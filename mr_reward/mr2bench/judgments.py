@@ -61,20 +61,7 @@ class Question:
 
 
 def read_votes(path: str | Path) -> list[Vote]:
-    """Read votes: `{"question_id", "model_a", "model_b", "winner": "model_a" | "model_b" | "tie", "annotator"?}`.
-
-    Args:
-        path: JSON Lines file.
-
-    Returns:
-        The votes.
-
-    Raises:
-        GroupError: a line is something else; the message names it.
-
-    Example:
-        >>> read_votes("votes.jsonl")  # doctest: +SKIP
-    """
+    """Read `{"question_id", "model_a", "model_b", "winner": "model_a" | "model_b" | "tie", "annotator"?}`."""
     found = []
     for number, row in read_json_lines(path):
         keys = ("question_id", "model_a", "model_b", "winner")
@@ -92,20 +79,7 @@ def read_votes(path: str | Path) -> list[Vote]:
 
 
 def read_rankings(path: str | Path) -> list[FullRanking]:
-    """Read full rankings: `{"question_id", "ranking": {model: rank}, "annotator"?}`, 1 = best, ties share a rank.
-
-    Args:
-        path: JSON Lines file.
-
-    Returns:
-        The rankings.
-
-    Raises:
-        GroupError: a line is something else; the message names it.
-
-    Example:
-        >>> read_rankings("rankings.jsonl")  # doctest: +SKIP
-    """
+    """Read `{"question_id", "ranking": {model: rank}, "annotator"?}`, 1 = best, ties share a rank."""
     found = []
     for number, row in read_json_lines(path):
         ranks: Any = row.get("ranking") if isinstance(row, dict) else None
@@ -120,20 +94,7 @@ def read_rankings(path: str | Path) -> list[FullRanking]:
 
 
 def read_questions(path: str | Path) -> dict[str, Question]:
-    """Read questions: `{"id", "prompt", "responses": {model: text}, "images"?, "videos"?}`.
-
-    Args:
-        path: JSON Lines file; paths of media count from its folder.
-
-    Returns:
-        Id -> question.
-
-    Raises:
-        GroupError: a line is something else, or an id occurs twice; the message names it.
-
-    Example:
-        >>> read_questions("questions.jsonl")["q1"].prompt  # doctest: +SKIP
-    """
+    """Read `{"id", "prompt", "responses": {model: text}, "images"?, "videos"?}`; media: from the file's folder."""
     found: dict[str, Question] = {}
     for number, row in read_json_lines(path):
         responses: Any = row.get("responses") if isinstance(row, dict) else None

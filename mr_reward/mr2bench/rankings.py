@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import dense_ranks
-from mr_reward.mr2bench.bradley_terry import Strengths, bradley_terry_map
-from mr_reward.mr2bench.judgments import FullRanking, Vote, win_counts
+from mr_reward.mr2bench.judgments import FullRanking, Vote, votes_of, win_counts
 from mr_reward.mr2bench.preference_graph import (
     descendant_ranks,
     exact_order,
@@ -24,8 +23,9 @@ from mr_reward.mr2bench.preference_graph import (
     is_cyclic,
     net_weights,
 )
+from mr_reward.mr2bench.strengths import Strengths, bradley_terry_map, ranking_strengths
 
-__all__ = ["METHODS", "Denoised", "agreement", "consensus_ranks", "rank_counts", "rank_votes"]
+__all__ = ["METHODS", "Denoised", "agreement", "consensus_ranks", "rank_rankings", "rank_votes"]
 
 Floats = NDArray[np.float64]
 METHODS = ("bt_map", "pged_greedy", "pged_exact", "none")
@@ -47,26 +47,11 @@ class Denoised:
 
 
 def rank_votes(votes: Sequence[Vote], *, method: str = "bt_map", show_progress: bool = False) -> Denoised:
-    """Rank the responses to each question by pairwise votes.
+    """Rank the responses to each question by votes; questions and models in alphabetical order.
 
-    Args:
-        votes: of all questions.
-        method: `bt_map` (Bradley-Terry with the models' overall strengths as prior, the strongest in tests with known
-            truth), `pged_greedy` or `pged_exact` (the paper's preference graph, with the heuristic or the least
-            feedback arc set), or `none` (share of votes won).
-        show_progress: draw a progress bar.
-
-    Returns:
-        The rankings, questions and models in alphabetical order.
-
-    Raises:
-        ConfigurationError: there is no such method.
-        GroupError: no votes.
-
-    Example:
-        >>> found = rank_votes([Vote("q", "a", "b", 1.0), Vote("q", "b", "c", 1.0)], method="pged_exact")
-        >>> found.models, found.ranks
-        (['a', 'b', 'c'], [(1, 2, 3)])
+    `bt_map`: Bradley-Terry with the models' overall strengths as prior, the strongest in tests with known truth;
+    `pged_greedy`, `pged_exact`: the paper's preference graph, with the heuristic or the least feedback arc set;
+    `none`: share of votes won.
     """
     if method not in METHODS:
         raise ConfigurationError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
@@ -78,11 +63,32 @@ def rank_votes(votes: Sequence[Vote], *, method: str = "bt_map", show_progress: 
     wins = [counts[question] for question in questions]
     strengths = bradley_terry_map(wins)
     bar = tqdm(range(len(wins)), desc=method, unit="question", disable=not show_progress)
-    ranks = [rank_counts(wins[q], strengths.mean[q], method) for q in bar]
-    return describe(method, models, questions, wins, ranks, strengths)
+    ranks = [_rank_counts(wins[q], strengths.mean[q], method) for q in bar]
+    return _describe(method, models, questions, wins, ranks, strengths)
 
 
-def describe(
+def rank_rankings(rankings: Sequence[FullRanking]) -> Denoised:
+    """Consensus of several full rankings per question, with strengths that say how sure it is.
+
+    Where no question has two rankings, noise cannot be told from quality: the strengths are then Bradley-Terry on the
+    pairs of each ranking, good for comparing gaps, and surer than they should be.
+    """
+    if not rankings:
+        raise GroupError("got no rankings, expected at least one; check the file")
+    by_question: defaultdict[str, list[FullRanking]] = defaultdict(list)
+    for ranking in rankings:
+        by_question[ranking.question].append(ranking)
+    models = sorted({model for ranking in rankings for model in ranking.ranks})
+    questions = sorted(by_question)
+    ranks = [consensus_ranks(by_question[question], models) for question in questions]
+    counts = win_counts(votes_of(rankings), models)
+    wins = [counts[question] for question in questions]
+    repeated = any(len(members) > 1 for members in by_question.values())
+    strengths = ranking_strengths(by_question, models) if repeated else bradley_terry_map(wins)
+    return _describe("consensus", models, questions, wins, ranks, strengths)
+
+
+def _describe(
     method: str,
     models: Sequence[str],
     questions: Sequence[str],
@@ -109,7 +115,7 @@ def describe(
     )
 
 
-def rank_counts(wins: Floats, strengths: Floats, method: str) -> tuple[int, ...]:
+def _rank_counts(wins: Floats, strengths: Floats, method: str) -> tuple[int, ...]:
     """The ranking of one question, from wins (M, M) and, for `bt_map`, strengths (M,)."""
     if method == "bt_map":
         return dense_ranks((-strengths).tolist())

@@ -24,22 +24,10 @@ Inspected = tuple[ScoredGroup, tuple[float, ...] | None]  # and the trainer's ow
 
 
 def load_source(source: Path, step: int | None = None) -> tuple[str, list[Inspected]]:
-    """Read the groups of a file, or of one step of a run.
+    """Where the groups of a file, or of one step (None: the last) of a run, come from, and the groups.
 
-    Args:
-        source: a `.jsonl` file of scored groups, a `.parquet` file of TRL's completions, or the output folder
-            of a run: its `groups` folder (images and all), else its `completions`.
-        step: of a run; None for the last one.
-
-    Returns:
-        Where they come from, and the groups with the advantages that the trainer logged.
-
-    Raises:
-        ConfigurationError: there is no such file, folder or step.
-        GroupError: a file that holds no scored groups.
-
-    Example:
-        >>> title, groups = load_source(Path("outputs/quickstart/policy"), step=20)  # doctest: +SKIP
+    `source` is a `.jsonl` file of scored groups, a `.parquet` file of TRL's completions, or the folder of a run: its
+    `groups` (images and all), else its `completions`.
     """
     if source.is_dir():
         return _from_run(source, step)

@@ -20,19 +20,7 @@ __all__ = ["render_page"]
 
 
 def render_page(views: Sequence[GroupView], title: str) -> str:
-    """Render groups.
-
-    Args:
-        views: at least one; a single one is shown open, more as a list with filters.
-        title: of the page.
-
-    Returns:
-        The HTML, all of it plain Unicode without lone surrogates.
-
-    Example:
-        >>> "<!doctype html>" in render_page([], "nothing")
-        True
-    """
+    """The HTML, plain Unicode without lone surrogates: a single view is shown open, more as a list with filters."""
     sources = {name: _read(name) for name in ("page.html.j2", "page.css", "page.js")}
     environment = Environment(
         loader=DictLoader(sources), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -21,19 +21,7 @@ _SHOWN_IMAGES, _SHOWN_TEXT = 6, 70
 
 
 def plot_views(views: Sequence[GroupView], path: Path, title: str) -> None:
-    """Draw one group (images, responses with bars, the layout), or of several score against length and the spreads.
-
-    Args:
-        views: at least one.
-        path: of the PNG file.
-        title: over it.
-
-    Raises:
-        ConfigurationError: matplotlib is missing.
-
-    Example:
-        >>> plot_views(views, Path("step.png"), "step 20")  # doctest: +SKIP
-    """
+    """Draw one group (images, responses with bars, the layout), or of several score against length and the spreads."""
     if find_spec("matplotlib") is None:
         raise ConfigurationError("--png needs matplotlib; install mr-reward[eval]")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -104,20 +104,8 @@ class GroupView:
 def make_view(scored: ScoredGroup, advantages: Sequence[float] | None, lengths: Lengths | None) -> GroupView:
     """Prepare a group for a page.
 
-    Args:
-        scored: the group and its scores.
-        advantages: N numbers that the trainer logged; None computes them from the rewards, or from the scores.
-        lengths: token counts; None counts characters.
-
-    Returns:
-        The view.
-
-    Raises:
-        MediaError: an image that cannot be read.
-
-    Example:
-        >>> make_view(read_scored("scores.jsonl")[0], None, None).responses[0].rank  # doctest: +SKIP
-        1
+    `advantages` are those that the trainer logged; None computes them from the rewards, or from the scores. Without
+    `lengths` characters are counted.
     """
     group, result = scored.group, scored.result
     scores = result.scores

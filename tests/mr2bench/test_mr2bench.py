@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from crowd import Crowd, draw_rankings, draw_strengths, draw_votes, model_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -23,9 +24,7 @@ from typer.testing import CliRunner
 from mr_reward.cli.app import app
 from mr_reward.data.preferences import load_preferences
 from mr_reward.errors import ConfigurationError, GroupError
-from mr_reward.mr2bench.bradley_terry import bradley_terry_map, solve
-from mr_reward.mr2bench.build import build_benchmark
-from mr_reward.mr2bench.crowd import Crowd, draw_rankings, draw_strengths, draw_votes, model_names
+from mr_reward.mr2bench.build import build_benchmark, sample_variants
 from mr_reward.mr2bench.judgments import (
     FullRanking,
     Question,
@@ -45,7 +44,7 @@ from mr_reward.mr2bench.preference_graph import (
     removed_weight,
 )
 from mr_reward.mr2bench.rankings import METHODS, agreement, consensus_ranks, rank_votes
-from mr_reward.mr2bench.sampling import sample_variants
+from mr_reward.mr2bench.strengths import bradley_terry_map, solve
 
 Floats = NDArray[np.float64]
 

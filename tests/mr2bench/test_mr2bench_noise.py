@@ -10,14 +10,12 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import pytest
+from crowd import Crowd, draw_rankings, draw_strengths, draw_votes, model_names
 from published_schemas import write_jsonl
 from scipy.stats import norm
 
 from mr_reward.errors import GroupError
-from mr_reward.mr2bench.annotator_noise import ranking_strengths
-from mr_reward.mr2bench.bradley_terry import Strengths, solve
-from mr_reward.mr2bench.build import Built, build_benchmark, rank_rankings
-from mr_reward.mr2bench.crowd import Crowd, draw_rankings, draw_strengths, draw_votes, model_names
+from mr_reward.mr2bench.build import Built, build_benchmark
 from mr_reward.mr2bench.judgments import (
     FullRanking,
     Question,
@@ -27,7 +25,8 @@ from mr_reward.mr2bench.judgments import (
     read_votes,
 )
 from mr_reward.mr2bench.preference_graph import greedy_order, net_weights
-from mr_reward.mr2bench.rankings import agreement
+from mr_reward.mr2bench.rankings import agreement, rank_rankings
+from mr_reward.mr2bench.strengths import Strengths, ranking_strengths, solve
 
 VOTE = {"question_id": "q", "model_a": "a", "model_b": "b", "winner": "tie"}
 QUESTION = {"id": "q", "prompt": "?", "responses": {"a": "A"}}
