@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +17,6 @@ from tqdm.auto import tqdm
 from mr_reward.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from mr_reward.data.conversion import BadRow
     from mr_reward.groups import ResponseGroup
 
 __all__ = ["data"]
@@ -77,22 +75,15 @@ def convert(
     table.add_row("bad rows skipped", str(len(groups.bad_rows)))
     console = Console()
     console.print(table)
-    _list_bad_rows(groups.bad_rows, console)
+    for row in groups.bad_rows[:_SHOWN_BAD_ROWS]:
+        console.print(f"bad: {row}", markup=False, highlight=False, soft_wrap=True)
+    if len(groups.bad_rows) > _SHOWN_BAD_ROWS:
+        console.print(f"... and {len(groups.bad_rows) - _SHOWN_BAD_ROWS} more")
     console.print(f"licence of the data: {converter.licence}")
 
 
-def _list_bad_rows(bad_rows: Sequence[BadRow], console: Console) -> None:
-    for row in bad_rows[:_SHOWN_BAD_ROWS]:
-        console.print(f"bad: {row.where}: {row.reason}", markup=False, highlight=False, soft_wrap=True)
-    if len(bad_rows) > _SHOWN_BAD_ROWS:
-        console.print(f"... and {len(bad_rows) - _SHOWN_BAD_ROWS} more")
-
-
 @data.command()
-def stats(
-    files: RankedFiles,
-    skip_bad: SkipBad = False,
-) -> None:
+def stats(files: RankedFiles, skip_bad: SkipBad = False) -> None:
     """Show sizes, ties, lengths, modalities and where the best response stands, by source.
 
     Example: mr-reward data stats train.jsonl val.jsonl

@@ -111,25 +111,19 @@ def _check_done(file: ResumableJsonLines, lines: Iterator[_Line], scored_with: s
     """How many lines of this input an earlier run has written; as many are taken from the input."""
     count = 0
     for count, (number, row) in enumerate(file.rows(), start=1):
-        where = f"{file.path}, line {number}"
-        if not isinstance(row, dict) or "scored_with" not in row:
-            raise GroupError(f"{where}: was not written by this command, so it cannot be resumed; name another --out")
-        if row["scored_with"] != scored_with:
-            raise GroupError(
-                f"{where}: was scored with another model or other options ({row['scored_with']}, now "
-                f"{scored_with}); name another --out, or give the command that wrote it"
-            )
         line = next(lines, None)
-        if line is None:
-            raise GroupError(
-                f"{where}: the input has {count - 1} lines only, so the file belongs to another input; name "
-                "another --out"
-            )
-        if _without_results(row) != line.row:
-            raise GroupError(
-                f"{where}: is not {line.where} with its scores, so the file belongs to another input; name "
-                "another --out"
-            )
+        if not isinstance(row, dict) or "scored_with" not in row:
+            problem = "was not written by this command, so it cannot be resumed"
+        elif row["scored_with"] != scored_with:
+            problem = f"was scored with another model or other options ({row['scored_with']}, now {scored_with})"
+        elif line is None:
+            problem = f"the input has {count - 1} lines only, so the file belongs to another input"
+        elif _without_results(row) != line.row:
+            problem = f"is not {line.where} with its scores, so the file belongs to another input"
+        else:
+            continue
+        where = f"{file.path}, line {number}"
+        raise GroupError(f"{where}: {problem}; name another --out, or give the command that wrote it")
     return count
 
 
@@ -144,11 +138,8 @@ def _open_scorer(name: str, *, dtype: str | None, device: str | None, **options:
 
     local = {"dtype": torch_dtype(dtype), "device": device, **options}
     scorer = open_scorer(name, **({} if is_url(name) else local))
-    return scorer, _checksum(*scored_by(scorer))
-
-
-def _checksum(*parts: Any) -> str:
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    parts = json.dumps(scored_by(scorer), sort_keys=True, default=str)
+    return scorer, hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
 
 
 def _parse(stream: BinaryIO, name: str, root: Path, target: Path | None) -> Iterator[_Line]:

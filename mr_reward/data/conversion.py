@@ -6,9 +6,8 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from mr_reward.data.converters import Converter, SkippedRow
 from mr_reward.data.media_files import resolve_media
@@ -16,18 +15,12 @@ from mr_reward.data.sources import RowSource
 from mr_reward.errors import GroupError, MRRewardError
 from mr_reward.groups import ResponseGroup
 
-__all__ = ["BadRow", "Conversion"]
+__all__ = ["Conversion"]
 
 logger = logging.getLogger(__name__)
 
 
-class BadRow(NamedTuple):
-    """A row that is no group."""
-
-    where: str  # file and line
-    reason: str  # the field, what was found and what was expected
-
-
+@dataclass
 class Conversion:
     """The groups of a data set, made while they are iterated over; the counts are complete at the end.
 
@@ -35,26 +28,20 @@ class Conversion:
     the responses is shuffled, for each group in the same way at every run.
     """
 
-    def __init__(
-        self,
-        converter: Converter,
-        rows: RowSource,
-        *,
-        media_root: str | Path | None = None,
-        limit: int | None = None,
-        skip_bad: bool = False,
-        keep_order: bool = False,
-    ) -> None:
-        self.converter = converter
-        self.rows = rows
-        self.media_root = rows.folder if media_root is None else Path(media_root)
-        self.limit = limit
-        self.skip_bad = skip_bad
-        self.keep_order = keep_order
-        self._convert = converter.make(row for _, row in rows)
-        self.num_rows = 0
-        self.skipped: Counter[str] = Counter()
-        self.bad_rows: list[BadRow] = []
+    converter: Converter
+    rows: RowSource
+    _: KW_ONLY
+    media_root: Path | None = None  # relative paths in the rows count from here; the folder of the source if None
+    limit: int | None = None  # stop after so many rows
+    skip_bad: bool = False  # leave a bad row out and continue; otherwise it is an error with file, line and field
+    keep_order: bool = False  # do not shuffle the responses
+    num_rows: int = field(default=0, init=False)  # rows that were read
+    skipped: Counter[str] = field(default_factory=Counter, init=False)  # rows without a preference, by reason
+    # Rows that contradict the schema or whose media are missing: file and line, field, what was found and expected.
+    bad_rows: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self._convert = self.converter.make(row for _, row in self.rows)
 
     def __iter__(self) -> Iterator[ResponseGroup]:
         self.num_rows = 0
@@ -75,7 +62,7 @@ class Conversion:
                     raise GroupError(
                         f"{place}: {error} (converter {self.converter.name}; --skip-bad leaves such rows out)"
                     ) from error
-                self.bad_rows.append(BadRow(place, str(error)))
+                self.bad_rows.append(f"{place}: {error}")
             else:
                 yield group
         if self.bad_rows:
@@ -84,7 +71,7 @@ class Conversion:
     def _finish(self, group: ResponseGroup) -> ResponseGroup:
         """Find the media, name the group, shuffle the responses."""
         name = group.id if group.id is not None else f"{self.converter.name}-{self.num_rows}"
-        group = replace(resolve_media(group, self.media_root), id=name)
+        group = replace(resolve_media(group, self.media_root or self.rows.folder), id=name)
         if self.keep_order:
             return group
         # By the row's number too: ids need not be unique.

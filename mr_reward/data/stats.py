@@ -66,7 +66,7 @@ class GroupStats:
 def group_stats(groups: Sequence[ResponseGroup], name: str = "all") -> GroupStats:
     """Count, for any groups, ranked or not."""
     ranked = [group for group in groups if group.rankings is not None]
-    lengths = sorted(len(text) for group in groups for text in group.responses)
+    lengths = sorted(len(text) for group in groups for text in group.responses) or [0]
     best_lengths: list[int] = []
     other_lengths: list[int] = []
     longest_wins: list[bool] = []
@@ -95,14 +95,10 @@ def group_stats(groups: Sequence[ResponseGroup], name: str = "all") -> GroupStat
         tied_pairs=tied / pairs if pairs else 0.0,
         all_tied=sum(len(set(group.rankings or ())) == 1 and group.num_responses > 1 for group in ranked),
         unranked=len(groups) - len(ranked),
-        lengths=(
-            statistics.fmean(lengths) if lengths else 0.0,
-            statistics.median(lengths) if lengths else 0.0,
-            float(lengths[int(0.95 * (len(lengths) - 1))]) if lengths else 0.0,
-        ),
-        best_length=statistics.fmean(best_lengths) if best_lengths else 0.0,
-        other_length=statistics.fmean(other_lengths) if other_lengths else 0.0,
-        longest_is_best=statistics.fmean(longest_wins) if longest_wins else 0.0,
+        lengths=(_mean(lengths), statistics.median(lengths), float(lengths[int(0.95 * (len(lengths) - 1))])),
+        best_length=_mean(best_lengths),
+        other_length=_mean(other_lengths),
+        longest_is_best=_mean(longest_wins),
         best_positions=dict(sorted(positions.items())),
         expected_positions=dict(sorted(expected.items())),
         modalities=dict(Counter(_modality(group) for group in groups).most_common()),
@@ -135,6 +131,10 @@ def stats_table(sets: Sequence[GroupStats]) -> Table:
     for label, cell in rows.items():
         table.add_row(label, *(cell(entry) for entry in sets))
     return table
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else 0.0
 
 
 def _share(count: int, total: int) -> str:
