@@ -52,7 +52,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "run_attacks",
     ],
     "grpo": ["GroupLog", "MultiResponseReward", "plan_groups"],
-    "integrations": ["build_collecting_app", "compute_score", "compute_score_single", "register"],
+    "integrations": ["compute_score", "compute_score_single", "register"],
     "model": ["GroupScorer", "MultiResponseRewardConfig", "MultiResponseRewardModel"],
     "mr2bench": ["build_benchmark", "rank_votes", "read_questions", "read_rankings", "read_votes", "write_benchmark"],
     "runs": ["PolicyValidation", "RunFigure", "WarningSigns"],
