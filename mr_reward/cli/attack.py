@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,9 +13,6 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from mr_reward.cli.options import Device, Dtype, MaxTokens, torch_dtype
-
-if TYPE_CHECKING:
-    from mr_reward.evaluation.attacks import AttackResult
 
 __all__ = ["attack"]
 
@@ -61,27 +58,13 @@ def attack(
             seed=seed,
             on_attack=next_attack,
         )
-    _show(results, Console())
+    table = Table("attack", "shift of the margin", "bad wins before", "after", "groups", "dropped")
+    for one in results:
+        shift = f"{one.shift:+.2f} [{one.shift_low:+.2f}, {one.shift_high:+.2f}]"
+        wins = f"{one.wins_before:.1%}", f"{one.wins_after:.1%}"
+        table.add_row(one.name, shift, *wins, str(one.num_items), str(one.num_dropped))
+    Console().print(table)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        facts: dict[str, Any] = {
-            "model": model,
-            "groups": str(groups),
-            "seed": seed,
-            "layout": scorer.model.config.layout,
-        }
+        facts = {"model": model, "groups": str(groups), "seed": seed, "layout": scorer.model.config.layout}
         out.write_text(json.dumps({**facts, "attacks": [asdict(result) for result in results]}, indent=1) + "\n")
-
-
-def _show(results: list[AttackResult], console: Console) -> None:
-    table = Table("attack", "shift of the margin", "bad wins before", "after", "groups", "dropped")
-    for result in results:
-        table.add_row(
-            result.name,
-            f"{result.shift:+.2f} [{result.shift_low:+.2f}, {result.shift_high:+.2f}]",
-            f"{result.wins_before:.1%}",
-            f"{result.wins_after:.1%}",
-            str(result.num_items),
-            str(result.num_dropped),
-        )
-    console.print(table)

@@ -69,14 +69,8 @@ def score(
         raise GroupError(f"{source}: is not a file; give a .jsonl file with one group per line, or - to read a pipe")
     if target is not None and source != _STREAM and target.resolve() == Path(source).resolve():
         raise ConfigurationError(f"--out {out} is the file that is read; name another one")
-    scorer, scored_with = _open_scorer(
-        model,
-        device=device,
-        dtype=dtype,
-        max_tokens_per_batch=max_tokens,
-        over_length=over_length,
-        num_orders=num_orders,
-    )
+    given: dict[str, Any] = {"max_tokens_per_batch": max_tokens, "over_length": over_length, "num_orders": num_orders}
+    scorer, scored_with = _open_scorer(model, device=device, dtype=dtype, **given)
     with ExitStack() as stack:
         stream = sys.stdin.buffer if source == _STREAM else stack.enter_context(Path(source).open("rb"))
         total = None
@@ -95,7 +89,12 @@ def score(
             if target is not None:
                 logger.warning("stopped; %s holds whole lines, the same command resumes it", target)
             raise
-    _show(counts, done, out)
+    table = Table("groups", "", title=None if out == _STREAM else out)
+    numbers = {"scored now": counts["scored"], "scored before": done, "dropped": counts["dropped"]}
+    numbers |= {"bad lines": counts["bad"], "responses cut off": counts["truncated"]}
+    for name, number in numbers.items():
+        table.add_row(name, str(number))
+    Console(stderr=True).print(table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +216,3 @@ def _score(batch: list[_Line], scorer: Scorer, counts: Counter[str]) -> Iterator
         counts["scored" if result.scores is not None else "dropped"] += 1
         counts["truncated"] += sum(result.truncated)
         yield line, result.to_dict()
-
-
-def _show(counts: Mapping[str, int], before: int, out: str) -> None:
-    table = Table("groups", "", title=None if out == _STREAM else out)
-    numbers = {"scored now": counts["scored"], "scored before": before, "dropped": counts["dropped"]}
-    numbers |= {"bad lines": counts["bad"], "responses cut off": counts["truncated"]}
-    for name, number in numbers.items():
-        table.add_row(name, str(number))
-    Console(stderr=True).print(table)

@@ -173,16 +173,16 @@ def _ids(group: ResponseGroup) -> set[str]:
 
 
 def _prompt_key(group: ResponseGroup) -> bytes:
-    return sha256(b"prompt " + _encoded(normalised_text(prompt_text(group)))).digest()
+    return _digest(f"prompt {normalised_text(prompt_text(group))}")
 
 
 def _response_keys(group: ResponseGroup) -> set[bytes]:
     texts = {normalised_text(response) for response in group.responses}
-    return {sha256(b"response " + _encoded(text)).digest() for text in texts if len(text) > MIN_RESPONSE}
+    return {_digest(f"response {text}") for text in texts if len(text) > MIN_RESPONSE}
 
 
-def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # a response may hold a lone surrogate
+def _digest(text: str) -> bytes:
+    return sha256(text.encode("utf-8", "surrogatepass")).digest()  # a response may hold a lone surrogate
 
 
 def _has_media(group: ResponseGroup) -> bool:

@@ -18,7 +18,7 @@ from mr_reward.errors import MediaError
 from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import load_image
 
-__all__ = ["frames_in", "rebase_path", "resolve_media", "write_image"]
+__all__ = ["rebase_path", "resolve_media", "write_image"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
@@ -38,14 +38,6 @@ def resolve_media(group: ResponseGroup, root: Path, within: Path | None = None) 
     videos = [_resolve_video(video, roots, f"videos[{i}]") for i, video in enumerate(group.videos)]
     # The messages hold the placeholders and no media; the prompt as given may still hold both.
     return replace(group, prompt=group.messages, images=images, videos=videos)
-
-
-def frames_in(folder: Path) -> list[Path]:
-    """The images of a folder in the order of the numbers in their names (frame 2 before frame 10)."""
-    frames = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not frames:
-        raise MediaError(f"{str(folder)!r} holds no image file, expected one for each frame of the video")
-    return sorted(frames, key=lambda path: _natural_key(path.name))
 
 
 def rebase_path(path: str, root: Path, folder: Path) -> str:
@@ -84,10 +76,7 @@ def _resolve_image(image: Any, roots: _Roots, field: str) -> Any:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, (bytes, bytearray)):
-        try:
-            _suffix(bytes(image))
-        except MediaError as error:
-            raise MediaError(f"{field}: {error}") from error
+        _suffix(bytes(image), f"{field}: ")
         return bytes(image)
     path = _path(image, roots, field)
     if not os.path.isfile(path):  # unlike the method, no error for a name that no file can have
@@ -107,10 +96,12 @@ def _resolve_video(video: Sequence[Any], roots: _Roots, field: str) -> list[Any]
                 f"for example `ffmpeg -i {path.name} -vf fps=1 {path.stem}/%05d.jpg`, and give the folder"
             )
         if os.path.isdir(path):
-            try:
-                return list(frames_in(path))
-            except MediaError as error:
-                raise MediaError(f"{field}: {error}") from error
+            frames = [frame for frame in path.iterdir() if frame.suffix.lower() in IMAGE_SUFFIXES]
+            if not frames:
+                raise MediaError(
+                    f"{field}: {str(path)!r} holds no image file, expected one for each frame of the video"
+                )
+            return sorted(frames, key=lambda frame: _natural_key(frame.name))  # frame 2 before frame 10
     return [_resolve_image(frame, roots, f"{field}[{i}]") for i, frame in enumerate(video)]
 
 
@@ -134,13 +125,13 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
-def _suffix(content: bytes) -> str:
+def _suffix(content: bytes, where: str = "") -> str:
     """The file type of encoded bytes; reads the header only."""
     try:
         with Image.open(BytesIO(content)) as image:
             return f".{(image.format or 'image').lower()}".replace(".jpeg", ".jpg")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{len(content)} bytes are no image ({error}); replace or remove it") from error
+        raise MediaError(f"{where}{len(content)} bytes are no image ({error}); replace or remove it") from error
 
 
 def _natural_key(name: str) -> list[Any]:
