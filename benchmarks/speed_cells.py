@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from mr_reward.layouts import readout_kinds
-from mr_reward.model.head import ReadoutVectors, ValueHead
-from mr_reward.templates.rendered import RenderedGroup
+from mr_reward.model.model import ReadoutVectors, ValueHead
+from mr_reward.templates.rendering import RenderedGroup
 
 # (width, layers, heads, key-value heads, width of the feed-forward layers, vocabulary); embeddings are tied.
 MODELS = {

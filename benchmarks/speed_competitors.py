@@ -26,12 +26,12 @@ from speed_harness import DTYPES
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
+from mr_reward.attention.backends import choose_attention
 from mr_reward.backbones import BackboneAdapter, get_adapter
 from mr_reward.layouts import PADDING_SEGMENT
-from mr_reward.model.fast_path import choose_attention
 from mr_reward.model.model import MultiResponseRewardConfig, MultiResponseRewardModel
 from mr_reward.model.rows import Rows, build_row, collate
-from mr_reward.templates.rendered import RenderedGroup
+from mr_reward.templates.rendering import RenderedGroup
 
 
 def our_scorer(shared: Shared, layout: str, attention: str | None) -> MultiResponseRewardModel:

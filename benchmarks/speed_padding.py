@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from mr_reward.attention.plan import GroupPlan
 from mr_reward.backbones.base import TextAdapter
 from mr_reward.model.rows import Rows, build_row, collate, plan_batches
-from mr_reward.templates.rendered import RenderedGroup
+from mr_reward.templates.rendering import RenderedGroup
 
 _BYTES_PER_TOKEN = 4
 

@@ -67,14 +67,14 @@ MUTATIONS = [
     ),
     Mutation(
         "readout tokens exchanged",
-        "mr_reward.model.head.ReadoutVectors.forward",
+        "mr_reward.model.model.ReadoutVectors.forward",
         "torch.where(kinds == TokenKind.SUMMARY, summary, inputs_embeds)",
         "torch.where(kinds == TokenKind.SUMMARY, comparison, inputs_embeds)",
         "tests/model/test_invariances.py tests/model/test_from_backbone.py",
     ),
     Mutation(
         "head in bfloat16",
-        "mr_reward.model.head.ValueHead.forward",
+        "mr_reward.model.model.ValueHead.forward",
         "hidden.float()",
         "hidden.bfloat16().float()",
         "tests/model/test_from_backbone.py tests/model/test_invariances.py",
@@ -193,14 +193,14 @@ MUTATIONS = [
     ),
     Mutation(
         "control tokens are encoded",
-        "mr_reward.templates.tokens.TextEncoder",
+        "mr_reward.templates.rendering.TextEncoder",
         "split_special_tokens=True",
         "False",
         "tests/templates/test_rendering.py",
     ),
     Mutation(
         "added tokens that are not special are encoded",
-        "mr_reward.templates.tokens.TextEncoder",
+        "mr_reward.templates.rendering.TextEncoder",
         "self._without_control_tokens(piece) if self._controls(ids) else ids",
         "ids",
         "tests/templates/test_rendering.py",
@@ -312,7 +312,7 @@ MUTATIONS = [
     ),
     Mutation(
         "out of memory, and nobody says what to lower",
-        "mr_reward.model.out_of_memory.memory_advice",
+        "mr_reward.model.scorer.memory_advice",
         'error.add_note(f"mr_reward: out of memory; {advice}")',
         "None",
         "tests/reliability/test_faults.py -k test_without_memory",

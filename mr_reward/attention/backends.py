@@ -4,18 +4,30 @@ The model hands the row's segments to this file, not a mask, so that a backend w
 added here without touching the model.
 """
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedModel
 
 from mr_reward.attention.group import GROUP_ATTENTION
 from mr_reward.attention.plan import GroupPlan
 from mr_reward.errors import BackendError
 from mr_reward.layouts import PADDING_SEGMENT, TokenKind, check_layout, visible
 
-__all__ = ["BACKENDS", "attention_mask", "check_backend", "flat_arguments", "is_flat"]
+__all__ = [
+    "BACKENDS",
+    "attention_mask",
+    "check_backend",
+    "choose_attention",
+    "flat_arguments",
+    "is_flat",
+    "load_attention",
+]
+
+logger = logging.getLogger(__name__)
 
 # An isolating mask needs a backend that takes a 4-D mask as it is. Flash attention takes none and would ignore it.
 _DENSE = ("sdpa", "eager")
@@ -29,17 +41,10 @@ BACKENDS = {
 
 
 def check_backend(layout: str, backend: str | None, media_blocks: bool = False) -> None:
-    """Refuse a backend that cannot express the layout.
+    """Refuse a backend that cannot express the layout; the error says which can.
 
-    Args:
-        layout: `causal`, `isolated` or `set`.
-        backend: transformers' `attn_implementation`.
-        media_blocks: the backbone's image tokens see each other in both directions. transformers asks flash attention
-            for that too, and gets a causal row without an error.
-
-    Raises:
-        BackendError: with the backends that can.
-        ConfigurationError: unknown layout.
+    `media_blocks`: the backbone's image tokens see each other in both directions. transformers asks flash attention
+    for that too, and gets a causal row without an error.
 
     Example:
         >>> check_backend("causal", "flash_attention_2")
@@ -53,6 +58,29 @@ def check_backend(layout: str, backend: str | None, media_blocks: bool = False) 
             f"attention backend {backend!r} cannot express layout {layout!r}{blocks}; use attn_implementation="
             f"{' or '.join(map(repr, able))}{otherwise}"
         )
+
+
+def choose_attention(backbone: PreTrainedModel, requested: str | None) -> None:
+    """Set the attention implementation of the part of a backbone that reads the row."""
+    found = backbone.config.get_text_config()._attn_implementation
+    if requested is None:
+        if found != "sdpa" or not backbone._can_set_attn_implementation():
+            logger.info("attention of %s: %s", type(backbone).__name__, found)
+            return
+        requested = GROUP_ATTENTION
+    logger.info("attention of %s: %s", type(backbone).__name__, requested)
+    if requested == found:
+        return
+    text = backbone.config.get_text_config()
+    parts = [name for name in backbone.config.sub_configs if getattr(backbone.config, name) is text]
+    backbone.set_attn_implementation({parts[0]: requested} if parts else requested)
+
+
+def load_attention(requested: str | None) -> dict[str, str]:
+    """What transformers is told when it makes a model or a configuration, before `choose_attention`."""
+    if requested is None:
+        return {}
+    return {"attn_implementation": "sdpa" if requested == GROUP_ATTENTION else requested}
 
 
 def is_flat(backend: str | None) -> bool:

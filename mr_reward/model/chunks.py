@@ -16,7 +16,7 @@ import torch
 from mr_reward.attention.prompt_cache import PromptCache
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.rows import Packer, Rows, build_row, collate
-from mr_reward.templates.rendered import RenderedGroup
+from mr_reward.templates.rendering import RenderedGroup
 
 __all__ = ["score_over_prompt"]
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from mr_reward.attention.backends import check_backend
+from mr_reward.attention.backends import check_backend, choose_attention, load_attention
 from mr_reward.backbones.base import BackboneAdapter
 from mr_reward.checkpoint.card import CARD_FILE, name_in_card, read_card, write_model_card
 from mr_reward.checkpoint.checksums import written_whole
@@ -44,8 +44,6 @@ from mr_reward.checkpoint.zero3 import outside_zero3
 from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.layouts import Layout, check_layout
 from mr_reward.model.configuration import MultiResponseRewardConfig
-from mr_reward.model.fast_path import choose_attention, load_attention
-from mr_reward.model.head import ReadoutVectors
 from mr_reward.templates.rendering import JOINED_TEMPLATES, TEMPLATE, check_template, template_hash
 
 __all__ = ["LoadedModel"]
@@ -57,15 +55,10 @@ class LoadedModel(PreTrainedModel):
     config_class = MultiResponseRewardConfig
     adapter: BackboneAdapter
     backbone: PreTrainedModel
-    readouts: ReadoutVectors | None
+    readouts: Any  # `ReadoutVectors` or None
     head: nn.Module
     processor: Any
     model_card: str | None
-
-    @property
-    def attention_backend(self) -> str | None:
-        """transformers' `attn_implementation` of the part that reads the row."""
-        return self.backbone.config.get_text_config()._attn_implementation
 
     @classmethod
     def from_backbone(
@@ -146,17 +139,9 @@ class LoadedModel(PreTrainedModel):
 
     @classmethod
     def without_weights(cls, config: MultiResponseRewardConfig, attn_implementation: str | None = None) -> Self:
-        """A model on the meta device, to be asked what a loaded one would do.
+        """A model on the meta device, to be asked what a loaded one would do; None: the fastest attention that fits.
 
-        Args:
-            config: the configuration.
-            attn_implementation: attention backend; None for the fastest that fits.
-
-        Returns:
-            The model.
-
-        Raises:
-            BackendError: the attention backend or the backbone's layers cannot express the layout.
+        Raises BackendError if the backend or the backbone's layers cannot express the layout.
         """
         config = copy.deepcopy(config)
         # In a run under ZeRO-3 transformers would partition and initialise it.

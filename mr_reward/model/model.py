@@ -8,31 +8,42 @@ Legend: B rows (one group each), N responses, L tokens of the longest row, T tok
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from mr_reward.attention.backends import attention_mask, check_backend, flat_arguments, is_flat
+from mr_reward.attention.group import GROUP_ATTENTION
 from mr_reward.attention.plan import Cached, GroupPlan
 from mr_reward.attention.prompt_cache import PromptCache
 from mr_reward.backbones import get_adapter
+from mr_reward.checkpoint.zero3 import whole_weights
 from mr_reward.errors import BackendError, ConfigurationError
-from mr_reward.layouts import check_layout
+from mr_reward.layouts import TokenKind, check_layout
 from mr_reward.model.configuration import MultiResponseRewardConfig, check_layers, context_tokens
-from mr_reward.model.fast_path import FastPath
-from mr_reward.model.head import ReadoutVectors, ValueHead
 from mr_reward.model.loading import LoadedModel
 from mr_reward.model.memory import RewardMemory, activation_bytes
-from mr_reward.model.rows import Rows
-from mr_reward.templates.rendering import JOINED_TEMPLATES, check_template
+from mr_reward.model.rows import Rows, build_row, collate
+from mr_reward.templates.rendering import JOINED_TEMPLATES, RenderedGroup, check_template
 
-__all__ = ["MultiResponseRewardConfig", "MultiResponseRewardModel", "RewardOutput"]
+__all__ = ["MultiResponseRewardConfig", "MultiResponseRewardModel", "ReadoutVectors", "RewardOutput", "ValueHead"]
+
+logger = logging.getLogger(__name__)
 
 _FORBIDDEN_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "inputs_embeds")
+_INIT_STD = 0.02
+# How far the hidden states of the two ways may be apart, relative to their size. Two orders of summing differ by some
+# units in the last place of each layer; a token that is seen wrongly differs by far more.
+_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass
@@ -103,6 +114,11 @@ class MultiResponseRewardModel(LoadedModel):
         if mode:
             self.model_card = None
         return super().train(mode)
+
+    @property
+    def attention_backend(self) -> str | None:
+        """transformers' `attn_implementation` of the part that reads the row."""
+        return self.backbone.config.get_text_config()._attn_implementation
 
     @property
     def context_tokens(self) -> int | None:
@@ -266,3 +282,166 @@ class MultiResponseRewardModel(LoadedModel):
         if cache is not None and cache.frozen:
             return cache.positions(rows.offsets)
         return self.adapter.position_ids(self.backbone, rows.input_ids, rows.segments, rows.offsets, rows.media)
+
+
+class ValueHead(nn.Module):
+    """Linear, activation, Linear: one score per response, always computed in float32.
+
+    bf16 has steps of 0.008 near 1; jitter of that size between equal completions becomes a full-size GRPO advantage.
+    The last layer has no bias unless asked for: a constant shift of all scores of a group has no meaning, but the
+    public heads of arXiv 2604.10966 have one.
+    """
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: str = "silu", *, bias: bool = False
+    ) -> None:
+        super().__init__()
+        if activation != "selu" and activation not in ACT2FN:
+            raise ConfigurationError(
+                f"unknown head activation {activation!r}, expected one of selu, {', '.join(ACT2FN)}"
+            )
+        self.dense = nn.Linear(hidden_size, intermediate_size, dtype=torch.float32)
+        self.activation = nn.SELU() if activation == "selu" else ACT2FN[activation]
+        self.out = nn.Linear(intermediate_size, 1, bias=bias, dtype=torch.float32)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, N, H) of any float dtype -> scores (B, N) float32."""
+        # Weights are cast too: an engine that casts the whole module (DeepSpeed bf16) must not change the arithmetic.
+        with torch.autocast(hidden.device.type, enabled=False):
+            inner = F.linear(hidden.float(), self.dense.weight.float(), self.dense.bias.float())
+            bias = None if self.out.bias is None else self.out.bias.float()
+            return F.linear(self.activation(inner), self.out.weight.float(), bias).squeeze(-1)
+
+
+class ReadoutVectors(nn.Module):
+    """The learned input embeddings of the summary and the comparison token.
+
+    They are vectors put into the row by position, not entries of a vocabulary: no text tokenizes to them, so a policy
+    cannot write one, and no embedding matrix is resized.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.summary = nn.Parameter(torch.empty(hidden_size))
+        self.comparison = nn.Parameter(torch.empty(hidden_size))
+        nn.init.normal_(self.summary, std=_INIT_STD)
+        nn.init.normal_(self.comparison, std=_INIT_STD)
+
+    @torch.no_grad()
+    def initialise_from(self, embedding: nn.Embedding) -> None:
+        """Start from the mean input embedding plus small noise: vectors of a scale that the backbone knows."""
+        with whole_weights(embedding):
+            mean, std = embedding.weight.float().mean(0), embedding.weight.float().std(0)
+        for vector in (self.summary, self.comparison):
+            vector.copy_(mean + 0.5 * std * torch.randn_like(mean))
+
+    def forward(self, inputs_embeds: Tensor, kinds: Tensor) -> Tensor:
+        """Put the vectors at their sites in (B, L, H) by kinds (B, L); text is untouched."""
+        kinds = kinds[..., None]
+        summary, comparison = (vector.to(inputs_embeds.dtype) for vector in (self.summary, self.comparison))
+        inputs_embeds = torch.where(kinds == TokenKind.SUMMARY, summary, inputs_embeds)
+        return torch.where(kinds == TokenKind.COMPARISON, comparison, inputs_embeds)
+
+
+class FastPath:
+    """Decides whether rows are read end to end, as the backend can, or under the dense mask.
+
+    `mr_group` is compared with the dense mask at its first use with each device and dtype. If it fails, the dense mask
+    is used from then on, and each such pass is counted in `num_fallbacks`.
+    """
+
+    def __init__(self) -> None:
+        self.num_fallbacks = 0
+        self._passed: dict[tuple[str, torch.dtype], bool] = {}
+
+    def is_flat(self, model: MultiResponseRewardModel, device: torch.device) -> bool:
+        """Whether rows on a device are read end to end now; checks it if it was not yet."""
+        return is_flat(self.attention(model, device, _dtype(model, device), training=torch.is_grad_enabled()))
+
+    def attention(
+        self, model: MultiResponseRewardModel, device: torch.device, dtype: torch.dtype, *, training: bool
+    ) -> str | None:
+        """The name of what computes attention there: the backend, or `sdpa` where `mr_group` cannot be used.
+
+        A model that is on that device is checked if it was not yet; of any other the check is taken to pass.
+        """
+        if model.attention_backend != GROUP_ATTENTION:
+            return model.attention_backend
+        if not _has_kernel(device.type, dtype, training=training):
+            return "sdpa"
+        place = device.type, dtype
+        if place not in self._passed and model.device.type == device.type and dtype == _dtype(model, device):
+            self._passed[place] = _passes_check(model, device, dtype)
+        return GROUP_ATTENTION if self._passed.get(place, True) else "sdpa"
+
+    def count_fallback(self, model: MultiResponseRewardModel, device: torch.device) -> None:
+        """A pass under the dense mask: counted if it is there because the check failed."""
+        self.num_fallbacks += self._passed.get((device.type, _dtype(model, device))) is False
+
+
+def _dtype(model: MultiResponseRewardModel, device: torch.device) -> torch.dtype:
+    """What attention gets to see there."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return model.get_input_embeddings().weight.dtype  # type: ignore[return-value]
+
+
+def _has_kernel(device_type: str, dtype: torch.dtype, *, training: bool) -> bool:
+    """On CUDA there is one for half precision without gradients."""
+    if device_type == "cuda":
+        return dtype in (torch.bfloat16, torch.float16) and not training
+    return device_type == "cpu"
+
+
+def _passes_check(model: MultiResponseRewardModel, device: torch.device, dtype: torch.dtype) -> bool:
+    """Compare both ways on two small rows of different shape."""
+    rows = _sample_rows(model).to(device)
+    try:
+        with torch.no_grad(), _evaluation_mode(model.backbone):
+            expected, found = model._read_padded(rows).double(), model._read_flat(rows).double()
+    except (RuntimeError, BackendError, TypeError, NotImplementedError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        real = rows.response_mask
+        difference = (found - expected)[real].norm() / expected[real].norm()
+        tolerance = _TOLERANCES.get(dtype, max(_TOLERANCES.values()))
+        if difference <= tolerance:
+            return True
+        reason = f"hidden states differ by {difference:.1e} of their size, expected at most {tolerance:.0e}"
+    logger.warning(
+        "%s on %s in %s fails its self-check and is not used; the dense mask is slower, its scores are right (%s)",
+        GROUP_ATTENTION,
+        device.type,
+        dtype,
+        reason,
+    )
+    return False
+
+
+def _sample_rows(model: MultiResponseRewardModel) -> Rows:
+    """Three responses of different length, and a shorter row with one, padded on the left."""
+    groups = [
+        RenderedGroup(
+            prompt_ids=torch.zeros(length, dtype=torch.long),
+            response_ids=[[0] * size for size in sizes],
+            media={},
+            mm_token_type_ids=None,
+        )
+        for length, sizes in ((5, [3, 0, 2]), (2, [1]))
+    ]
+    rows = collate([build_row(group, model.config.layout) for group in groups], model.adapter, "left")
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    input_ids = torch.arange(rows.num_tokens).view_as(rows.input_ids) * 37 % max(vocabulary, 1)
+    return replace(rows, input_ids=input_ids)
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Without dropout; each part gets back the mode it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -18,8 +18,7 @@ from mr_reward.backbones.base import BackboneAdapter
 from mr_reward.errors import ConfigurationError, OverLengthError
 from mr_reward.groups import ResponseGroup
 from mr_reward.layouts import PADDING_SEGMENT, Layout, check_layout, plan_row, readout_kinds
-from mr_reward.templates.rendered import RenderedGroup
-from mr_reward.templates.rendering import Renderer, check_template
+from mr_reward.templates.rendering import RenderedGroup, Renderer, check_template
 
 if TYPE_CHECKING:
     from mr_reward.model.model import MultiResponseRewardModel

@@ -13,6 +13,7 @@ import random
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,10 @@ from mr_reward.metrics import order_flip_rate
 from mr_reward.model.chunks import score_over_prompt
 from mr_reward.model.memory import RewardMemory
 from mr_reward.model.model import MultiResponseRewardModel
-from mr_reward.model.out_of_memory import memory_advice
 from mr_reward.model.rows import Packer, Rows, collate, plan_batches
-from mr_reward.templates.rendered import RenderedGroup
+from mr_reward.templates.rendering import RenderedGroup
 
-__all__ = ["GroupScorer"]
+__all__ = ["GroupScorer", "memory_advice"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,23 +45,15 @@ _FIRST_GROUPS, _LAST_WINDOW_PASSES = 64, 4
 
 @dataclass(slots=True)
 class _Prepared:
-    """A group on its way to the model.
+    """A group on its way to the model."""
 
-    Args:
-        group: as given.
-        unique: its different responses.
-        rendered: those, as token ids.
-        passes: (order, row) of each pass; none if it is dropped or shares a prompt.
-        shares_with: the first of the groups that share its prompt, if they are read over it.
-        truncated: a flag for each of the different responses, if it shares a prompt.
-    """
-
-    group: ResponseGroup
-    unique: list[str]
-    rendered: RenderedGroup
+    group: ResponseGroup  # as given
+    unique: list[str]  # its different responses
+    rendered: RenderedGroup  # those, as token ids
+    # (order, row) of each pass; none if it is dropped or shares a prompt
     passes: list[tuple[list[int], Rows]] = field(default_factory=list)
-    shares_with: _Prepared | None = None
-    truncated: tuple[bool, ...] = ()
+    shares_with: _Prepared | None = None  # the first of the groups that share its prompt, if they are read over it
+    truncated: tuple[bool, ...] = ()  # a flag for each of the different responses, if it shares a prompt
 
 
 class GroupScorer:
@@ -394,3 +386,20 @@ class GroupScorer:
     def _check_finite(self, group: ResponseGroup, scores: Sequence[float]) -> None:
         if not all(map(math.isfinite, scores)):
             raise NonFiniteScoreError(f"{group.name}: scores {scores} are not finite: {non_finite_cause(self.model)}")
+
+
+@contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """A block that needs memory; an error about it keeps its type and gets a note.
+
+    Example:
+        >>> with memory_advice("lower max_tokens_per_batch"):
+        ...     scores = model(**inputs).scores  # doctest: +SKIP
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # The CPU's allocator has no type of its own.
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            error.add_note(f"mr_reward: out of memory; {advice}")
+        raise

@@ -12,11 +12,15 @@ or behind the prompt in the user's turn (its README); the media of a turn come b
 Legend: N responses, P tokens of the prompt.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,14 +31,14 @@ from mr_reward.backbones.base import BackboneAdapter, TextAdapter
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError
 from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import DecodedImages, load_image
-from mr_reward.templates.rendered import GLUE, Joiner, RenderedGroup
-from mr_reward.templates.tokens import TextEncoder, encodable
 
 __all__ = [
     "JOINED_TEMPLATES",
     "SEPARATOR",
     "TEMPLATE",
+    "RenderedGroup",
     "Renderer",
+    "TextEncoder",
     "check_template",
     "template_hash",
 ]
@@ -42,6 +46,8 @@ __all__ = [
 TEMPLATE = "chat"
 JOINED_TEMPLATES = ("mr2rm-assistant", "mr2rm-user")
 SEPARATOR = "<|resp_sep|>"
+# Between responses that a template joins to one text.
+GLUE = "\n\n"
 # Stands for the responses while a chat template is looked at; the line breaks tell whether it changes white space.
 _SLOT = "\n\nRESPONSES\n\n"
 # Raise it when rendering changes what a row holds: checkpoints trained before are then refused.
@@ -64,18 +70,7 @@ def check_template(template: str, layout: str = "causal") -> None:
 
 
 def template_hash(processor: Any, template: str = TEMPLATE) -> str:
-    """Identify everything that turns a group into text.
-
-    Args:
-        processor: processor or tokenizer.
-        template: name of the template.
-
-    Returns:
-        16 hexadecimal digits.
-
-    Raises:
-        ConfigurationError: the processor has no chat template.
-    """
+    """Identify everything that turns a group into text: 16 hexadecimal digits."""
     content = json.dumps([template, _TEMPLATE_VERSION, _chat_template(processor)])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -91,17 +86,45 @@ def _chat_template(processor: Any) -> str:
     return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderedGroup:
+    """Token ids of one group, not laid out yet."""
+
+    prompt_ids: Tensor  # (P,) int64, media placeholders expanded
+    response_ids: list[list[int]]  # N lists of token ids, none of them special or added
+    media: dict[str, Tensor]  # tensors of the prompt's media by name, as the processor makes them; empty for text
+    mm_token_type_ids: Tensor | None  # (P,) int64, 0 text, 1 image, 2 video; None for text-only backbones
+    # N pairs of token ids that the template puts before and after a response; they are never cut, and the score
+    # is read at the last of them. None for templates whose scores are read at readout tokens
+    framing: list[tuple[list[int], list[int]]] | None = None
+    texts: Sequence[str] = ()  # the N responses, where their ids depend on what stands beside them
+    joiner: Joiner | None = None  # encodes them
+
+    def select(self, indices: Sequence[int]) -> RenderedGroup:
+        """The same prompt with the responses at `indices`, in that order."""
+        if self.joiner is None:
+            return replace(self, response_ids=[self.response_ids[i] for i in indices])
+        texts = [self.texts[i] for i in indices]
+        return replace(self, texts=texts, **self.joiner.join(texts))
+
+    def without_prompt(self) -> RenderedGroup:
+        """The responses alone, for a prompt that was read before."""
+        return replace(self, prompt_ids=self.prompt_ids[:0], media={}, mm_token_type_ids=None)
+
+    def has_prompt_of(self, other: RenderedGroup) -> bool:
+        """Whether prompt and media are the same as those of another group."""
+        return (
+            torch.equal(self.prompt_ids, other.prompt_ids)
+            and self.media.keys() == other.media.keys()
+            and all(
+                tensor is other.media[name] or torch.equal(tensor, other.media[name])
+                for name, tensor in self.media.items()
+            )
+        )
+
+
 class Renderer:
-    """Turns groups into token ids with one processor.
-
-    Args:
-        processor: a `ProcessorMixin` (vision-language) or a tokenizer (text-only).
-        template: name of the template.
-
-    Raises:
-        ConfigurationError: unknown template, no chat template, or for `mr2rm-*` no `<|resp_sep|>` token or a chat
-            template that does not take contents as they are.
-    """
+    """Turns groups into token ids with a `ProcessorMixin` (vision-language) or a tokenizer (text-only)."""
 
     def __init__(self, processor: Any, template: str = TEMPLATE, *, adapter: BackboneAdapter | None = None) -> None:
         check_template(template)
@@ -129,15 +152,8 @@ class Renderer:
     def render(self, group: ResponseGroup) -> RenderedGroup:
         """Render one group.
 
-        Args:
-            group: prompt, media and responses.
-
-        Returns:
-            Its token ids and media tensors.
-
-        Raises:
-            MediaError: media for a text-only backbone, or media that cannot be read.
-            GroupError: `mr2rm-user` and a prompt whose last turn is not the user's.
+        Raises MediaError for media that cannot be read, or not by this family, GroupError for turns that the chat
+        template refuses.
         """
         if self.template in JOINED_TEMPLATES:
             return self._render_joined(group)
@@ -145,18 +161,7 @@ class Renderer:
         return _rendered(prompt, self.encode_text.encode_all(group.responses))
 
     def render_all(self, groups: Sequence[ResponseGroup]) -> list[RenderedGroup]:
-        """Render groups, in one call of the processor where it can: its own work for a call is that for many prompts.
-
-        Args:
-            groups: as for `render`.
-
-        Returns:
-            What `render` gives for each.
-
-        Raises:
-            MediaError: as `render`.
-            GroupError: as `render`.
-        """
+        """As `render`, in one call of the processor where it can: its own work for a call is that for many prompts."""
         if len(groups) == 1 or self.template in JOINED_TEMPLATES or any(group.videos for group in groups):
             return [self.render(group) for group in groups]
         # Groups with one prompt, as the same objects, are one chat.
@@ -360,3 +365,108 @@ def _media_first(message: dict[str, Any]) -> dict[str, Any]:
     media = [block for block in message["content"] if block["type"] != "text"]
     text = "".join(block["text"] for block in message["content"] if block["type"] == "text")
     return {**message, "content": [*media, {"type": "text", "text": text}]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joiner:
+    """Encodes responses as parts of one text that a template makes of them."""
+
+    encode: Callable[[str], list[int]]  # text -> ids without control tokens
+    separator_id: int  # of `<|resp_sep|>`
+    before: str  # plain text between the last control token and the first response
+    after: str  # plain text between the last response and the next control token
+    after_ids: list[int]  # from that control token on
+
+    def join(self, texts: Sequence[str]) -> dict[str, Any]:
+        """`response_ids` and `framing` of a `RenderedGroup`.
+
+        Tokenizers split at control tokens, so the pieces between separators have the ids that they have in the whole
+        text. A token in which a response and its surroundings are merged counts as surroundings.
+        """
+        response_ids, framing = [], []
+        for i, text in enumerate(texts):
+            before = GLUE if i else self.before
+            after = GLUE if i < len(texts) - 1 else self.after
+            ids = self.encode(before + text + after)
+            end = max(0, len(ids) - len(self.encode(after)))
+            start = min(end, len(self.encode(before)))
+            response_ids.append(ids[start:end])
+            framing.append(([self.separator_id] * bool(i) + ids[:start], ids[end:]))
+        framing[-1][1].extend(self.after_ids)
+        return {"response_ids": response_ids, "framing": framing}
+
+
+def encodable(text: str) -> str:
+    """Replace lone surrogates, which no UTF-8 tokenizer takes, by U+FFFD.
+
+    Example:
+        >>> encodable("a" + chr(0xD800)) == "a" + chr(0xFFFD)
+        True
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class TextEncoder:
+    """Encodes text with one tokenizer and keeps its special and added tokens out."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        # A single character that is not special (the line breaks of some tokenizers) is text: it controls nothing and
+        # cannot be cut.
+        self.control_tokens: dict[int, str] = {
+            index: token.content
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if len(token.content) > 1 or (token.content and token.special)
+        }
+
+    def __call__(self, text: str) -> list[int]:
+        """Encode a text; without control tokens in it the ids are those of the plain tokenizer."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts, in one call of the tokenizer."""
+        pieces = [encodable(text) for text in texts]
+        encoded = self._encode_pieces(pieces)
+        return [
+            self._without_control_tokens(piece) if self._controls(ids) else ids
+            for piece, ids in zip(pieces, encoded, strict=True)
+        ]
+
+    def _encode_pieces(self, pieces: list[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return self.tokenizer(pieces, **options)["input_ids"] if pieces else []
+
+    def _controls(self, ids: list[int]) -> set[str]:
+        return {self.control_tokens[index] for index in ids if index in self.control_tokens}
+
+    def _without_control_tokens(self, text: str) -> list[int]:
+        """split_special_tokens leaves added tokens that are not special (<think>): cut them and encode the parts."""
+        pieces = [text]
+        while True:
+            ids = [index for piece in self._encode_pieces(pieces) for index in piece]
+            found = self._controls(ids)
+            if not found:
+                return ids
+            parts = [part for piece in pieces for part in _cut(piece, found)]
+            if parts == pieces:  # the token stands in the normalised text only, there is nothing to cut
+                return [index for index in ids if index not in self.control_tokens]
+            pieces = parts
+
+    def pattern(self) -> re.Pattern[str]:
+        """Matches any control token in a text, the longest one where several begin."""
+        return re.compile("|".join(map(re.escape, sorted(self.control_tokens.values(), key=len, reverse=True))))
+
+
+def _cut(text: str, tokens: set[str]) -> list[str]:
+    """Cut every occurrence of a token after its first character; no other text is touched."""
+    parts = [text]
+    for token in sorted(tokens, key=len, reverse=True):
+        cut: list[str] = []
+        for part in parts:
+            chunks = part.split(token)
+            for i, chunk in enumerate(chunks):
+                head = token[1:] if i else ""
+                tail = token[:1] if i < len(chunks) - 1 else ""
+                cut.append(head + chunk + tail)
+        parts = cut
+    return [part for part in parts if part]

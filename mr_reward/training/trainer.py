@@ -27,8 +27,8 @@ from mr_reward.checkpoint.zero3 import match_partitioned_dtype, outside_zero3
 from mr_reward.errors import ConfigurationError, NonFiniteScoreError
 from mr_reward.groups import ResponseGroup
 from mr_reward.model.model import MultiResponseRewardModel
-from mr_reward.model.out_of_memory import memory_advice
 from mr_reward.model.rows import OVER_LENGTH_POLICIES, Packer
+from mr_reward.model.scorer import memory_advice
 from mr_reward.training.batches import (
     EvaluationGroups,
     GroupCollator,

@@ -26,7 +26,7 @@ from mr_reward.errors import MRRewardError
 from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.grpo.reward import MultiResponseReward
 from mr_reward.model.model import MultiResponseRewardModel
-from mr_reward.model.out_of_memory import memory_advice
+from mr_reward.model.scorer import memory_advice
 from mr_reward.worlds.tiny import build_llama, build_tokenizer
 
 ROWS_PER_RANK = (2, 3, 4, 6)

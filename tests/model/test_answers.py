@@ -11,7 +11,7 @@ import torch
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
 from mr_reward.errors import BackendError, OverLengthError
-from mr_reward.model import fast_path
+from mr_reward.model import model as model_module
 from tests.tiny_models import family, random_group, reward_model
 
 ANSWERS = [
@@ -42,7 +42,7 @@ def test_without_weights_refuses_as_a_loaded_model_does() -> None:
 
 
 def test_attention_for_knows_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_path, "_passes_check", lambda *args: False)
+    monkeypatch.setattr(model_module, "_passes_check", lambda *args: False)
     model = reward_model("llama", "set", fresh=True)
     assert model.attention_for("cpu", torch.float32) == "sdpa"
     assert model.attention_for("cuda", torch.bfloat16) == "mr_group", "it was checked elsewhere only"

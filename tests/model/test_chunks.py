@@ -26,7 +26,7 @@ from tiny_models import (
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.errors import OverLengthError
-from mr_reward.model import fast_path
+from mr_reward.model import model as model_module
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_256_responses_keep_the_memory_of_a_pass(computed: Any) -> None:
 
 def test_chunks_where_the_kernel_has_no_gradients(computed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: what counts is that scoring needs none, not the mode in which the scorer is called."""
-    monkeypatch.setattr(fast_path, "_has_kernel", lambda device_type, dtype, *, training: not training)
+    monkeypatch.setattr(model_module, "_has_kernel", lambda device_type, dtype, *, training: not training)
     model = reward_model("llama", "set", fresh=True)
     group = large_group("llama", 30)
     expected = GroupScorer(model).score([group])[0]

@@ -16,8 +16,7 @@ from mr_reward import ResponseGroup
 from mr_reward.backbones.base import TextAdapter
 from mr_reward.errors import ConfigurationError, OverLengthError
 from mr_reward.model.rows import OVER_LENGTH_POLICIES, Packer, Rows, collate, plan_batches
-from mr_reward.templates.rendered import RenderedGroup
-from mr_reward.templates.rendering import TEMPLATE
+from mr_reward.templates.rendering import TEMPLATE, RenderedGroup
 
 READOUTS = {"causal": 1, "isolated": 1, "set": 2}
 

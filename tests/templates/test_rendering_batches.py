@@ -14,8 +14,7 @@ from tiny_models import FAMILIES, family, random_group, random_image, random_tex
 from mr_reward import ResponseGroup
 from mr_reward.errors import MediaError
 from mr_reward.templates import images
-from mr_reward.templates.rendered import RenderedGroup
-from mr_reward.templates.tokens import TextEncoder
+from mr_reward.templates.rendering import RenderedGroup, TextEncoder
 
 
 def assert_same(found: RenderedGroup, expected: RenderedGroup) -> None:
