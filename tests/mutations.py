@@ -152,8 +152,8 @@ MUTATIONS = [
     Mutation(
         "orders are not undone",
         "mr_reward.GroupScorer",
-        "over_orders[slot].append(score)",
-        "over_orders[len(over_orders) - 1 - slot].append(score)",
+        "undo_order(scores, order)",
+        "list(scores)",
         "tests/model/test_scorer.py",
     ),
     Mutation(

@@ -23,7 +23,7 @@ import torch
 from mr_reward.attention.group import GROUP_ATTENTION
 from mr_reward.checkpoint.verify import non_finite_cause
 from mr_reward.errors import ConfigurationError, NonFiniteScoreError
-from mr_reward.groups import GroupScores, ResponseGroup
+from mr_reward.groups import GroupScores, ResponseGroup, undo_order
 from mr_reward.layouts import readout_kinds
 from mr_reward.metrics import order_flip_rate
 from mr_reward.model.chunks import score_over_prompt
@@ -364,15 +364,11 @@ class GroupScorer:
         if not passes:
             return GroupScores(scores=None, truncated=(False,) * group.num_responses, drop_reason=_OVER_BUDGET)
         unique = list(dict.fromkeys(group.responses))
-        over_orders: list[list[float]] = [[] for _ in unique]
-        truncated = [False] * len(unique)
-        for order, scores, cut in passes:
-            for slot, score, was_cut in zip(order, scores, cut, strict=True):
-                over_orders[slot].append(score)
-                truncated[slot] |= was_cut
+        by_order = [undo_order(scores, order) for order, scores, _ in passes]
+        over_orders = list(zip(*by_order, strict=True))
+        truncated = [any(cuts) for cuts in zip(*(undo_order(cut, order) for order, _, cut in passes), strict=True)]
         means = [scores[0] if len(scores) == 1 else statistics.fmean(scores) for scores in over_orders]
         slots = [unique.index(response) for response in group.responses]
-        by_order = list(zip(*over_orders, strict=True))
         flip_rate = None if self.packer.layout == "causal" else 0.0
         if len(by_order) > 1:
             flip_rate = order_flip_rate(by_order[1:], [by_order[0]] * (len(by_order) - 1))

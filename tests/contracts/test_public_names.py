@@ -31,17 +31,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
     "backbones": ["ADAPTERS", "BackboneAdapter", "get_adapter"],
     "checkpoint": ["changed_file", "outside_zero3", "weights_digest", "write_model_card"],
     "cli": ["main"],
-    "data": [
-        "Conversion",
-        "ScoredGroup",
-        "decontaminate",
-        "get_converter",
-        "load_preferences",
-        "read_rows",
-        "read_scored",
-        "save_preferences",
-        "write_scored",
-    ],
+    "data": ["ScoredGroup", "load_preferences", "read_scored", "save_preferences", "write_scored"],
     "doctor": ["Finding", "check_before_start", "examine_machine", "examine_recipe", "may_start", "show_findings"],
     "evaluation": [
         "attack_items",
@@ -54,7 +44,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
     "grpo": ["GroupLog", "MultiResponseReward", "plan_groups"],
     "integrations": ["compute_score", "compute_score_single", "register"],
     "model": ["GroupScorer", "MultiResponseRewardConfig", "MultiResponseRewardModel"],
-    "mr2bench": ["build_benchmark", "rank_votes", "read_questions", "read_rankings", "read_votes", "write_benchmark"],
+    "mr2bench": ["build_benchmark", "write_benchmark"],
     "runs": ["PolicyValidation", "RunFigure", "WarningSigns"],
     "scorers": ["OffloadedScorer", "RemoteScorer", "open_scorer"],
     "serving": ["ServerLimits", "build_app", "serve"],
@@ -67,7 +57,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "pairwise_bradley_terry",
         "plackett_luce",
     ],
-    "viewer": ["load_source", "make_view", "plot_views", "render_page"],
+    "viewer": [],
     "worlds": [],
 }
 SECTION = re.compile(r"^\s*(Args|Returns|Raises|Yields):$", re.MULTILINE)
