@@ -81,13 +81,13 @@ def check_layout(layout: str) -> Layout:
     return cast(Layout, layout)
 
 
-def readout_kinds(layout: str) -> tuple[TokenKind, ...]:
+def readout_kinds(layout: Layout) -> tuple[TokenKind, ...]:
     """The readout tokens that follow each response; the score is read at the last of them."""
     return (TokenKind.SUMMARY, TokenKind.COMPARISON) if layout == "set" else (TokenKind.SUMMARY,)
 
 
 def plan_row(
-    layout: str,
+    layout: Layout,
     num_prompt_tokens: int,
     num_response_tokens: Sequence[int],
     framing: Sequence[tuple[int, int]] | None = None,
@@ -141,7 +141,7 @@ def plan_row(
     )
 
 
-def visible(layout: str, segments: Tensor, kinds: Tensor, blocks: Tensor | None = None) -> Tensor:
+def visible(layout: Layout, segments: Tensor, kinds: Tensor, blocks: Tensor | None = None) -> Tensor:
     """Who sees whom, as a dense boolean mask: the reference of every faster form.
 
     `isolated` is a causal mask in which a response sees the prompt and itself only. `set` adds that the comparison

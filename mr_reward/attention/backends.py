@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mr_reward.attention.group import GROUP_ATTENTION
 from mr_reward.attention.plan import GroupPlan
 from mr_reward.errors import BackendError
-from mr_reward.layouts import PADDING_SEGMENT, TokenKind, check_layout, visible
+from mr_reward.layouts import PADDING_SEGMENT, Layout, TokenKind, check_layout, visible
 
 __all__ = [
     "BACKENDS",
@@ -40,7 +40,7 @@ BACKENDS = {
 }
 
 
-def check_backend(layout: str, backend: str | None, media_blocks: bool = False) -> None:
+def check_backend(layout: Layout, backend: str | None, media_blocks: bool = False) -> None:
     """Refuse a backend that cannot express the layout; the error says which can.
 
     `media_blocks`: the backbone's image tokens see each other in both directions. transformers asks flash attention
@@ -89,7 +89,7 @@ def is_flat(backend: str | None) -> bool:
 
 
 def flat_arguments(
-    layout: str, backend: str | None, plan: GroupPlan, segments: Tensor, kinds: Tensor, blocks: Tensor | None = None
+    layout: Layout, backend: str | None, plan: GroupPlan, segments: Tensor, kinds: Tensor, blocks: Tensor | None = None
 ) -> dict[str, Any]:
     """The attention arguments of the backbone's forward for rows that lie end to end in one row without padding."""
     if backend == GROUP_ATTENTION:
@@ -109,7 +109,7 @@ def flat_arguments(
     }
 
 
-def _block_mask(layout: str, plan: GroupPlan, segments: Tensor, kinds: Tensor, blocks: Tensor | None) -> BlockMask:
+def _block_mask(layout: Layout, plan: GroupPlan, segments: Tensor, kinds: Tensor, blocks: Tensor | None) -> BlockMask:
     """`mr_reward.layouts.visible` for rows that lie end to end."""
     row = plan.tokens // segments.shape[1]
     segment, kind = segments.flatten()[plan.tokens], kinds.flatten()[plan.tokens]
@@ -130,7 +130,7 @@ def _block_mask(layout: str, plan: GroupPlan, segments: Tensor, kinds: Tensor, b
 
 
 def attention_mask(
-    layout: str,
+    layout: Layout,
     backend: str | None,
     segments: Tensor,
     kinds: Tensor,

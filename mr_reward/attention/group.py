@@ -3,28 +3,29 @@
 A dense mask computes every pair of tokens and throws most of them away. Here the rows lie end to end in one row
 without padding, and its parts are taken one by one: each prompt and each response attends to itself causally, all
 responses of a prompt to the prompt, the comparison tokens of `set` to the summaries of the other responses. The parts
-are merged by their log-sum-exp, which is exact. The `GroupPlan` travels to the layers as a keyword argument of the
-backbone's forward. Without one, `mr_group` is transformers' `sdpa`.
+are merged by the log-sum-exp of each query's logits, which is exact. The `GroupPlan` travels to the layers as a
+keyword argument of the backbone's forward. Without one, `mr_group` is transformers' `sdpa`.
 
-Legend: B rows (one group each), N responses, L tokens of the longest row, T tokens of all rows, h heads, d width of a
-head.
+Legend: B rows (one group each), N responses, L tokens of the longest row, T tokens of all rows, S sequences, h heads,
+d width of a head.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mr_reward.attention.plan import Block, Exchange, GroupPlan
-from mr_reward.attention.varlen import Part, attend, gradients
+from mr_reward.attention.plan import Block, Exchange, GroupPlan, KernelCall, Ragged
 from mr_reward.errors import BackendError
 
 __all__ = ["GROUP_ATTENTION", "group_attention"]
@@ -35,6 +36,15 @@ GROUP_ATTENTION = "mr_group"
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 _States = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What some queries found among some keys."""
+
+    sites: slice | Tensor  # of the queries in the row
+    out: Tensor  # (n, h, d)
+    lse: Tensor  # (n, h) float32 or float64
 
 
 # Compiled layers break their graph here: the parts are many calls of one kernel, whose number changes with the rows.
@@ -97,7 +107,7 @@ class _MergedAttention(torch.autograd.Function):
         grads = _each(lambda tensor: torch.zeros_like(tensor, memory_format=torch.contiguous_format), states)
         grad = grad.contiguous()
         for ragged in (ctx.plan.own, ctx.plan.prompts):
-            gradients(grad, states, out, lse, ragged, ctx.scale, grads)
+            _gradients(grad, states, out, lse, ragged, ctx.scale, grads)
         for block in ctx.plan.blocks:
             _block_gradients(grad, states, block, ctx.scale, grads)
         if ctx.plan.exchange is not None:
@@ -111,12 +121,12 @@ def _merge_parts(states: _States, plan: GroupPlan, scale: float | None) -> tuple
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     wide = torch.promote_types(query.dtype, torch.float32)
     lse = torch.zeros(query.shape[:2], dtype=wide, device=query.device)
-    for part in attend(query, key, value, plan.own, scale):
+    for part in _attend(query, key, value, plan.own, scale):
         out[part.sites], lse[part.sites] = part.out, part.lse
     for block in plan.blocks:
         site = slice(block.start, block.start + len(block.mask))
         out[site] = _attend_block(_each(operator.itemgetter(site), states), block.mask, scale)
-    for part in attend(query, key, value, plan.prompts, scale):
+    for part in _attend(query, key, value, plan.prompts, scale):
         _merge(out, lse, part)
     if plan.exchange is not None:
         _merge(out, lse, _attend_summaries(states, plan.exchange, scale))
@@ -140,6 +150,98 @@ def _merge(out: Tensor, lse: Tensor, part: Part) -> None:
 def _weight(lse: Tensor, before: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, h, 1), the share of what was found last."""
     return torch.sigmoid(lse - before)[..., None].to(dtype)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, ragged: Ragged, scale: float | None) -> Iterator[Part]:
+    """Attention of each sequence."""
+    for piece in ragged.pieces:
+        parts = [_take(states, piece, is_query=i == 0) for i, states in enumerate((query, key, value))]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, ragged.causal, scale=scale)
+        out, lse = out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+        if piece.sites is None:
+            yield Part(_query_slice(piece), out, lse)
+        else:
+            yield Part(piece.sites, out.index_select(0, piece.real), lse.index_select(0, piece.real))
+    if ragged.lengths is not None:
+        sizes = ragged.lengths
+        out, lse = varlen_attn(
+            query.index_select(0, sizes.queries),
+            key.index_select(0, sizes.keys),
+            value.index_select(0, sizes.keys),
+            sizes.query_starts,
+            sizes.key_starts,
+            sizes.max_queries,
+            sizes.max_keys,
+            return_aux=AuxRequest(lse=True),
+            scale=scale,
+            window_size=(-1, 0) if ragged.causal else (-1, -1),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        yield Part(sizes.queries, out, lse.transpose(0, 1))  # the kernel gives (h, n)
+
+
+def _gradients(
+    grad: Tensor,
+    states: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    lse: Tensor,
+    ragged: Ragged,
+    scale: float | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Add the gradients of this part of a merged softmax.
+
+    Given the merged output and its log-sum-exp, the kernel's backward gives what this part contributes: its
+    probabilities are exp(logit - lse), whichever keys the sum ran over (as in ring attention, arXiv 2310.01889).
+    """
+    if ragged.lengths is not None:
+        raise BackendError(
+            f"group attention has gradients on the CPU only, the tensors are on {grad.device}; train with "
+            "attn_implementation='sdpa' or 'flex_attention'"
+        )
+    for piece in ragged.pieces:
+        parts = [_take(tensor, piece, is_query=i == 0) for i, tensor in enumerate(states)]
+        upstream = _take(grad, piece, is_query=True)
+        if piece.real is not None:  # padding repeats a real query, whose gradient must count once
+            upstream = upstream.transpose(1, 2).flatten(0, 1)
+            cleared = torch.zeros_like(upstream).index_copy_(0, piece.real, upstream.index_select(0, piece.real))
+            upstream = cleared.unflatten(0, (piece.count, -1)).transpose(1, 2)
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            upstream,
+            *parts,
+            _take(out, piece, is_query=True),
+            _take(lse[..., None], piece, is_query=True)[..., 0],
+            0.0,
+            ragged.causal,
+            scale=scale,
+        )
+        for i, (total, part) in enumerate(zip(grads, found, strict=True)):
+            _add(total, part.transpose(1, 2).flatten(0, 1), piece, is_query=i == 0)
+
+
+def _query_slice(piece: KernelCall) -> slice:
+    return slice(piece.first.query, piece.first.query + piece.count * piece.first.num_queries)
+
+
+def _key_slice(piece: KernelCall) -> slice:
+    return slice(piece.first.key, piece.first.key + piece.count * piece.first.num_keys)
+
+
+def _take(states: Tensor, piece: KernelCall, is_query: bool) -> Tensor:
+    """(T, h, d) -> (S, h, longest, d); a view of the row where the sequences lie side by side."""
+    if piece.gather is None:
+        chosen = states[_query_slice(piece) if is_query else _key_slice(piece)]
+    else:
+        chosen = states.index_select(0, piece.gather if is_query else piece.gather + piece.shift)
+    return chosen.unflatten(0, (piece.count, -1)).transpose(1, 2)
+
+
+def _add(total: Tensor, part: Tensor, piece: KernelCall, is_query: bool) -> None:
+    """Add (S * longest, h, d) where `_take` took it from; what padding got goes to the token that it repeats."""
+    if piece.gather is None:
+        total[_query_slice(piece) if is_query else _key_slice(piece)] += part
+    else:
+        total.index_add_(0, piece.gather if is_query else piece.gather + piece.shift, part)
 
 
 def _attend_block(states: _States, mask: Tensor, scale: float | None) -> Tensor:
@@ -206,7 +308,7 @@ def _exchange_gradients(
     scale: float | None,
     grads: _States,
 ) -> None:
-    """Of the merged softmax: probabilities are exp(logit - lse) with the merged lse, as in `gradients`."""
+    """Of the merged softmax: probabilities are exp(logit - lse) with the merged lse, as in `_gradients`."""
     query, key, value = _exchange_states(states, exchange)
     shared = query.shape[2:4]
     scale = query.shape[-1] ** -0.5 if scale is None else scale

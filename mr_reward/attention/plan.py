@@ -1,7 +1,10 @@
 """Where everything is in a row that holds all rows of a batch end to end: read off the segments once, for all layers.
 
+On a CPU the sequences of one length run as one batch of torch's flash kernel, on views of the row; on CUDA all of them
+are one call of the variable-length kernel.
+
 Legend: B rows (one group each), N responses, L tokens of the longest row, T tokens of all rows, P tokens of a prompt,
-G groups, S summaries.
+G groups, S sequences or summaries.
 """
 
 from __future__ import annotations
@@ -12,11 +15,73 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mr_reward.attention.varlen import Ragged, RaggedSequence
-from mr_reward.errors import ConfigurationError
-from mr_reward.layouts import PADDING_SEGMENT, PROMPT_SEGMENT, TokenKind
+from mr_reward.errors import BackendError, ConfigurationError
+from mr_reward.layouts import PADDING_SEGMENT, PROMPT_SEGMENT, Layout, TokenKind
 
-__all__ = ["Block", "Cached", "Exchange", "GroupPlan"]
+__all__ = ["Block", "Cached", "Exchange", "GroupPlan", "KernelCall", "Ragged", "RaggedSequence"]
+
+# Below this length a call of the kernel costs more than the work in it, so sequences are padded to a common length.
+_BUCKETED = 256
+# The shortest sequence of a bucket has at least this share of the longest one's tokens, unless all are very short.
+_BUCKET_RATIO, _VERY_SHORT = 0.75, 16
+# So many neighbours of one length are worth a call of their own.
+_MIN_RUN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedSequence:
+    """Queries that lie side by side and the keys they see, which lie side by side too."""
+
+    query: int  # first query
+    num_queries: int  # how many
+    key: int  # first key
+    num_keys: int  # how many; as many as queries if the attention is causal
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KernelCall:
+    """One call of the CPU kernel: `count` sequences as a batch."""
+
+    first: RaggedSequence  # the first of the sequences; the others follow it without a gap, unless `gather` is given
+    count: int  # S
+    # (S * longest,) int64 sites of the queries relative to the row, padded with a sequence's last one
+    gather: Tensor | None = None
+    shift: int = 0  # from the site of a query to that of its own key; for `gather` only
+    real: Tensor | None = None  # int64 places in `gather` that are not padding
+    sites: Tensor | None = None  # int64 sites of the queries at `real`
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KernelLengths:
+    """What the variable-length kernel of CUDA is told."""
+
+    queries: Tensor  # int64 sites of the queries of all sequences, in order
+    keys: Tensor  # int64 sites of the keys
+    query_starts: Tensor  # (S + 1,) int32
+    key_starts: Tensor  # (S + 1,) int32
+    max_queries: int  # of a sequence
+    max_keys: int  # of a sequence
+
+
+class Ragged:
+    """Sequences, prepared once for all layers."""
+
+    def __init__(self, sequences: Sequence[RaggedSequence], causal: bool, device: torch.device) -> None:
+        if device.type not in ("cpu", "cuda"):
+            raise BackendError(
+                f"group attention has no kernel for device {device.type!r}, expected cpu or cuda; use "
+                "attn_implementation='sdpa'"
+            )
+        self.sequences = [sequence for sequence in sequences if sequence.num_queries and sequence.num_keys]
+        self.causal = causal
+        self.pieces: list[KernelCall] = []
+        self.lengths: KernelLengths | None = None
+        if not self.sequences:
+            return
+        if device.type == "cpu":
+            self.pieces = _make_pieces(self.sequences, causal)
+        else:
+            self.lengths = _make_lengths(self.sequences, device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +126,7 @@ class GroupPlan:
     @classmethod
     def of(
         cls,
-        layout: str,
+        layout: Layout,
         segments: Tensor,
         kinds: Tensor,
         blocks: Tensor | None = None,
@@ -156,3 +221,64 @@ def _exchange(rows: Sequence[list[tuple[int, int]]], kinds: Tensor, cached: Cach
     tensors = (comparisons, summaries, bias, places, comparisons[places])
     comparisons, summaries, bias, places, found = (tensor.to(device, non_blocking=True) for tensor in tensors)
     return Exchange(comparisons, summaries, bias, None if bool(real.all()) else places, found)
+
+
+def _make_pieces(sequences: list[RaggedSequence], causal: bool) -> list[KernelCall]:
+    """Runs of neighbours of one length are views; short sequences that are left are gathered into padded batches."""
+    pieces, short = [], []
+    for run in _runs(sequences):
+        if causal and len(run) < _MIN_RUN and run[0].num_queries <= _BUCKETED:
+            short += run
+        else:
+            pieces.append(KernelCall(run[0], len(run)))
+    short.sort(key=lambda sequence: -sequence.num_queries)
+    while short:
+        longest = short[0].num_queries
+        shortest = 0 if longest <= _VERY_SHORT else longest * _BUCKET_RATIO
+        bucket = [sequence for sequence in short if sequence.num_queries >= shortest]
+        short = short[len(bucket) :]
+        pieces.append(_gathered(bucket) if len(bucket) > 1 else KernelCall(bucket[0], 1))
+    return pieces
+
+
+def _runs(sequences: list[RaggedSequence]) -> list[list[RaggedSequence]]:
+    """Split into runs of sequences of one length that follow each other without a gap."""
+    runs: list[list[RaggedSequence]] = []
+    following = None
+    for sequence in sequences:
+        if sequence == following:
+            runs[-1].append(sequence)
+        else:
+            runs.append([sequence])
+        queries, keys = sequence.num_queries, sequence.num_keys
+        following = RaggedSequence(sequence.query + queries, queries, sequence.key + keys, keys)
+    return runs
+
+
+def _gathered(bucket: list[RaggedSequence]) -> KernelCall:
+    starts = torch.tensor([sequence.query for sequence in bucket])[:, None]
+    lengths = torch.tensor([sequence.num_queries for sequence in bucket])[:, None]
+    places = torch.arange(int(lengths[0]))
+    gather = (starts + places.minimum(lengths - 1)).flatten()
+    real = (places < lengths).flatten().nonzero()[:, 0]
+    shift = bucket[0].key - bucket[0].query
+    return KernelCall(bucket[0], len(bucket), gather, shift, real, gather[real])
+
+
+def _make_lengths(sequences: list[RaggedSequence], device: torch.device) -> KernelLengths:
+    def sites(starts: list[int], lengths: list[int]) -> Tensor:
+        return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+
+    def running(lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+    num_queries = [sequence.num_queries for sequence in sequences]
+    num_keys = [sequence.num_keys for sequence in sequences]
+    tensors = (
+        sites([sequence.query for sequence in sequences], num_queries),
+        sites([sequence.key for sequence in sequences], num_keys),
+        running(num_queries),
+        running(num_keys),
+    )
+    queries, keys, query_starts, key_starts = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    return KernelLengths(queries, keys, query_starts, key_starts, max(num_queries), max(num_keys))

@@ -13,6 +13,7 @@ from mr_reward.cli.options import Device, Dtype, torch_dtype
 from mr_reward.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from mr_reward.layouts import Layout
     from mr_reward.templates.rendering import Renderer
     from mr_reward.viewer.load import Inspected
 
@@ -58,10 +59,10 @@ def inspect(
     inspected = _choose(inspected, group)
     if len(inspected) > limit:
         logger.warning("the page shows the first %d of %d groups; --limit shows more", limit, len(inspected))
-    renderer, layout = _read_model(model) if model is not None else (None, "")
+    read = None if model is None else _read_model(model)
     views = []
     for scored, advantages in tqdm(inspected[:limit], unit=" groups", desc="reading", disable=None):
-        lengths = None if renderer is None else Lengths.of(scored, renderer, layout)
+        lengths = None if read is None else Lengths.of(scored, *read)
         views.append(make_view(scored, advantages, lengths))
     target = out if out is not None else (source / "groups.html" if source.is_dir() else source.with_suffix(".html"))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -83,13 +84,14 @@ def _choose(inspected: list[Inspected], group: str | None) -> list[Inspected]:
     return found
 
 
-def _read_model(name: str) -> tuple[Renderer, str]:
+def _read_model(name: str) -> tuple[Renderer, Layout]:
     """What turns groups into tokens, and the layout; no weights are loaded."""
     from mr_reward.backbones import get_adapter
     from mr_reward.checkpoint.verify import load_processor
+    from mr_reward.layouts import check_layout
     from mr_reward.model.configuration import MultiResponseRewardConfig
     from mr_reward.templates.rendering import Renderer
 
     config = MultiResponseRewardConfig.from_pretrained(name)
     adapter = get_adapter(config.backbone_config)
-    return Renderer(load_processor(name), config.template, adapter=adapter), config.layout
+    return Renderer(load_processor(name), config.template, adapter=adapter), check_layout(config.layout)

@@ -150,9 +150,8 @@ class LoadedModel(PreTrainedModel):
         choose_attention(model.backbone, None)
         if attn_implementation is not None:  # set without a look for its packages, which this machine may lack
             model.backbone.config.get_text_config()._attn_implementation = attn_implementation
-        check_backend(
-            config.layout, model.backbone.config.get_text_config()._attn_implementation, model.adapter.media_blocks
-        )
+        found = model.backbone.config.get_text_config()._attn_implementation
+        check_backend(check_layout(config.layout), found, model.adapter.media_blocks)
         return model.eval()
 
     @classmethod

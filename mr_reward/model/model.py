@@ -82,8 +82,8 @@ class MultiResponseRewardModel(LoadedModel):
 
     def __init__(self, config: MultiResponseRewardConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        check_layout(config.layout)
-        check_template(config.template, config.layout)
+        layout = check_layout(config.layout)
+        check_template(config.template, layout)
         if config.backbone_config is None:
             raise ConfigurationError(
                 "backbone_config is missing; build the model with from_backbone or from_pretrained"
@@ -91,7 +91,7 @@ class MultiResponseRewardModel(LoadedModel):
         self.adapter = get_adapter(config.backbone_config)
         check_layers(config)
         self.backbone = backbone if backbone is not None else AutoModel.from_config(config.backbone_config)
-        check_backend(config.layout, self.attention_backend, self.adapter.media_blocks)
+        check_backend(layout, self.attention_backend, self.adapter.media_blocks)
         hidden_size = config.get_text_config().hidden_size
         # Templates that separate the responses by text read the scores at that text.
         self.readouts = None if config.template in JOINED_TEMPLATES else ReadoutVectors(hidden_size)

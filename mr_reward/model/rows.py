@@ -201,7 +201,7 @@ class Packer:
         )
 
 
-def build_row(rendered: RenderedGroup, layout: str, kept: Sequence[int] | None = None) -> Rows:
+def build_row(rendered: RenderedGroup, layout: Layout, kept: Sequence[int] | None = None) -> Rows:
     """Lay out a rendered group without looking at the budget; responses are cut to the N lengths `kept`.
 
     Without responses it is a row of the prompt alone, without a prompt one of the responses alone.

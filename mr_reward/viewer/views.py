@@ -12,7 +12,7 @@ from typing import Any
 
 from mr_reward.data.scored import ScoredGroup
 from mr_reward.groups import GroupScores, dense_ranks
-from mr_reward.layouts import plan_row, readout_kinds, visible
+from mr_reward.layouts import Layout, plan_row, readout_kinds, visible
 from mr_reward.templates.images import load_image
 from mr_reward.templates.rendering import Renderer
 
@@ -40,10 +40,10 @@ class Lengths:
 
     prompt: int  # with its media
     responses: tuple[int, ...]
-    layout: str
+    layout: Layout
 
     @classmethod
-    def of(cls, scored: ScoredGroup, renderer: Renderer, layout: str) -> Lengths:
+    def of(cls, scored: ScoredGroup, renderer: Renderer, layout: Layout) -> Lengths:
         """Count with a reward model's own processor."""
         rendered = renderer.render(scored.group)
         return cls(len(rendered.prompt_ids), tuple(len(ids) for ids in rendered.response_ids), layout)
@@ -57,7 +57,7 @@ class Matrix:
     cells: tuple[tuple[bool, ...], ...]  # [query][key], True where it sees it
 
     @classmethod
-    def of(cls, layout: str, num_responses: int) -> Matrix:
+    def of(cls, layout: Layout, num_responses: int) -> Matrix:
         """The layout with one token for the prompt and for each response."""
         plan = plan_row(layout, 1, [1] * num_responses)
         mask = visible(layout, plan.segments[None], plan.kinds[None])[0]
@@ -97,7 +97,7 @@ class GroupView:
     unit: str  # tokens or characters
     prompt_length: int | None  # in tokens, None if they were not counted
     matrix: Matrix | None  # of the layout, None if that is not known
-    layout: str | None
+    layout: Layout | None
     filters: tuple[str, ...]  # the names of `FILTERS` that apply
 
 

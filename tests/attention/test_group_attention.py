@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mr_reward.attention import group as module
-from mr_reward.attention import varlen as ragged_attention
+from mr_reward.attention import plan as planning
 from mr_reward.attention.group import group_attention
 from mr_reward.attention.plan import GroupPlan
 from mr_reward.errors import BackendError, ConfigurationError
@@ -161,14 +161,14 @@ def naive_varlen(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_call_for_a_gpu(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same arrangement of sequences, with a stand-in for the kernel, which needs a GPU."""
-    monkeypatch.setattr(ragged_attention, "varlen_attn", naive_varlen)
+    monkeypatch.setattr(module, "varlen_attn", naive_varlen)
     segments, kinds = make_rows(layout, [(70, [20, 30, 20]), (0, [5, 0]), (9, [5])], left=True)
     states = random_states(segments.shape, 2, torch.float64, 0)
     plan = GroupPlan.of(layout, segments, kinds)
     for ragged in (plan.own, plan.prompts):
         ragged.pieces = []
         if ragged.sequences:
-            ragged.lengths = ragged_attention._make_lengths(ragged.sequences, torch.device("cpu"))
+            ragged.lengths = planning._make_lengths(ragged.sequences, torch.device("cpu"))
     expected = dense(states, visible(layout, segments, kinds)).flatten(0, 1)[plan.tokens]
     torch.testing.assert_close(grouped(states, plan, None), expected, rtol=0, atol=1e-12)
     for tensor in states:
