@@ -20,13 +20,7 @@ T = TypeVar("T")
 
 
 def dense_ranks(values: Sequence[float]) -> tuple[int, ...]:
-    """Ranks with ties sharing one rank and no gaps, 1 = smallest value.
-
-    Args:
-        values: N numbers, the smallest is the best.
-
-    Returns:
-        N ranks from 1 on.
+    """N ranks of N numbers: the smallest has rank 1, equal ones share a rank, no gaps.
 
     Example:
         >>> dense_ranks([3.0, 1.0, 3.0])
@@ -39,12 +33,7 @@ def dense_ranks(values: Sequence[float]) -> tuple[int, ...]:
 def undo_order(values: Sequence[T], order: Sequence[int]) -> list[T]:
     """Put what was found slot by slot back into the group's own order; the inverse of `ResponseGroup.select(order)`.
 
-    Args:
-        values: one for each slot; further ones (padding) are left out.
-        order: N positions, `order[slot]` is the response that stood in that slot.
-
-    Returns:
-        N values, one for each response.
+    `order[slot]` is the response that stood in that slot; values behind the last slot (padding) are left out.
 
     Example:
         >>> undo_order(["b", "c", "a"], [1, 2, 0])
@@ -120,14 +109,7 @@ class ResponseGroup:
         return self._messages  # type: ignore[attr-defined]  # set in __post_init__
 
     def select(self, indices: Sequence[int]) -> ResponseGroup:
-        """The same prompt with the responses at `indices`, in that order, re-ranked densely.
-
-        Args:
-            indices: positions in `responses`; a permutation reorders, fewer make a smaller group.
-
-        Returns:
-            A new group.
-        """
+        """The same prompt with the responses at `indices`, in that order, re-ranked densely; fewer may be chosen."""
         rankings = None
         if self.rankings is not None:
             rankings = dense_ranks([self.rankings[i] for i in indices])
@@ -176,24 +158,18 @@ class ResponseGroup:
 class GroupScores:
     """What scoring one group gave: from the scorer to the server, the log, the viewer and JSON Lines.
 
-    Args:
-        scores: N scores in input order; None if the group was dropped.
-        truncated: N flags, True where the end of the response was cut off.
-        order_spread: standard deviation of a response's score over the K orders, averaged over the group; 0 for K = 1.
-        order_flip_rate: share of the further orders under which another response wins than under the first, see
-            `mr_reward.metrics.order_flip_rate`; 0 where the layout has no order, None where not measured (K = 1).
-        drop_reason: why the group was dropped, else None.
-
     Example:
         >>> GroupScores(scores=(1.7, -0.9), truncated=(False, False)).to_dict()["scores"]
         [1.7, -0.9]
     """
 
-    scores: tuple[float, ...] | None
-    truncated: tuple[bool, ...]
-    order_spread: float = 0.0
+    scores: tuple[float, ...] | None  # N, in input order; None if the group was dropped
+    truncated: tuple[bool, ...]  # N, True where the end of the response was cut off
+    order_spread: float = 0.0  # standard deviation of a response's score over the K orders, averaged; 0 for K = 1
+    # Share of the further orders under which another response wins than under the first, see
+    # `mr_reward.metrics.order_flip_rate`; 0 where the layout has no order, None where not measured (K = 1).
     order_flip_rate: float | None = None
-    drop_reason: str | None = None
+    drop_reason: str | None = None  # why the group was dropped
 
     def undo_order(self, order: Sequence[int]) -> GroupScores:
         """The result of a group, from that of `group.select(order)`."""
@@ -208,18 +184,7 @@ class GroupScores:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any], group: ResponseGroup) -> GroupScores:
-        """The result of `group` as JSON values.
-
-        Args:
-            row: what `to_dict` gave, other keys beside it ignored; all but `scores` may be missing.
-            group: what was scored.
-
-        Returns:
-            The result.
-
-        Raises:
-            GroupError: no scores, a value of another kind, or another number of them than there are responses.
-        """
+        """The result of `group` from what `to_dict` gave; other keys are ignored, all but `scores` may be missing."""
         if "scores" not in row:
             raise GroupError(f"{group.name}: has no scores; give a file that `mr-reward score` has written")
         truncated = row.get("truncated")

@@ -59,8 +59,7 @@ def best_of_n_accuracy(scores: GroupNumbers, rankings: GroupNumbers) -> float:
 
     Tie rules: picking any of several tied best responses is right. Where a best and a worse response share the highest
     score the group is wrong. A group whose responses are all tied best (N = 1 included) is right, as no pick is wrong.
-
-    A share from 0 to 1. Random scores give 1/N with one best response.
+    Random scores give 1/N with one best response.
 
     Example:
         >>> best_of_n_accuracy([[0.9, 0.1], [0.2, 0.2]], [[1, 2], [1, 2]])
@@ -74,9 +73,7 @@ def pairwise_accuracy(scores: GroupNumbers, rankings: GroupNumbers) -> float:
     """Share of strictly ordered pairs whose better response has the higher score.
 
     Tie rules: pairs that share a rank are left out; an ordered pair with equal scores is wrong. The pairs of all
-    groups are pooled, so a group counts with its number of ordered pairs.
-
-    A share from 0 to 1; NaN without an ordered pair. Random scores give 0.5.
+    groups are pooled, so a group counts with its number of ordered pairs. Random scores give 0.5.
 
     Example:
         >>> pairwise_accuracy([[3.0, 2.0, 2.0]], [[1, 2, 3]])
@@ -90,9 +87,7 @@ def kendall_tau_b(scores: GroupNumbers, rankings: GroupNumbers) -> KendallTau:
 
     Kendall (1945): concordant minus discordant pairs, with the ties on either side taken out of the denominator. It is
     undefined where all scores or all ranks of a group are equal. Read `undefined_groups` beside the mean: a model that
-    gives one score to everything is left out here, while the accuracies count it as wrong.
-
-    The mean, from -1 to 1, and the number of groups left out. Random scores give 0.
+    gives one score to everything is left out here, while the accuracies count it as wrong. Random scores give 0.
 
     Example:
         >>> kendall_tau_b([[3.0, 2.0, 1.0], [0.5, 0.5]], [[1, 2, 3], [1, 2]])
@@ -109,9 +104,8 @@ def ndcg(scores: GroupNumbers, rankings: GroupNumbers) -> float:
 
     Järvelin and Kekäläinen (2002) with linear gain and log2 discount: the gain of a response is the number of distinct
     ranks after its own, 0 for the worst. Tie rules: responses with equal scores share the mean gain of the places they
-    fill; groups with one rank only (N = 1 included) have no gain to order and are left out.
-
-    From 0 to 1, NaN without a group to order. Random scores are far from 0: compare with a random baseline.
+    fill; groups with one rank only (N = 1 included) have no gain to order and are left out. Random scores are far
+    from 0: compare with a random baseline.
 
     Example:
         >>> ndcg([[3.0, 2.0, 1.0]], [[1, 2, 3]])
@@ -126,9 +120,7 @@ def order_flip_rate(scores_a: GroupNumbers, scores_b: GroupNumbers, atol: float 
 
     `scores_b` are those under the other order, **put back into the order of `scores_a`**: one response at place i.
     Tie rule: the winners of a group are all responses within `atol` of its highest score; it has flipped if the two
-    orders have no winner in common. 0 for a permutation-equivariant model.
-
-    A share from 0 to 1. Independent random scores give 1 - 1/N.
+    orders have no winner in common. 0 for a permutation-equivariant model; independent random scores give 1 - 1/N.
 
     Example:
         >>> order_flip_rate([[1.0, 0.0], [1.0, 0.0]], [[0.9, 0.1], [0.1, 0.9]])
@@ -150,9 +142,8 @@ def pairwise_calibration_error(scores: GroupNumbers, rankings: GroupNumbers) -> 
     Guo et al. (arXiv 1706.04599): mean gap between predicted and observed frequency over 10 equal bins of [0, 1],
     weighted by the bins' counts. Every strictly ordered pair enters twice, as (i, j) and (j, i), since an arbitrary
     choice of one would change the result; tied pairs are left out. The pairs of all groups are pooled. Unlike the
-    accuracies, tau-b and NDCG this depends on the scale of the scores.
-
-    From 0 (calibrated) to 1; NaN without an ordered pair. Constant scores give 0: they claim nothing.
+    accuracies, tau-b and NDCG this depends on the scale of the scores. 0 is calibrated; constant scores give 0 too,
+    as they claim nothing.
 
     Example:
         >>> round(pairwise_calibration_error([[2.0, 0.0]], [[1, 2]]), 4)
@@ -173,8 +164,7 @@ def score_length_correlation(scores: GroupNumbers, lengths: GroupNumbers) -> flo
 
     Spearman, not Pearson: one rambling response must not decide it. Within groups, since prompts that call for long
     answers say nothing about a preference for length. Groups whose scores or lengths are all equal are left out.
-
-    From -1 to 1; NaN if it is undefined in every group. Random scores give 0.
+    Random scores give 0.
 
     Example:
         >>> round(score_length_correlation([[0.1, 0.2, 0.9]], [[5, 6, 700]]), 6)
@@ -192,8 +182,6 @@ def mean_score_spread(scores: GroupNumbers) -> float:
 
     The population's (division by N), so that a group of one response has spread 0. It falls to 0 when a model stops
     telling responses apart, and grows without bound when it overfits.
-
-    0 or more.
 
     Example:
         >>> mean_score_spread([[1.0, -1.0], [5.0]])

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mr_reward.cli.options import Device, Dtype, MaxTokens, torch_dtype
+from mr_reward.cli.options import Device, Dtype, MaxTokens, Model, torch_dtype
 
 __all__ = ["attack"]
 
 
 def attack(
-    model: Annotated[str, typer.Argument(help="Reward model: a folder or hub id")],
+    model: Model,
     groups: Annotated[Path, typer.Argument(help=".jsonl file of ranked groups")],
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Name of an attack; may be given several times")] = None,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mr_reward.cli.options import Model
 from mr_reward.errors import CheckpointError, ConfigurationError
 
 __all__ = ["card", "export", "merge", "verify"]
@@ -72,7 +73,7 @@ def card(
     logger.info("wrote %s", path)
 
 
-def verify(model: Annotated[str, typer.Argument(help="Reward model: a folder or hub id")]) -> None:
+def verify(model: Model) -> None:
     """Compare every byte of a reward model with its list of checksums; a load compares sizes and samples only.
 
     Example: mr-reward verify rm

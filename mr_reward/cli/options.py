@@ -11,8 +11,9 @@ from mr_reward.errors import ConfigurationError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Device", "Dtype", "MaxTokens", "NumOrders", "OverLength", "torch_dtype"]
+__all__ = ["Device", "Dtype", "MaxTokens", "Model", "NumOrders", "OverLength", "torch_dtype"]
 
+Model = Annotated[str, typer.Argument(help="Reward model: a folder or hub id")]
 Device = Annotated[str | None, typer.Option(help="As torch spells it; else cuda if there is one")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the checkpoint's")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens of a forward pass, and of the longest group")]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mr_reward.cli.options import Device, Dtype, MaxTokens, NumOrders, OverLength, torch_dtype
+from mr_reward.cli.options import Device, Dtype, MaxTokens, Model, NumOrders, OverLength, torch_dtype
 from mr_reward.errors import ConfigurationError
 
 __all__ = ["serve"]
@@ -17,7 +17,7 @@ _TOKEN_VARIABLE = "MR_REWARD_TOKEN"
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="Reward model: a folder or hub id")],
+    model: Model,
     host: Annotated[str, typer.Option(help="Address to listen at; one that others can reach needs a token")] = (
         "127.0.0.1"
     ),

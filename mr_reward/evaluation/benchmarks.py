@@ -312,27 +312,19 @@ _ALL = (
         headline=("overall", "macro"),
         counts={},
     ),
-    Benchmark(
-        name="mr2bench_image",
-        title="MR2Bench-Image",
-        hub_id="yinuoy/MR2Bench",
-        split="test",
-        columns=(_PROMPT, _RESPONSES, _RANKINGS, (*_IMAGE, *_VIDEO)),
-        read=_mr2bench("image"),
-        summarise=official.n_way,
-        headline=("best_of_n", "pairwise", "tau_b"),
-        counts={"all": 240},
-    ),
-    Benchmark(
-        name="mr2bench_video",
-        title="MR2Bench-Video",
-        hub_id="yinuoy/MR2Bench",
-        split="test",
-        columns=(_PROMPT, _RESPONSES, _RANKINGS, (*_IMAGE, *_VIDEO)),
-        read=_mr2bench("video"),
-        summarise=official.n_way,
-        headline=("best_of_n", "pairwise", "tau_b"),
-        counts={"all": 497},
+    *(
+        Benchmark(
+            name=f"mr2bench_{modality}",
+            title=f"MR2Bench-{modality.capitalize()}",
+            hub_id="yinuoy/MR2Bench",
+            split="test",
+            columns=(_PROMPT, _RESPONSES, _RANKINGS, (*_IMAGE, *_VIDEO)),
+            read=_mr2bench(modality),
+            summarise=official.n_way,
+            headline=("best_of_n", "pairwise", "tau_b"),
+            counts={"all": count},
+        )
+        for modality, count in (("image", 240), ("video", 497))
     ),
     Benchmark(
         name="rewardbench_2",

@@ -71,9 +71,7 @@ def _averaged(
     orders: Sequence[Sequence[Judged]], metric: Metric, weights: NDArray[np.float64]
 ) -> dict[str, NDArray[np.float64]]:
     by_order = [metric.weighted(items, weights) for items in orders]
-    return {
-        name: sum((found[name] for found in by_order), np.zeros(len(weights))) / len(orders) for name in by_order[0]
-    }
+    return {name: np.mean([found[name] for found in by_order], axis=0) for name in by_order[0]}
 
 
 def _resampled(items: Sequence[Judged], numbers: _Weighted, num_resamples: int, seed: int) -> dict[str, Interval]:

@@ -39,7 +39,7 @@ _MOST_ORDERS = 720  # 6!
 _CHUNK = 32  # items in memory at a time
 
 
-class BenchmarkScorer(Protocol):
+class BenchmarkScorer(Scorer, Protocol):
     """What is evaluated: a reward model, a baseline, a file of scores."""
 
     @property
@@ -49,9 +49,6 @@ class BenchmarkScorer(Protocol):
     @property
     def order_free(self) -> bool:
         """Whether the order of the responses cannot move the scores."""
-
-    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
-        """As `GroupScorer.score_detailed`."""
 
 
 def score_in_orders(
@@ -204,9 +201,9 @@ def score_benchmark(
     header = {"scorer": scorer.name, "num_orders": num_orders, "seed": seed, **settings}
     records: dict[str, ItemRecord] = {}
     with ResumableJsonLines(path) as file, tqdm(total=total, desc=path.stem, unit="item") as bar:
-        known = _resumed(list(file.rows()), path, header)
-        if known is None:
-            known = {}
+        rows = list(file.rows())
+        known = _resumed(rows, path, header) if rows else {}
+        if not rows:
             file.write([header])
 
         def missing() -> Iterator[EvaluationItem]:
@@ -233,10 +230,8 @@ def score_benchmark(
     return list(records.values())
 
 
-def _resumed(rows: Sequence[tuple[int, Any]], path: Path, header: dict[str, Any]) -> dict[str, ItemRecord] | None:
-    """What an earlier, interrupted run left; None if there was none."""
-    if not rows:
-        return None
+def _resumed(rows: Sequence[tuple[int, Any]], path: Path, header: dict[str, Any]) -> dict[str, ItemRecord]:
+    """What an earlier, interrupted run left."""
     found, records = records_of(rows, path)
     if found != header:
         differing = sorted(key for key in found.keys() | header.keys() if found.get(key) != header.get(key))

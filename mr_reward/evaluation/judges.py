@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ class Alone:
         return found
 
 
+def _whole(scores: Iterable[float]) -> GroupScores:
+    """The result of a group of which nothing was cut off."""
+    scores = tuple(scores)
+    return GroupScores(scores=scores, truncated=(False,) * len(scores))
+
+
 def _random(group: ResponseGroup, response: str) -> float:
     return random.Random(f"{group.id} {response}").random()
 
@@ -78,13 +84,7 @@ class Baseline:
 
     def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
         """As `GroupScorer.score_detailed`."""
-        return [
-            GroupScores(
-                scores=tuple(self._score(group, response) for response in group.responses),
-                truncated=(False,) * group.num_responses,
-            )
-            for group in groups
-        ]
+        return [_whole(self._score(group, response) for response in group.responses) for group in groups]
 
 
 class ScoresFile:
@@ -115,7 +115,7 @@ class ScoresFile:
                 raise GroupError(
                     f"{group.name}: {count} scores in the file, expected {group.num_responses}; add the item's line"
                 )
-            found.append(GroupScores(scores=tuple(scores), truncated=(False,) * len(scores)))
+            found.append(_whole(scores))
         return found
 
 
@@ -177,7 +177,7 @@ class ClassifierScorer:
             own = tuple(next(values) for _ in range(group.num_responses))
             if not all(map(math.isfinite, own)):
                 raise NonFiniteScoreError(f"{group.name}: scores {own} are not finite; check the model or its dtype")
-            found.append(GroupScores(scores=own, truncated=(False,) * len(own)))
+            found.append(_whole(own))
         return found
 
     def _encode(self, group: ResponseGroup) -> list[list[int]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ __all__ = [
 
 Array = NDArray[np.float64]
 Credit = Callable[[Judged], float]
+_strict_pair, _best_of_n, _tau_b, _category = map(attrgetter, ("strict_pair", "best_of_n", "tau_b", "category"))
 
 
 class _Part:
@@ -122,7 +124,7 @@ def n_way(part: _Part) -> dict[str, Array]:
         "best_of_n": part.mean(_best_of_n),
         "pairwise": _pairwise(part, 0.5),
         "pairwise_strict": _pairwise(part, 0.0),
-        "tau_b": defined.mean(lambda item: item.tau_b),
+        "tau_b": defined.mean(_tau_b),
     }
     sizes = part.by(lambda item: f"N={len(item.rankings)}")
     by_size = dict(sorted(sizes.items(), key=lambda entry: len(entry[1].items[0].rankings)))
@@ -194,18 +196,6 @@ def _ties(part: _Part) -> Array:
         + 0.01 * share(larger, positions)
     )
     return np.where(part.weights.sum(1) > 0, score, np.nan)
-
-
-def _strict_pair(item: Judged) -> float:
-    return item.strict_pair
-
-
-def _best_of_n(item: Judged) -> float:
-    return item.best_of_n
-
-
-def _category(item: Judged) -> str:
-    return item.category
 
 
 def _pairwise(part: _Part, credit_of_equal: float) -> Array:

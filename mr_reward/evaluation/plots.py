@@ -29,7 +29,7 @@ __all__ = [
 
 Curve = tuple[Sequence[float], Sequence[float]]
 _BLUE, _GREEN, _GREY = "#2563eb", "#16a34a", "#9ca3af"
-_COLOURS = ("#2563eb", "#16a34a", "#d97706", "#9333ea")
+_COLOURS = (_BLUE, _GREEN, "#d97706", "#9333ea")
 
 
 def plot_curves(
@@ -94,7 +94,7 @@ def plot_scored_groups(
             y = 0.52 - line * 0.52 / most
             share = (values[index] - low) / (high - low) if high > low else 0.5
             right = group.rankings is not None and group.rankings[index] == 1
-            colour = "#16a34a" if right else "#6b7280"
+            colour = _GREEN if right else "#6b7280"
             axis.barh(y, 0.04 + 0.26 * share, height=0.36 / most, left=0.0, color=colour, alpha=0.8)
             axis.text(
                 0.34, y, f"{values[index]:+.2f}  {_printable(group.responses[index])}", va="center", fontsize=8.5
@@ -135,11 +135,8 @@ def plot_sizes(records: Sequence[ItemRecord], path: str | Path, *, title: str = 
     axis.plot(sizes, [statistics.fmean(credit[n]) for n in sizes], color=_BLUE, marker="o", label="model")
     axis.plot(sizes, [statistics.fmean(chance[n]) for n in sizes], color=_GREY, marker=".", label="chance")
     axis.set_xticks(sizes)
-    axis.set_xlabel("responses of an item, N")
-    axis.set_ylabel("best of N")
     axis.set_ylim(0, 1)
-    axis.legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    _save_labelled(figure, axis, path, "responses of an item, N", "best of N")
 
 
 def plot_position_bias(records: Sequence[ItemRecord], path: str | Path, *, title: str = "") -> None:
@@ -159,10 +156,7 @@ def plot_position_bias(records: Sequence[ItemRecord], path: str | Path, *, title
     axis.bar([s + 0.8 for s in slots], [won[s] / shown[s] for s in slots], 0.4, color=_BLUE, label="winner")
     axis.bar([s + 1.2 for s in slots], [best[s] / shown[s] for s in slots], 0.4, color=_GREY, label="best response")
     axis.set_xticks([slot + 1 for slot in slots])
-    axis.set_xlabel("slot in the order shown")
-    axis.set_ylabel("share of the times shown there")
-    axis.legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    _save_labelled(figure, axis, path, "slot in the order shown", "share of the times shown there")
 
 
 def plot_items(records: Sequence[ItemRecord], path: str | Path, *, title: str = "") -> None:
@@ -178,10 +172,7 @@ def plot_items(records: Sequence[ItemRecord], path: str | Path, *, title: str = 
     figure, axis = _single((5.0, 3.6), title)
     for is_best, colour, label in ((False, _GREY, "others"), (True, _GREEN, "best")):
         axis.scatter(*points[is_best], s=9, alpha=0.5, color=colour, label=label, linewidths=0)
-    axis.set_xlabel("characters, minus the item's mean")
-    axis.set_ylabel("score, minus the item's mean")
-    axis.legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    _save_labelled(figure, axis, path, "characters, minus the item's mean", "score, minus the item's mean")
 
 
 def _new_figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
@@ -203,6 +194,13 @@ def _single(size: tuple[float, float], title: str) -> tuple[Any, Any]:
 def _save(figure: Any, path: str | Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+
+
+def _save_labelled(figure: Any, axis: Any, path: str | Path, x_label: str, y_label: str) -> None:
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.legend(frameon=False, fontsize=9)
+    _save(figure, path)
 
 
 def _finish_axis(axis: Any, title: str, x_label: str = "step") -> None:

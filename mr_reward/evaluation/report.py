@@ -53,6 +53,16 @@ class Report:
     equal_scores: int  # items whose highest score several responses have
 
     @property
+    def kept(self) -> list[ItemRecord]:
+        """Items that were scored."""
+        return [record for record in self.records if record.scores is not None]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Items by category."""
+        return dict(Counter(record.category for record in self.records))
+
+    @property
     def dropped(self) -> list[ItemRecord]:
         """Items that were not scored and count as wrong."""
         return [record for record in self.records if record.scores is None]
@@ -88,19 +98,21 @@ def write_report(report: Report, folder: str | Path) -> None:
     """Write `results.json` and the figures into a folder, made if needed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = [record for record in report.records if record.scores is not None]
+    kept = report.kept
     content = {
         **report.header,
         "metrics": {name: interval._asdict() for name, interval in report.metrics.items()},
         "spread_over_orders": report.spread,
         "order": report.order,
         "items": len(report.records),
-        "items_by_category": _counts(report),
+        "items_by_category": report.counts,
         "published_items_by_category": dict(report.benchmark.counts),
         "dropped": {record.uid: record.drop_reason for record in report.dropped},
         "truncated_items": sum(record.truncated > 0 for record in report.records),
         "equal_scores": report.equal_scores,
-        "score_length_correlation": _length_correlation(kept),
+        "score_length_correlation": score_length_correlation(
+            [scores for record in kept for scores in (record.scores or ())[:1]], [record.lengths for record in kept]
+        ),
         "leaderboard_row": leaderboard_row(report),
     }
     (folder / "results.json").write_text(json.dumps(_without_nan(content), indent=2) + "\n", encoding="utf-8")
@@ -160,7 +172,7 @@ def show_report(report: Report, console: Console) -> None:
     if num_orders > 1:
         table.add_column(f"spread over {num_orders} orders")
     table.add_column("items")
-    counts = _counts(report)
+    counts = report.counts
     for name, interval in report.metrics.items():
         cells = [name, f"{interval.value:.3f}", f"{interval.low:.3f} to {interval.high:.3f}"]
         if num_orders > 1:
@@ -173,13 +185,9 @@ def show_report(report: Report, console: Console) -> None:
         f"equal highest scores; in {num_orders} orders the winner changes for {report.order['flip_rate']:.1%}, a "
         f"score by {report.order['score_spread']:.3g}"
     )
-    differing = {
-        name: (counts.get(name, 0), number)
-        for name, number in report.benchmark.counts.items()
-        if name in counts and counts[name] != number
-    }
-    for name, (found, published) in differing.items():
-        console.print(f"{name}: {found} items, the published benchmark has {published}")
+    for name, published in report.benchmark.counts.items():
+        if counts.get(name, published) != published:
+            console.print(f"{name}: {counts[name]} items, the published benchmark has {published}")
     console.print(leaderboard_row(report), soft_wrap=True)
 
 
@@ -231,10 +239,6 @@ def _orders(records: Sequence[ItemRecord]) -> list[list[Judged]]:
     return [[record.judged(k) for record in records] for k in range(most)]
 
 
-def _counts(report: Report) -> dict[str, int]:
-    return dict(Counter(record.category for record in report.records))
-
-
 def _flips(record: ItemRecord) -> float:
     scores = record.scores or ()
     return max((order_flip_rate([scores[0]], [other]) for other in scores[1:]), default=0.0)
@@ -242,9 +246,3 @@ def _flips(record: ItemRecord) -> float:
 
 def _score_spread(record: ItemRecord) -> float:
     return statistics.fmean(statistics.pstdev(own) for own in zip(*(record.scores or ()), strict=True))
-
-
-def _length_correlation(records: Sequence[ItemRecord]) -> float:
-    return score_length_correlation(
-        [record.scores[0] for record in records if record.scores], [r.lengths for r in records]
-    )
