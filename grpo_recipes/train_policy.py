@@ -22,7 +22,8 @@ from rich.console import Console
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from mr_reward.doctor import check_before_start, examine_recipe, may_start, show_findings
+from mr_reward.doctor import check_before_start, examine_recipe
+from mr_reward.doctor.findings import may_start, show_findings
 from mr_reward.errors import ConfigurationError
 from mr_reward.runs.callbacks import PolicyValidation, RunFigure, WarningSigns
 from mr_reward.runs.recipe import (

@@ -35,7 +35,8 @@ def doctor(
 
     Example: mr-reward doctor --config recipe.yaml --num-processes 8 --num_generations 16
     """
-    from mr_reward.doctor import examine_machine, examine_recipe, may_start, show_findings
+    from mr_reward.doctor.examine import examine_machine, examine_recipe
+    from mr_reward.doctor.findings import may_start, show_findings
     from mr_reward.worlds.handwriting_policy import HandwritingArguments
 
     if config is not None:

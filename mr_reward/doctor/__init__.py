@@ -9,9 +9,9 @@ from mr_reward.exports import lazy_exports
 
 if TYPE_CHECKING:
     from mr_reward.doctor.examine import check_before_start, examine_machine, examine_recipe
-    from mr_reward.doctor.findings import Finding, may_start, show_findings
+    from mr_reward.doctor.findings import Finding
 
-__all__ = ["Finding", "check_before_start", "examine_machine", "examine_recipe", "may_start", "show_findings"]
+__all__ = ["Finding", "check_before_start", "examine_machine", "examine_recipe"]
 
 __getattr__ = lazy_exports(
     __name__,
@@ -20,7 +20,5 @@ __getattr__ = lazy_exports(
         "check_before_start": "examine",
         "examine_machine": "examine",
         "examine_recipe": "examine",
-        "may_start": "findings",
-        "show_findings": "findings",
     },
 )

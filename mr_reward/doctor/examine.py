@@ -57,7 +57,7 @@ def examine_recipe(
         parser = TrlParser((recipe_type, planned_arguments(launch.num_processes), ModelConfig))
         parser.error = _refuse  # argparse would end the process
         recipe, args, model_config = parser.parse_args_and_config(args=list(arguments))
-        run = PlannedRun.of(recipe, args, model_config, launch, use_cpu=args.asks_for_cpu)
+        run = PlannedRun(recipe, args, model_config, launch, args.asks_for_cpu)
     except (MRRewardError, OSError, ValueError, yaml.YAMLError) as error:
         return [Finding("red", "configuration", str(error))]
     findings = _check_run(run)
@@ -77,8 +77,8 @@ def examine_machine(model: str | None = None, *, score: bool = False) -> list[Fi
         The findings.
 
     Example:
-        >>> may_start(examine_machine("rm"))  # doctest: +SKIP
-        True
+        >>> examine_machine("rm")  # doctest: +SKIP
+        [Finding(level='green', what='versions', ...), ...]
     """
     findings = [*check_versions(), check_devices(use_cpu=None, bf16=False)]
     if model is not None:
@@ -108,16 +108,14 @@ def check_before_start(recipe: PolicyArguments, args: GRPOConfig, model_config: 
     if recipe.skip_doctor:
         return True
     try:
-        run = PlannedRun.of(recipe, args, model_config, read_environment(), use_cpu=bool(args.use_cpu))
-        findings = _check_run(run)
+        findings = _check_run(PlannedRun(recipe, args, model_config, read_environment(), bool(args.use_cpu)))
     except (MRRewardError, OSError, ValueError) as error:
         findings = [Finding("red", "configuration", str(error))]
-    good = may_start(findings)
-    if args.process_index == 0:
-        for finding in findings:
-            if finding.level == "yellow":
-                logger.warning("doctor: %s: %s", finding.what, finding.text)
-    shown = findings if args.process_index == 0 else [finding for finding in findings if finding.level == "red"]
+    good, first = may_start(findings), args.process_index == 0
+    for finding in findings:
+        if first and finding.level == "yellow":
+            logger.warning("doctor: %s: %s", finding.what, finding.text)
+    shown = [finding for finding in findings if first or finding.level == "red"]
     if shown:
         title = "may start" if good else "not started (skip_doctor: true starts all the same)"
         show_findings(shown, Console(stderr=True), title=f"rank {args.process_index}: {title}")

@@ -33,32 +33,12 @@ class Finding:
 
 
 def may_start(findings: Sequence[Finding]) -> bool:
-    """Whether nothing is red.
-
-    Args:
-        findings: of any checks.
-
-    Returns:
-        True if the run may start.
-
-    Example:
-        >>> may_start([Finding("yellow", "disk", "1.2 GB free"), Finding("red", "policy", "./no is no folder")])
-        False
-    """
+    """Whether nothing is red."""
     return all(finding.level != "red" for finding in findings)
 
 
 def show_findings(findings: Sequence[Finding], console: Console, *, title: str) -> None:
-    """Print the findings as a table.
-
-    Args:
-        findings: of any checks.
-        console: where to.
-        title: over the table.
-
-    Example:
-        >>> show_findings([Finding("green", "disk", "20 GB free")], Console(), title="this machine")  # doctest: +SKIP
-    """
+    """Print the findings as a table."""
     table = Table("", "what", "found", title=escape(title))
     for finding in findings:
         table.add_row(f"[{finding.level}]●[/] {finding.level}", finding.what, escape(finding.text))

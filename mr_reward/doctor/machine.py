@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from mr_reward.training.saving import incomplete_reason
 __all__ = ["check_devices", "check_needed", "check_output_folder", "check_versions", "device_memory"]
 
 _PACKAGE = "mr-reward"
-_MAIN_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+_MAIN_PACKAGES = (_PACKAGE, "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _EXTRA_PACKAGES = {"deepspeed": "deepspeed", "vllm": "vllm", "matplotlib": "eval", "fastapi": "serve"}
 _GB = 1e9
 _LITTLE_DISK = 5 * _GB
@@ -34,21 +34,16 @@ def check_versions() -> Iterator[Finding]:
             required.append(requirement)
         else:
             extras[requirement.name] = requirement
-    problems = [problem for problem in map(_problem, required) if problem is not None]
-    python = f"Python {platform.python_version()}"
-    if problems:
-        text = f"{python}; {'; '.join(problems)}; install them with pip install -U {_PACKAGE}"
-        yield Finding("red", "versions", text)
-    else:
-        shown = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _MAIN_PACKAGES)
-        yield Finding("green", "versions", f"{python}, {_PACKAGE} {importlib.metadata.version(_PACKAGE)}, {shown}")
-    here = [extras.get(name, Requirement(name)) for name in _EXTRA_PACKAGES if _version(name) is not None]
-    wrong = [problem for problem in map(_problem, here) if problem is not None]
+    python, wrong = f"Python {platform.python_version()}", _problems(required)
     if wrong:
-        yield Finding("yellow", "extras", f"{'; '.join(wrong)}; other versions have not been tested")
+        yield Finding("red", "versions", f"{python}; {wrong}; install them with pip install -U {_PACKAGE}")
     else:
-        shown = ", ".join(f"{name} {_version(name)}" if _version(name) else f"no {name}" for name in _EXTRA_PACKAGES)
-        yield Finding("green", "extras", shown)
+        yield Finding("green", "versions", f"{python}, {_shown(_MAIN_PACKAGES)}")
+    wrong = _problems(extras.get(name, Requirement(name)) for name in _EXTRA_PACKAGES if _version(name) is not None)
+    if wrong:
+        yield Finding("yellow", "extras", f"{wrong}; other versions have not been tested")
+    else:
+        yield Finding("green", "extras", _shown(_EXTRA_PACKAGES))
 
 
 def check_needed(packages: Mapping[str, str], *, here: bool) -> Iterator[Finding]:
@@ -113,10 +108,8 @@ def check_output_folder(folder: str | Path, *, resume: bool | str, num_processes
         if reason is None:
             yield Finding("green", what, f"resumes from {resume}")
         else:
-            text = (
-                f"resume_from_checkpoint: {resume} is not whole ({reason}); name another, or say true for the newest"
-            )
-            yield Finding("red", what, f"{text} whole one")
+            text = f"resume_from_checkpoint: {resume} is not whole ({reason}); name another, or say true for the"
+            yield Finding("red", what, f"{text} newest whole one")
     else:
         yield _newest_checkpoint(folder, resume, num_processes)
     free = shutil.disk_usage(parent).free
@@ -145,13 +138,19 @@ def _host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
-def _problem(requirement: Requirement) -> str | None:
-    version = _version(requirement.name)
-    if version is None:
-        return f"{requirement.name} is missing, expected {requirement.specifier}"
-    if not requirement.specifier.contains(version, prereleases=True):
-        return f"{requirement.name} {version} is installed, expected {requirement.specifier}"
-    return None
+def _problems(requirements: Iterable[Requirement]) -> str:
+    found = []
+    for requirement in requirements:
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            state = "is missing" if version is None else f"{version} is installed"
+            found.append(f"{requirement.name} {state}, expected {requirement.specifier}")
+    return "; ".join(found)
+
+
+def _shown(names: Iterable[str]) -> str:
+    versions = {name: _version(name) for name in names}
+    return ", ".join(f"{name} {version}" if version else f"no {name}" for name, version in versions.items())
 
 
 def _version(name: str) -> str | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from trl import GRPOConfig, ModelConfig
 from mr_reward.checkpoint.verify import has_file, weight_shapes
 from mr_reward.doctor.findings import Finding
 from mr_reward.errors import CheckpointError, ConfigurationError
-from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.groups import PlannedGroup, RolloutRow, plan_groups
 from mr_reward.runs.launch import Launch
 from mr_reward.runs.recipe import PolicyArguments, PolicyTrainingArguments, first_prompts, other_rewards, unread_data
@@ -30,34 +28,22 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _SHOWN_RANKS, _SHOWN_GROUPS = 8, 6
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class PlannedRun:
-    """A run as its recipe describes it."""
+    """A run as its recipe describes it; ConfigurationError if prompts or rewards cannot be read."""
 
     recipe: PolicyArguments
     args: GRPOConfig
-    policy: str  # folder or hub id
+    model_config: ModelConfig  # of the policy
     launch: Launch
     use_cpu: bool  # what the recipe says
-    prompts: Sequence[ResponseGroup]  # some, with any one response
-    num_reward_funcs: int  # the reward model among them
 
-    @classmethod
-    def of(
-        cls, recipe: PolicyArguments, args: GRPOConfig, model_config: ModelConfig, launch: Launch, *, use_cpu: bool
-    ) -> PlannedRun:
-        """Read the prompts and import the rewards; ConfigurationError if that fails, or no policy is named."""
-        if not model_config.model_name_or_path:
+    def __post_init__(self) -> None:
+        if not self.model_config.model_name_or_path:
             raise ConfigurationError("model_name_or_path is missing; give the policy's folder or hub id")
-        return cls(
-            recipe=recipe,
-            args=args,
-            policy=model_config.model_name_or_path,
-            launch=launch,
-            use_cpu=use_cpu,
-            prompts=first_prompts(recipe),
-            num_reward_funcs=1 + len(other_rewards(recipe, args)),
-        )
+        self.policy: str = self.model_config.model_name_or_path
+        self.prompts = first_prompts(self.recipe)  # some, with any one response
+        self.num_reward_funcs = 1 + len(other_rewards(self.recipe, self.args))
 
     @property
     def is_here(self) -> bool:
@@ -114,24 +100,18 @@ def group_map(num_ranks: int, rows_per_rank: int, num_generations: int) -> tuple
         >>> group_map(2, 2, 4)[1]
         ['rank 0: group 0 (1-2), scores 0', 'rank 1: group 0 (3-4), scores none']
     """
-    rows = [RolloutRow(str(row // num_generations), "") for row in range(num_ranks * rows_per_rank)]
-    groups = plan_groups(
-        [rows[rank * rows_per_rank : (rank + 1) * rows_per_rank] for rank in range(num_ranks)], num_generations
-    )
-    scored: dict[int, list[str]] = defaultdict(list)
-    for group in groups:
-        scored[group.owner].append(str(group.index))
+    size = num_generations
+    rows = [[rank * rows_per_rank + i for i in range(rows_per_rank)] for rank in range(num_ranks)]
+    groups = plan_groups([[RolloutRow(str(row // size), "") for row in own] for own in rows], size)
     lines = []
-    for rank in range(num_ranks):
-        held: dict[int, list[int]] = defaultdict(list)
-        for row in range(rank * rows_per_rank, (rank + 1) * rows_per_rank):
-            held[row // num_generations].append(row % num_generations + 1)
-        parts = [
-            f"{index} (all)" if len(slots) == num_generations else f"{index} ({slots[0]}-{slots[-1]})"
-            for index, slots in held.items()
-        ]
-        word = "group" if len(parts) == 1 else "groups"
-        lines.append(f"rank {rank}: {word} {_listed(parts)}, scores {_listed(scored[rank]) or 'none'}")
+    for rank, own in enumerate(rows):
+        held = []
+        for index in range(own[0] // size, own[-1] // size + 1):
+            first, last = max(1, own[0] + 1 - index * size), min(size, own[-1] + 1 - index * size)
+            held.append(f"{index} (all)" if last - first + 1 == size else f"{index} ({first}-{last})")
+        scored = [str(group.index) for group in groups if group.owner == rank]
+        word = "group" if len(held) == 1 else "groups"
+        lines.append(f"rank {rank}: {word} {_listed(held)}, scores {_listed(scored) or 'none'}")
     if len(lines) > _SHOWN_RANKS:
         half = _SHOWN_RANKS // 2
         lines = [*lines[:half], f"... {len(lines) - 2 * half} more ranks ...", *lines[-half:]]
@@ -157,10 +137,12 @@ def _check_groups(run: PlannedRun) -> Iterator[Finding]:
     spread = "some on two ranks or more" if any(group.straddles for group in groups) else "each on one rank"
     yield Finding("green", "groups", f"{shown}: {len(groups)} groups of {size}, {spread}")
     yield Finding("green", "who holds what", "\n".join(lines))
-    if args.eval_strategy != "no" and run.recipe.eval_dataset is None:
+    if args.eval_strategy == "no":
+        return
+    if run.recipe.eval_dataset is None:
         text = f"eval_dataset is missing beside eval_strategy: {args.eval_strategy.value}; name the held-out prompts"
         yield Finding("red", "evaluation", text)
-    elif args.eval_strategy != "no":
+    else:
         rows = args.per_device_eval_batch_size * processes
         yield Finding("green", "evaluation", f"batches of {rows} rows, groups of {args.num_generations_eval or size}")
 

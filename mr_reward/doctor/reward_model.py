@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import PreTrainedConfig
 
 from mr_reward.checkpoint.verify import (
     check_checksums,
@@ -93,11 +93,8 @@ def _ask_server(url: str, expected_hash: str | None) -> Finding:
 
     what = "reward model"
     try:
-        scorer = RemoteScorer(url, expected_hash=expected_hash)
-        try:
+        with closing(RemoteScorer(url, expected_hash=expected_hash)) as scorer:
             health = scorer.connect(_SERVER_SECONDS)
-        finally:
-            scorer.close()
     except ScoringServerError as error:
         return Finding("yellow", what, f"{error} (it need not run yet for a dry run)")
     except MRRewardError as error:
@@ -155,14 +152,12 @@ def check_weights(folder: Path, model: MultiResponseRewardModel, *, verify: bool
 
 
 def _check_attention(model: MultiResponseRewardModel, device: str, dtype: torch.dtype) -> Finding:
-    found = model.attention_for(device, dtype)
+    found, wanted = model.attention_for(device, dtype), model.attention_backend
     text = f"layout {model.config.layout} on {found}"
-    if found == model.attention_backend:
+    if found == wanted:
         return Finding("green", "attention", text)
-    text += f": {model.attention_backend} has no kernel on {device} in {str(dtype).removeprefix('torch.')}"
-    return Finding(
-        "yellow", "attention", f"{text}; reward_dtype: bfloat16 is faster, and reads large groups in chunks"
-    )
+    text += f": {wanted} has no kernel on {device} in {str(dtype).removeprefix('torch.')}; reward_dtype: bfloat16"
+    return Finding("yellow", "attention", f"{text} is faster, and reads large groups in chunks")
 
 
 def _check_row(run: PlannedRun, scorer: GroupScorer, device: str, dtype: torch.dtype) -> Finding:
@@ -269,31 +264,27 @@ def shrink(config: MultiResponseRewardConfig) -> MultiResponseRewardConfig | Non
     text, vision = backbone.get_text_config(), getattr(backbone, "vision_config", None)
     if getattr(text, "num_experts", None) or not hasattr(text, "num_attention_heads"):
         return None
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = {"num_attention_heads": _HEADS, "num_key_value_heads": _HEADS}
-    _set(text, hidden_size=_HEADS * head_dim, intermediate_size=2 * _HEADS * head_dim, num_hidden_layers=_LAYERS)
-    _set(text, **heads)
+    if vision is not None and backbone.model_type not in ("qwen3_vl", "qwen2_5_vl", "molmo2"):
+        return None
+    width = _HEADS * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    layers, heads = {"num_hidden_layers": _LAYERS}, {"num_attention_heads": _HEADS, "num_key_value_heads": _HEADS}
+    text.update({**layers, **heads, "hidden_size": width, "intermediate_size": 2 * width})
     if getattr(text, "layer_types", None):
         text.layer_types = list(text.layer_types)[:_LAYERS]
     small.head_hidden_size = None
-    if vision is None:
-        return small
-    _set(vision, hidden_size=_VISION_WIDTH, intermediate_size=_VISION_WIDTH)
-    if backbone.model_type in ("qwen3_vl", "qwen2_5_vl"):
-        _set(vision, num_heads=_HEADS, depth=_LAYERS, out_hidden_size=text.hidden_size)
-        for name, value in (("deepstack_visual_indexes", [0]), ("fullatt_block_indexes", [_LAYERS - 1])):
-            if hasattr(vision, name):
-                _set(vision, **{name: value})
-        return small
-    if backbone.model_type == "molmo2":
-        heads["head_dim"] = _VISION_WIDTH // _HEADS
-        _set(vision, **heads, num_hidden_layers=_LAYERS)
-        _set(backbone.adapter_config, **heads, hidden_size=_VISION_WIDTH, intermediate_size=_VISION_WIDTH)
-        _set(backbone.adapter_config, text_hidden_size=text.hidden_size, vision_feature_layer=[_LAYERS - 1, 0])
-        return small
-    return None
-
-
-def _set(config: PreTrainedConfig, **values: Any) -> None:
-    for name, value in values.items():
-        setattr(config, name, value)
+    vision_sizes = {  # by whatever name a family has them
+        **layers,
+        **heads,
+        "head_dim": _VISION_WIDTH // _HEADS,
+        "hidden_size": _VISION_WIDTH,
+        "intermediate_size": _VISION_WIDTH,
+        "out_hidden_size": width,
+        "text_hidden_size": width,
+        "deepstack_visual_indexes": [0],
+        "fullatt_block_indexes": [_LAYERS - 1],
+        "vision_feature_layer": [_LAYERS - 1, 0],
+    }
+    for part in (vision, getattr(backbone, "adapter_config", None)):
+        if part is not None:
+            part.update({name: value for name, value in vision_sizes.items() if hasattr(part, name)})
+    return small

@@ -22,8 +22,6 @@ class Launch:
     num_processes: int = 1  # in all, over all machines
     num_machines: int = 1
     zero_stage: int = 0  # of DeepSpeed; 0 without it
-    offload: bool = False  # whether DeepSpeed moves the optimizer or the weights to the CPU
-    fsdp: bool = False  # whether FSDP shards the model
 
     @property
     def num_local_processes(self) -> int:
@@ -45,18 +43,13 @@ def read_launch(path: str | Path) -> Launch:
         raise ConfigurationError(f"{path} has no num_processes, expected an accelerate file; see configs/deepspeed/")
     deepspeed = content.get("deepspeed_config") or {}
     if "deepspeed_config_file" in deepspeed:
-        stage, offload = _read_deepspeed(deepspeed["deepspeed_config_file"])
+        stage = _read_deepspeed(deepspeed["deepspeed_config_file"])
     else:
         stage = deepspeed.get("zero_stage", 0)
-        offload = "cpu" in {deepspeed.get("offload_optimizer_device"), deepspeed.get("offload_param_device")}
     if stage not in (0, 1, 2, 3):
         raise ConfigurationError(f"{path} has zero_stage {stage!r}, expected 0, 1, 2 or 3")
     return Launch(
-        num_processes=content["num_processes"],
-        num_machines=content.get("num_machines", 1),
-        zero_stage=stage,
-        offload=offload,
-        fsdp=content.get("distributed_type") == "FSDP",
+        num_processes=content["num_processes"], num_machines=content.get("num_machines", 1), zero_stage=stage
     )
 
 
@@ -65,22 +58,19 @@ def read_environment() -> Launch:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(processes)))
     machines = max(1, processes // local)
-    stage, offload = 0, False
+    stage = 0
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        devices = {os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE") for part in ("OPTIMIZER", "PARAM")}
-        stage, offload = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), "cpu" in devices
+        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
         if file.lower() != "none":
-            stage, offload = _read_deepspeed(file)
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return Launch(num_processes=processes, num_machines=machines, zero_stage=stage, offload=offload, fsdp=fsdp)
+            stage = _read_deepspeed(file)
+    return Launch(num_processes=processes, num_machines=machines, zero_stage=stage)
 
 
-def _read_deepspeed(file: str) -> tuple[int, bool]:
-    """ZeRO stage and offload of DeepSpeed's own JSON file."""
+def _read_deepspeed(file: str) -> int:
+    """The ZeRO stage in DeepSpeed's own JSON file."""
     try:
-        zero: Any = json.loads(Path(file).read_text()).get("zero_optimization", {})
-        parts = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")]
-        return zero.get("stage", 0), any(part.get("device") == "cpu" for part in parts)
+        stage: int = json.loads(Path(file).read_text()).get("zero_optimization", {}).get("stage", 0)
+        return stage
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigurationError(f"{file} cannot be read as DeepSpeed's configuration ({error})") from error

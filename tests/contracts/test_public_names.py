@@ -32,7 +32,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
     "checkpoint": ["changed_file", "outside_zero3", "weights_digest", "write_model_card"],
     "cli": ["main"],
     "data": ["ScoredGroup", "load_preferences", "read_scored", "save_preferences", "write_scored"],
-    "doctor": ["Finding", "check_before_start", "examine_machine", "examine_recipe", "may_start", "show_findings"],
+    "doctor": ["Finding", "check_before_start", "examine_machine", "examine_recipe"],
     "evaluation": [
         "attack_items",
         "evaluate_benchmark",

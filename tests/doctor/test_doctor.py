@@ -342,9 +342,9 @@ def test_from_the_command_line(folder: Path) -> None:
 
 def test_launch_files(tmp_path: Path) -> None:
     found = {path.name: read_launch(path) for path in ACCELERATE.glob("*.yaml")}
-    assert found["zero3.yaml"] == Launch(num_processes=8, num_machines=1, zero_stage=3, offload=False)
+    assert found["zero3.yaml"] == Launch(num_processes=8, num_machines=1, zero_stage=3)
     assert found["zero2_cpu.yaml"] == Launch(num_processes=2, zero_stage=2)
-    assert found["zero3_offload.yaml"].offload and len(found) == 8
+    assert found["zero3_offload.yaml"].zero_stage == 3 and len(found) == 8
     path = tmp_path / "a.yaml"
     for content, message in (
         ("[", "cannot be read"),
@@ -359,9 +359,9 @@ def test_launch_files(tmp_path: Path) -> None:
 def test_deepspeed_in_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found from the accelerate file and from the environment that `accelerate launch` makes of it."""
     inner, outer = tmp_path / "zero.json", tmp_path / "accelerate.yaml"
-    inner.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}))
+    inner.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     outer.write_text(yaml.safe_dump({"num_processes": 4, "deepspeed_config": {"deepspeed_config_file": str(inner)}}))
-    expected = Launch(num_processes=4, zero_stage=3, offload=True)
+    expected = Launch(num_processes=4, zero_stage=3)
     assert read_launch(outer) == expected
     for name, value in (
         ("WORLD_SIZE", 4),
