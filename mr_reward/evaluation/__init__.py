@@ -8,14 +8,12 @@ if TYPE_CHECKING:
     from mr_reward.evaluation.attacks import attack_items, run_attacks
     from mr_reward.evaluation.evaluator import evaluate_benchmark, evaluate_groups
     from mr_reward.evaluation.judges import load_scorer
-    from mr_reward.evaluation.report import read_report
 
 __all__ = [
     "attack_items",
     "evaluate_benchmark",
     "evaluate_groups",
     "load_scorer",
-    "read_report",
     "run_attacks",
 ]
 
@@ -26,7 +24,6 @@ __getattr__ = lazy_exports(
         "evaluate_benchmark": "evaluator",
         "evaluate_groups": "evaluator",
         "load_scorer": "judges",
-        "read_report": "report",
         "run_attacks": "attacks",
     },
 )

@@ -53,7 +53,10 @@ class BenchmarkData:
     def __iter__(self) -> Iterator[EvaluationItem]:
         read = self.benchmark.read
         if read is None:
-            yield from _ranked_groups(self.source)
+            for number, group in enumerate(load_preferences(self.source)):
+                uid = _numbered(number, group.id)
+                group = replace(group, id=uid, prompt=group.messages)
+                yield EvaluationItem(uid=uid, category=group.source or "all", group=group)
             return
         for number, (place, row) in enumerate(self.rows):
             try:
@@ -61,8 +64,7 @@ class BenchmarkData:
                 item = read(row)
                 if item is None:
                     continue
-                # The number makes it unique: VL-RewardBench has ids that occur twice, others have none.
-                uid = f"{number:05d}" + (f":{item.uid}" if item.uid else "")
+                uid = _numbered(number, item.uid)
                 group = replace(resolve_media(item.group, self.rows.folder), id=uid, source=self.benchmark.name)
             except MRRewardError as error:
                 raise type(error)(f"{place}: {error}") from error
@@ -91,6 +93,11 @@ def get_benchmark(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
+def _numbered(number: int, uid: str | None) -> str:
+    """The number makes it unique: VL-RewardBench has ids that occur twice, others have none."""
+    return f"{number:05d}" + (f":{uid}" if uid else "")
+
+
 def _check_columns(benchmark: Benchmark, row: Any) -> None:
     if not isinstance(row, Mapping):
         raise GroupError(f"the row is {row!r:.60}, expected an object; check the file")
@@ -111,9 +118,8 @@ def _item(
     uid: object, category: str, prompt: str, responses: Sequence[str], rankings: Sequence[int], **more: Any
 ) -> EvaluationItem:
     facts = more.pop("facts", {})
-    group = ResponseGroup(
-        prompt=strip_placeholders(prompt), responses=responses, rankings=dense_ranks(rankings), **more
-    )
+    ranks = dense_ranks(rankings)
+    group = ResponseGroup(prompt=strip_placeholders(prompt), responses=responses, rankings=ranks, **more)
     return EvaluationItem(uid="" if uid is None else str(uid), category=category, group=group, facts=facts)
 
 
@@ -252,19 +258,6 @@ def _rewardbench_2(row: Row) -> EvaluationItem:
         facts = {"kind": kind, "prompt": prompt}
     ranks = [0] * len(chosen) + [1] * len(rejected)
     return _item(uid, domain.lower(), field(row, "prompt", str), [*chosen, *rejected], ranks, facts=facts)
-
-
-# --- ranked groups of this package ---
-
-
-def _ranked_groups(source: str) -> Iterator[EvaluationItem]:
-    for number, group in enumerate(load_preferences(source)):
-        if group.rankings is None:
-            raise GroupError(f"{source}: {group.name} has no rankings, evaluation needs them; rank it or leave it out")
-        uid = f"{number:05d}" + (f":{group.id}" if group.id else "")
-        yield EvaluationItem(
-            uid=uid, category=group.source or "all", group=replace(group, id=uid, prompt=group.messages)
-        )
 
 
 _ALL = (

@@ -94,7 +94,6 @@ def _draws(items: Sequence[Judged], num_resamples: int, seed: int) -> Iterator[N
     generator = np.random.default_rng(seed)
     rows = max(1, _BLOCK // len(items))
     for start in range(0, num_resamples, rows):
-        counts = generator.multinomial(
-            len(units), np.full(len(units), 1 / len(units)), size=min(rows, num_resamples - start)
-        )
+        size = min(rows, num_resamples - start)
+        counts = generator.multinomial(len(units), np.full(len(units), 1 / len(units)), size=size)
         yield counts[:, unit_of_item].astype(np.float64)

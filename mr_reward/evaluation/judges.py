@@ -59,14 +59,10 @@ def _whole(scores: Iterable[float]) -> GroupScores:
     return GroupScores(scores=scores, truncated=(False,) * len(scores))
 
 
-def _random(group: ResponseGroup, response: str) -> float:
-    return random.Random(f"{group.id} {response}").random()
-
-
 BASELINES: dict[str, Callable[[ResponseGroup, str], float]] = {
     "longest": lambda group, response: float(len(response)),
     "shortest": lambda group, response: -float(len(response)),
-    "random": _random,
+    "random": lambda group, response: random.Random(f"{group.id} {response}").random(),
     "constant": lambda group, response: 0.0,
 }
 

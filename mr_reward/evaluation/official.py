@@ -25,7 +25,6 @@ __all__ = [
     "multimodal_rewardbench",
     "n_way",
     "rewardbench_2",
-    "ties_score",
     "video_rewardbench",
     "vl_rewardbench",
 ]
@@ -154,12 +153,8 @@ def rewardbench_2(part: _Part) -> dict[str, Array]:
     return {"average": _mean_of(found.values()), **found}
 
 
-def ties_score(items: Sequence[Judged]) -> float:
-    """The score of RewardBench 2's Ties, from 0 to about 1.01, see `rewardbench_2`."""
-    return float(_ties(_Part(items, np.ones((1, len(items)))))[0])
-
-
 def _ties(part: _Part) -> Array:
+    """From 0 to about 1.01."""
     spread: dict[str, float] = {}  # between the right answers of a tied prompt
     # Prompt -> margin from the worst right answer to the best wrong one, and the item's position.
     margin: dict[str, dict[str, tuple[float, int]]] = {"tied": {}, "ref": {}}

@@ -146,21 +146,7 @@ def records_of(rows: Iterable[tuple[int, Any]], path: str | Path) -> tuple[dict[
 
 
 def read_report(folder: str | Path, *, num_resamples: int = 1000) -> Report:
-    """Compute a report again from the per-item file, without a model.
-
-    Args:
-        folder: where `mr-reward evaluate` wrote.
-        num_resamples: of the intervals.
-
-    Returns:
-        The report.
-
-    Raises:
-        ConfigurationError: no such file.
-
-    Example:
-        >>> read_report("results").metrics["macro"]  # doctest: +SKIP
-    """
+    """Compute a report again from the per-item file that `mr-reward evaluate` wrote, without a model."""
     header, records = read_records(Path(folder) / ITEMS)
     return make_report(get_benchmark(header["benchmark"]), header, records, num_resamples=num_resamples)
 

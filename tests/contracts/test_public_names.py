@@ -38,7 +38,6 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "evaluate_benchmark",
         "evaluate_groups",
         "load_scorer",
-        "read_report",
         "run_attacks",
     ],
     "grpo": ["GroupLog", "MultiResponseReward", "plan_groups"],

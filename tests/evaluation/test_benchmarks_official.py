@@ -18,7 +18,7 @@ from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 from mr_reward.evaluation.benchmarks import BENCHMARKS, open_benchmark
 from mr_reward.evaluation.bootstrap import intervals, paired_interval
 from mr_reward.evaluation.items import EvaluationItem, Judged
-from mr_reward.evaluation.official import n_way, ties_score
+from mr_reward.evaluation.official import n_way, rewardbench_2
 
 
 def make(name: str, folder: Path, seed: int) -> tuple[list[Row], list[EvaluationItem], list[list[float]]]:
@@ -259,12 +259,12 @@ def test_dropped_items_are_wrong_everywhere(tmp_path: Path) -> None:
 
 def test_ties_score_of_a_perfect_and_a_blind_model() -> None:
     def score(tied: list[float], ref: list[float]) -> float:
-        return ties_score(
+        return rewardbench_2(
             [
                 Judged("a", "ties", (1, 1, 2), tied, {"kind": "tied", "prompt": "0"}),
                 Judged("b", "ties", (1, 2), ref, {"kind": "ref", "prompt": "0"}),
             ]
-        )
+        )["ties"]
 
     assert score([1.0, 1.0, 0.0], [1.0, 0.0]) == pytest.approx(1.01)
     assert score([0.0, 0.0, 0.0], [0.0, 0.0]) == 0.0
