@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from mr_reward.data.jsonl import read_json_lines, write_json_lines
 from mr_reward.errors import ConfigurationError
@@ -189,9 +189,7 @@ class PolicyValidation(TrainerCallback):
         self.console = console if console is not None else Console()
         self._pending: list[str] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Keep what an interrupted run had written up to the checkpoint, or begin with nothing."""
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -201,14 +199,7 @@ class PolicyValidation(TrainerCallback):
             for logs in state.log_history:  # of the run that is resumed
                 self._pending.extend(self.signs.update(logs))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Look for warning signs in the metrics of the training."""
         if not state.is_world_process_zero or not logs or any(key.startswith("eval_") for key in logs):
             return
@@ -216,9 +207,7 @@ class PolicyValidation(TrainerCallback):
             logger.warning("step %d, sign of reward hacking: %s", state.global_step, sign)
             self._pending.append(sign)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write down this evaluation."""
         if not state.is_world_process_zero:
             return
@@ -294,16 +283,12 @@ class RunFigure(TrainerCallback):
         self.folder = Path(folder)
         self.can_draw = find_spec("matplotlib") is not None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Tell what will be missing while there is time."""
         if state.is_world_process_zero and not self.can_draw:
             logger.warning("no matplotlib, so there will be no figure of the run; install mr-reward[eval]")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Draw what was logged."""
         if state.is_world_process_zero and self.can_draw:
             plot_run(state.log_history, self.folder / "training.png")

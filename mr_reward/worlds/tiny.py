@@ -14,6 +14,7 @@ size = 32 pixels; a video of F frames gives `ceil(F / 2)` times as many.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -44,12 +45,14 @@ __all__ = [
     "PATCH_SIZE",
     "SPECIAL_TOKENS",
     "TILE_SIZE",
+    "Sizes",
     "build_llama",
     "build_qwen2_5_vl",
     "build_qwen2_5_vl_processor",
     "build_qwen3_vl",
     "build_qwen3_vl_processor",
     "build_tokenizer",
+    "check_multiple",
     "decoder_sizes",
     "finish",
 ]
@@ -116,6 +119,18 @@ _VIDEO = {"do_sample_frames": False, "cap_pixels_per_frame": False}
 _HALF = [0.5, 0.5, 0.5]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of a tiny model. There are half as many key-value heads as query heads."""
+
+    hidden_size: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    vision_hidden_size: int = 64
+    vision_layers: int = 2
+    initializer_range: float = 0.05  # small models want more than the usual 0.02
+
+
 def build_tokenizer() -> Qwen2Tokenizer:
     """A byte-level tokenizer with Qwen's control tokens and ChatML template, of the class that `AutoTokenizer` gives.
 
@@ -176,61 +191,44 @@ def _processor_parts(video_class: type[Any]) -> dict[str, Any]:
     }
 
 
-def build_qwen3_vl(
-    seed: int = 0,
-    *,
-    hidden_size: int = 128,
-    num_layers: int = 4,
-    num_heads: int = 4,
-    vision_hidden_size: int = 64,
-    vision_layers: int = 2,
-    initializer_range: float = 0.05,  # small models want more than the usual 0.02
-) -> Qwen3VLForConditionalGeneration:
-    """A tiny Qwen3-VL with random weights, in float32 on the CPU, in evaluation mode.
+def build_qwen3_vl(seed: int = 0, **sizes: Any) -> Qwen3VLForConditionalGeneration:
+    """A tiny Qwen3-VL with random weights, in float32 on the CPU, in evaluation mode; `Sizes` by name.
+
+    Unlike the others it is 128 wide and has four layers, if not said otherwise.
 
     Embeddings are tied and DeepStack is on: the features of the first vision layer are added to the output of the
     first decoder layer. `hidden_size` is a multiple of 8 * num_heads (interleaved M-RoPE splits a head in three),
-    `vision_hidden_size` one of 16; there are half as many key-value heads as query heads. The global random state is
-    left as it was.
+    `vision_hidden_size` one of 16. The global random state is left as it was.
     """
-    head_dim = hidden_size // num_heads
+    chosen = Sizes(**{"hidden_size": 128, "num_layers": 4, **sizes})
+    head_dim = chosen.hidden_size // chosen.num_heads
     third = head_dim // 6
     return _build_qwen_vl(
         Qwen3VLForConditionalGeneration,
         Qwen3VLConfig,
         seed,
-        (hidden_size, num_layers, num_heads, initializer_range),
-        (vision_hidden_size, vision_layers),
+        chosen,
         rope={"mrope_section": [head_dim // 2 - 2 * third, third, third], "mrope_interleaved": True},
         text={"head_dim": head_dim},
         vision={"num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
     )
 
 
-def build_qwen2_5_vl(
-    seed: int = 0,
-    *,
-    hidden_size: int = 64,
-    num_layers: int = 2,
-    num_heads: int = 4,
-    vision_hidden_size: int = 64,
-    vision_layers: int = 2,
-    initializer_range: float = 0.05,
-) -> Qwen2_5_VLForConditionalGeneration:
-    """A tiny Qwen2.5-VL with random weights, sizes as in `build_qwen3_vl`.
+def build_qwen2_5_vl(seed: int = 0, **sizes: Any) -> Qwen2_5_VLForConditionalGeneration:
+    """A tiny Qwen2.5-VL with random weights; what its sizes divide by is as in `build_qwen3_vl`.
 
     The last vision layer attends fully, the others within windows of 64 pixels.
     """
-    half = hidden_size // num_heads // 2
+    chosen = Sizes(**sizes)
+    half = chosen.hidden_size // chosen.num_heads // 2
     section = 3 * half // 8
     return _build_qwen_vl(
         Qwen2_5_VLForConditionalGeneration,
         Qwen2_5_VLConfig,
         seed,
-        (hidden_size, num_layers, num_heads, initializer_range),
-        (vision_hidden_size, vision_layers),
+        chosen,
         rope={"mrope_section": [half - 2 * section, section, section]},
-        vision={"window_size": 2 * TILE_SIZE, "fullatt_block_indexes": [vision_layers - 1]},
+        vision={"window_size": 2 * TILE_SIZE, "fullatt_block_indexes": [chosen.vision_layers - 1]},
     )
 
 
@@ -238,44 +236,34 @@ def _build_qwen_vl(
     model_class: type[Model],
     config_class: type[PreTrainedConfig],
     seed: int,
-    sizes: tuple[int, int, int, float],
-    vision_sizes: tuple[int, int],
+    sizes: Sizes,
     *,
     rope: dict[str, Any],
     vision: dict[str, Any],
     text: dict[str, Any] | None = None,
 ) -> Model:
-    """What the two Qwen families have in common; sizes in the order of `decoder_sizes`."""
-    hidden_size, _, num_heads, initializer_range = sizes
-    vision_hidden_size, vision_layers = vision_sizes
-    if hidden_size % (8 * num_heads):
-        raise ConfigurationError(
-            f"got hidden_size={hidden_size} with num_heads={num_heads}, expected a multiple of {8 * num_heads}: "
-            "M-RoPE splits each head in three; change one of them"
-        )
-    if vision_hidden_size % 16:
-        raise ConfigurationError(
-            f"got vision_hidden_size={vision_hidden_size}, expected a multiple of 16 (4 heads, two-dimensional RoPE)"
-        )
+    """What the two Qwen families have in common."""
+    check_multiple("hidden_size", sizes.hidden_size, 8 * sizes.num_heads, "M-RoPE splits each of its heads in three")
+    check_multiple("vision_hidden_size", sizes.vision_hidden_size, 16, "4 heads, two-dimensional RoPE")
     tokenizer = build_tokenizer()
     tokens = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
     tokens |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
     config = config_class(
         text_config={
-            **decoder_sizes(tokenizer, *sizes),
+            **decoder_sizes(tokenizer, sizes),
             **(text or {}),
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, **rope},
         },
         vision_config={
-            "depth": vision_layers,
-            "hidden_size": vision_hidden_size,
-            "intermediate_size": 2 * vision_hidden_size,
+            "depth": sizes.vision_layers,
+            "hidden_size": sizes.vision_hidden_size,
+            "intermediate_size": 2 * sizes.vision_hidden_size,
             "num_heads": 4,
             "patch_size": PATCH_SIZE,
             "spatial_merge_size": MERGE_SIZE,
             "temporal_patch_size": TEMPORAL_PATCH_SIZE,
-            "out_hidden_size": hidden_size,
-            "initializer_range": initializer_range,
+            "out_hidden_size": sizes.hidden_size,
+            "initializer_range": sizes.initializer_range,
             **vision,
         },
         tie_word_embeddings=True,
@@ -284,23 +272,18 @@ def _build_qwen_vl(
     return finish(model_class, config, tokenizer, seed)
 
 
-def build_llama(
-    seed: int = 0,
-    *,
-    hidden_size: int = 64,
-    num_layers: int = 2,
-    num_heads: int = 4,
-    initializer_range: float = 0.05,
-) -> LlamaForCausalLM:
+def build_llama(seed: int = 0, **sizes: Any) -> LlamaForCausalLM:
     """A tiny text-only Llama with random weights, matching `build_tokenizer`; see `build_qwen3_vl`."""
-    if hidden_size % (2 * num_heads):
-        raise ConfigurationError(
-            f"got hidden_size={hidden_size} with num_heads={num_heads}, expected a multiple of {2 * num_heads}"
-        )
-    tokenizer = build_tokenizer()
-    sizes = decoder_sizes(tokenizer, hidden_size, num_layers, num_heads, initializer_range)
-    config = LlamaConfig(**sizes, tie_word_embeddings=True)
+    chosen, tokenizer = Sizes(**sizes), build_tokenizer()
+    check_multiple("hidden_size", chosen.hidden_size, 2 * chosen.num_heads, "its heads have an even width")
+    config = LlamaConfig(**decoder_sizes(tokenizer, chosen), tie_word_embeddings=True)
     return finish(LlamaForCausalLM, config, tokenizer, seed)
+
+
+def check_multiple(name: str, size: int, divisor: int, reason: str) -> None:
+    """Refuse a size that does not divide."""
+    if size % divisor:
+        raise ConfigurationError(f"got {name}={size}, expected a multiple of {divisor}: {reason}")
 
 
 def finish(model_class: type[Model], config: PreTrainedConfig, tokenizer: Qwen2Tokenizer, seed: int) -> Model:
@@ -314,20 +297,18 @@ def finish(model_class: type[Model], config: PreTrainedConfig, tokenizer: Qwen2T
     return model.eval()
 
 
-def decoder_sizes(
-    tokenizer: Qwen2Tokenizer, hidden_size: int, num_layers: int, num_heads: int, initializer_range: float
-) -> dict[str, Any]:
+def decoder_sizes(tokenizer: Qwen2Tokenizer, sizes: Sizes) -> dict[str, Any]:
     """What the decoders of all families have in common."""
     return {
         # Rounded up to a multiple of 16, as real checkpoints do for their kernels: a few rows belong to no token.
         "vocab_size": -(-len(tokenizer) // 16) * 16,
-        "hidden_size": hidden_size,
-        "intermediate_size": 3 * hidden_size,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": max(1, num_heads // 2),
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": 3 * sizes.hidden_size,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "num_key_value_heads": max(1, sizes.num_heads // 2),
         "max_position_embeddings": 4096,
-        "initializer_range": initializer_range,
+        "initializer_range": sizes.initializer_range,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -22,8 +22,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from mr_reward.errors import ConfigurationError
-from mr_reward.worlds.tiny import PATCH_SIZE, TILE_SIZE, build_tokenizer, decoder_sizes, finish
+from mr_reward.worlds.tiny import PATCH_SIZE, TILE_SIZE, Sizes, build_tokenizer, check_multiple, decoder_sizes, finish
 
 __all__ = ["MOLMO2_CHAT_TEMPLATE", "MOLMO2_TOKENS", "build_molmo2", "build_molmo2_processor", "build_molmo2_tokenizer"]
 
@@ -111,57 +110,45 @@ def build_molmo2_processor() -> Molmo2Processor:
     )
 
 
-def build_molmo2(
-    seed: int = 0,
-    *,
-    hidden_size: int = 64,
-    num_layers: int = 2,
-    num_heads: int = 4,
-    vision_hidden_size: int = 64,
-    vision_layers: int = 2,
-    initializer_range: float = 0.05,
-) -> Molmo2ForConditionalGeneration:
-    """A tiny Molmo2 with random weights, in float32 on the CPU, in evaluation mode; see `tiny.build_qwen3_vl`.
+def build_molmo2(seed: int = 0, **sizes: Any) -> Molmo2ForConditionalGeneration:
+    """A tiny Molmo2 with random weights, in float32 on the CPU, in evaluation mode; `tiny.Sizes` by name.
 
     The features of the last and the first vision layer are pooled by attention, as in the real model. `hidden_size` is
     a multiple of 2 * num_heads, `vision_hidden_size` one of 4.
     """
-    for name, size, divisor in (
-        ("hidden_size", hidden_size, 2 * num_heads),
-        ("vision_hidden_size", vision_hidden_size, 4),
-    ):
-        if size % divisor:
-            raise ConfigurationError(f"got {name}={size}, expected a multiple of {divisor}: the heads share it evenly")
-    tokenizer = build_molmo2_tokenizer()
+    chosen, tokenizer = Sizes(**sizes), build_molmo2_tokenizer()
+    hidden_size, vision_hidden_size = chosen.hidden_size, chosen.vision_hidden_size
+    check_multiple("hidden_size", hidden_size, 2 * chosen.num_heads, "the heads share it evenly")
+    check_multiple("vision_hidden_size", vision_hidden_size, 4, "the heads share it evenly")
     attention = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": vision_hidden_size // 4}
     config = Molmo2Config(
         text_config={
-            **decoder_sizes(tokenizer, hidden_size, num_layers, num_heads, initializer_range),
+            **decoder_sizes(tokenizer, chosen),
             # The head knows text only; what stands for media comes behind it.
             "vocab_size": len(tokenizer) - len(MOLMO2_TOKENS),
             "additional_vocab_size": _ADDED_VOCABULARY,
-            "head_dim": hidden_size // num_heads,
+            "head_dim": hidden_size // chosen.num_heads,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
         },
         vision_config={
             **attention,
             "hidden_size": vision_hidden_size,
             "intermediate_size": 2 * vision_hidden_size,
-            "num_hidden_layers": vision_layers,
+            "num_hidden_layers": chosen.vision_layers,
             "image_size": [TILE_SIZE, TILE_SIZE],
             "patch_size": PATCH_SIZE,
-            "initializer_range": initializer_range,
+            "initializer_range": chosen.initializer_range,
         },
         adapter_config={
             **attention,
-            "vision_feature_layer": [vision_layers - 1, 0],
+            "vision_feature_layer": [chosen.vision_layers - 1, 0],
             "hidden_size": vision_hidden_size,
             "intermediate_size": 3 * hidden_size,
             "text_hidden_size": hidden_size,
             # A product of small numbers ends it: with twice the spread features are no smaller than embeddings.
-            "initializer_range": 2 * initializer_range,
+            "initializer_range": 2 * chosen.initializer_range,
         },
-        initializer_range=initializer_range,
+        initializer_range=chosen.initializer_range,
         image_start_token_id=tokenizer.convert_tokens_to_ids("<im_start>"),
         low_res_image_start_token_id=tokenizer.convert_tokens_to_ids("<low_res_im_start>"),
         image_end_token_id=tokenizer.convert_tokens_to_ids("<im_end>"),
