@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -70,7 +70,7 @@ def score(
     if target is not None and source != _STREAM and target.resolve() == Path(source).resolve():
         raise ConfigurationError(f"--out {out} is the file that is read; name another one")
     given: dict[str, Any] = {"max_tokens_per_batch": max_tokens, "over_length": over_length, "num_orders": num_orders}
-    scorer, scored_with = _open_scorer(model, device=device, dtype=dtype, **given)
+    scorer, known = _open_scorer(model, device=device, dtype=dtype, **given)
     with ExitStack() as stack:
         stream = sys.stdin.buffer if source == _STREAM else stack.enter_context(Path(source).open("rb"))
         total = None
@@ -81,10 +81,10 @@ def score(
         done, write = 0, _write_to_standard_output
         if target is not None:
             file = stack.enter_context(ResumableJsonLines(target))
-            done, write = _check_done(file, lines, scored_with), file.write
+            done, write = _check_done(file, lines, known), file.write
         bar = stack.enter_context(tqdm(total=total, initial=done, unit=" groups", desc="scoring"))
         try:
-            counts = _run(lines, scorer, scored_with, write, bar, chunk=chunk, skip_bad=skip_bad)
+            counts = _run(lines, scorer, known[0], write, bar, chunk=chunk, skip_bad=skip_bad)
         except KeyboardInterrupt:
             if target is not None:
                 logger.warning("stopped; %s holds whole lines, the same command resumes it", target)
@@ -106,15 +106,15 @@ class _Line:
     group: ResponseGroup | MRRewardError  # or why it is none
 
 
-def _check_done(file: ResumableJsonLines, lines: Iterator[_Line], scored_with: str) -> int:
+def _check_done(file: ResumableJsonLines, lines: Iterator[_Line], known: Sequence[str]) -> int:
     """How many lines of this input an earlier run has written; as many are taken from the input."""
     count = 0
     for count, (number, row) in enumerate(file.rows(), start=1):
         line = next(lines, None)
         if not isinstance(row, dict) or "scored_with" not in row:
             problem = "was not written by this command, so it cannot be resumed"
-        elif row["scored_with"] != scored_with:
-            problem = f"was scored with another model or other options ({row['scored_with']}, now {scored_with})"
+        elif row["scored_with"] not in known:
+            problem = f"was scored with another model or other options ({row['scored_with']}, now {known[0]})"
         elif line is None:
             problem = f"the input has {count - 1} lines only, so the file belongs to another input"
         elif _without_results(row) != line.row:
@@ -131,14 +131,21 @@ def _write_to_standard_output(rows: Iterable[Any]) -> None:
     sys.stdout.buffer.flush()
 
 
-def _open_scorer(name: str, *, dtype: str | None, device: str | None, **options: Any) -> tuple[Scorer, str]:
-    """The scorer, and a checksum of everything that decides its scores."""
+def _open_scorer(name: str, *, dtype: str | None, device: str | None, **options: Any) -> tuple[Scorer, list[str]]:
+    """The scorer, and a checksum of everything that decides its scores; behind it the one of version 0.1.0.
+
+    That one was taken over the orders asked for, also where the layout needs one only.
+    """
     from mr_reward.scorers.opening import is_url, open_scorer, scored_by
+
+    def checksum(model_hash: str, settings: dict[str, Any]) -> str:
+        parts = json.dumps((model_hash, settings), sort_keys=True, default=str)
+        return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
 
     local = {"dtype": torch_dtype(dtype), "device": device, **options}
     scorer = open_scorer(name, **({} if is_url(name) else local))
-    parts = json.dumps(scored_by(scorer), sort_keys=True, default=str)
-    return scorer, hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
+    model_hash, settings = scored_by(scorer)
+    return scorer, [checksum(model_hash, found) for found in ([settings] if is_url(name) else [settings, options])]
 
 
 def _parse(stream: BinaryIO, name: str, root: Path, target: Path | None) -> Iterator[_Line]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from tiny_models import ROUNDING, random_image, random_text, reward_model
 from typer.testing import CliRunner
 
 from mr_reward import GroupScorer, ResponseGroup
+from mr_reward.checkpoint import weights_digest
 from mr_reward.cli.app import app
 from mr_reward.data.jsonl import write_json_lines
 from mr_reward.data.scored import read_scored
@@ -198,6 +200,26 @@ def test_resuming_something_else_is_refused(folder: Path, tmp_path: Path) -> Non
         run(folder / "rm", source, "--out", source)
     with pytest.raises(GroupError, match=r"none.jsonl: is not a file"):
         run(folder / "rm", "none.jsonl")
+
+
+def test_a_file_of_the_version_before_is_resumed(folder: Path, expected: list[list[float]], tmp_path: Path) -> None:
+    """Version 0.1.0 wrote a checksum of the orders asked for, which a layout other than `causal` does not use."""
+    out, source = tmp_path / "scores.jsonl", folder / "data" / "groups.jsonl"
+    run(folder / "rm", source, "--out", out)
+    digest = weights_digest(GroupScorer.from_pretrained(folder / "rm").model)
+    settings = {"max_tokens_per_batch": 16384, "num_orders": 3, "over_length": "drop_group"}
+    content = json.dumps([digest, settings], sort_keys=True).encode()
+    written = [
+        {**row, "scored_with": hashlib.blake2b(content, digest_size=8).hexdigest()} for row in read_rows(out)[:5]
+    ]
+    write_json_lines(out, written)
+    with pytest.raises(GroupError, match="line 1: was scored with another model or other options"):
+        run(folder / "rm", source, "--out", out, "--num-orders", 4)
+    for _ in range(2):  # the second time the file holds lines of both versions
+        run(folder / "rm", source, "--out", out, "--num-orders", 3)
+        rows = read_rows(out)
+        assert rows[:5] == written, "nothing was scored again"
+        assert close([row["scores"] for row in rows], expected)
 
 
 def test_the_orders_that_another_response_wins_reach_the_page(folder: Path, tmp_path: Path) -> None:
