@@ -87,18 +87,10 @@ def listed_files(folder: Path) -> dict[str, tuple[str, str | None]]:
 
 
 def changed_file(folder: Path, *, verify: bool = True) -> str | None:
-    """The first file of a folder that is not what was saved.
+    """The first file of a folder that is not what was saved; None if all are, or if there is no `SHA256SUMS`.
 
-    Args:
-        folder: of a checkpoint; without `SHA256SUMS` nothing is known, and nothing is found.
-        verify: read every byte. Otherwise of large files the size and a sketch: the header of weights and the first
-            bytes of each tensor, which tells another model or half a file, but not one wrong bit.
-
-    Returns:
-        Its name; None if all are as they were.
-
-    Example:
-        >>> changed_file(Path("rm"))  # doctest: +SKIP
+    With `verify` every byte is read. Otherwise of large files the size and a sketch: the header of weights and the
+    first bytes of each tensor, which tells another model or half a file, but not one wrong bit.
     """
     try:
         listed = listed_files(folder)

@@ -86,20 +86,20 @@ def write_head(folder: Path, weights: dict[str, Tensor], activation: str) -> Non
     weights = {key: value.detach().float().cpu() for key, value in weights.items()}
     width, hidden_size = weights["dense.weight"].shape
     bias = weights.get("out.bias", torch.zeros(1))
+    tensors = {theirs: weights.get(ours, bias).clone() for theirs, ours in _MLP.items()}
+    settings = {
+        "value_head_type": "mlp",
+        "value_head_hidden_dim": width,
+        "value_head_activation": activation,
+        "value_head_input_dim": hidden_size,
+        "resp_repr_mode": "last",
+    }
     if activation == "linear":
         tensors = {
             "weight": weights["out.weight"] @ weights["dense.weight"],
             "bias": weights["out.weight"] @ weights["dense.bias"] + bias,
         }
-    else:
-        tensors = {theirs: weights.get(ours, bias).clone() for theirs, ours in _MLP.items()}
-    settings = {
-        "value_head_type": "linear" if activation == "linear" else "mlp",
-        "value_head_hidden_dim": None if activation == "linear" else width,
-        "value_head_activation": "selu" if activation == "linear" else activation,
-        "value_head_input_dim": hidden_size,
-        "resp_repr_mode": "last",
-    }
+        settings |= {"value_head_type": "linear", "value_head_hidden_dim": None, "value_head_activation": "selu"}
     torch.save(tensors, folder / _HEAD_FILE)
     (folder / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 

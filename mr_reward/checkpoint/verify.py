@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from mr_reward.checkpoint.checksums import CHECKSUM_FILE, changed_file, listed_files
 from mr_reward.errors import CheckpointError, MRRewardError
@@ -104,11 +104,11 @@ def check_checksums(name: str, revision: str | None = None, *, verify: bool = Fa
         )
 
 
-def check_shards(name: str, revision: str | None = None) -> None:
-    """Refuse an index that looks for weights outside of the checkpoint."""
+def check_shards(name: str, revision: str | None = None) -> set[str]:
+    """The files of the weights; an index that looks for some outside of the checkpoint is refused."""
     path = find_file(name, SAFE_WEIGHTS_INDEX_NAME, revision)
     if path is None:
-        return
+        return {SAFE_WEIGHTS_NAME}
     with reading(name):
         files = set(json.loads(path.read_text())["weight_map"].values())
         outside = sorted(file for file in files if Path(file).name != file)
@@ -117,6 +117,7 @@ def check_shards(name: str, revision: str | None = None) -> None:
             f"{name}: {SAFE_WEIGHTS_INDEX_NAME} looks for weights in {outside[0]!r}, expected files of the folder "
             "itself; get the checkpoint from its source again"
         )
+    return files
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -124,12 +125,8 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
     Opening a file compares its header with its size: CheckpointError if one is missing, cut off or of another format.
     """
-    check_shards(str(folder))
-    index, files = folder / SAFE_WEIGHTS_INDEX_NAME, {"model.safetensors"}
-    if index.is_file():
-        files = set(json.loads(index.read_text())["weight_map"].values())
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder / file for file in files):
+    for path in sorted(folder / file for file in check_shards(str(folder))):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; copy the whole folder")
         try:

@@ -18,21 +18,7 @@ __all__ = ["export_paper_format", "merge"]
 
 
 def merge(adapter: str | Path, folder: str | Path) -> MultiResponseRewardModel:
-    """Merge a LoRA checkpoint into its backbone and write a folder that needs neither.
-
-    Args:
-        adapter: folder or hub id of a LoRA checkpoint of `RewardTrainer`.
-        folder: where to.
-
-    Returns:
-        The merged model; it scores as the adapter on its backbone does, to rounding.
-
-    Raises:
-        CheckpointError: no LoRA checkpoint, or one that cannot be loaded.
-
-    Example:
-        >>> merge("outputs/rm/checkpoint-400", "rm")  # doctest: +SKIP
-    """
+    """Write the folder of a LoRA checkpoint merged into its backbone; scores stay the same, to rounding."""
     if not is_lora(str(adapter)):
         raise CheckpointError(
             f"{adapter}: no adapter_config.json there, so nothing is to be merged; pass a checkpoint folder of a "
@@ -44,21 +30,10 @@ def merge(adapter: str | Path, folder: str | Path) -> MultiResponseRewardModel:
 
 
 def export_paper_format(model: MultiResponseRewardModel, folder: str | Path) -> None:
-    """Write a model in the public format of arXiv 2604.10966.
+    """Write a model with a template `mr2rm-*` in the public format of arXiv 2604.10966.
 
     The backbone is written as this release of transformers does: a release that knows the family reads it. It has no
     language-model head, which the format's readers do not use either.
-
-    Args:
-        model: a model with a template `mr2rm-*`.
-        folder: where to: backbone, processor, `value_head.pt` and `reward_model_config.json`.
-
-    Raises:
-        CheckpointError: another template, whose readout vectors have no place in the format; a head that the format
-            cannot express.
-
-    Example:
-        >>> export_paper_format(MultiResponseRewardModel.from_pretrained("rm"), "public")  # doctest: +SKIP
     """
     if model.config.template not in JOINED_TEMPLATES:
         raise CheckpointError(

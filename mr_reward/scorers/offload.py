@@ -40,6 +40,7 @@ class OffloadedScorer:
     def __init__(self, scorer: GroupScorer, device: torch.device | str) -> None:
         self.scorer = scorer
         self._device = torch.device(device)
+        self._is_cuda = self._device.type == "cuda"
         # Weights that are tied are one object here, and stay so.
         self._tensors = [*scorer.model.parameters(), *scorer.model.buffers()]
         self._at_home = [tensor.data.pin_memory() if self._is_cuda else tensor.data for tensor in self._tensors]
@@ -71,7 +72,3 @@ class OffloadedScorer:
             tensor.data = home
         if self._is_cuda:
             torch.cuda.empty_cache()  # give the blocks back: others on this GPU cannot use this process's cache
-
-    @property
-    def _is_cuda(self) -> bool:
-        return self._device.type == "cuda"

@@ -132,18 +132,7 @@ class ErrorAnswer(_Message):
 
 
 def dump(message: BaseModel) -> bytes:
-    """A message as JSON.
-
-    Args:
-        message: any of this file.
-
-    Returns:
-        ASCII; `json.loads` gives back every string and number as it was.
-
-    Example:
-        >>> dump(ErrorAnswer(error="MediaError", message="é"))
-        b'{"error":"MediaError","message":"\\\\u00e9"}'
-    """
+    """A message as JSON in ASCII, of which `json.loads` gives back every string and number as it was."""
     return json.dumps(message.model_dump(), separators=(",", ":")).encode("ascii")
 
 

@@ -24,21 +24,15 @@ class Batcher:
 
     The scorer keeps the token budget of a forward pass itself; here only the number of groups of a call is limited.
     If a call fails, its requests are scored again in halves until the error is with the request that causes it.
-
-    Args:
-        score: scores groups, in a thread of its own.
-        max_groups: a call takes further requests up to this number of groups.
-        max_wait: seconds that a call waits for further requests.
-        max_pending: groups that may wait or be scored at a time.
     """
 
     def __init__(
         self,
-        score: Callable[[Sequence[ResponseGroup]], list[GroupScores]],
+        score: Callable[[Sequence[ResponseGroup]], list[GroupScores]],  # called in a thread of its own
         *,
-        max_groups: int = 256,
-        max_wait: float = 0.005,
-        max_pending: int = 4096,
+        max_groups: int = 256,  # a call takes further requests up to this number of groups
+        max_wait: float = 0.005,  # seconds that a call waits for further requests
+        max_pending: int = 4096,  # groups that may wait or be scored at a time
     ) -> None:
         self._score = score
         self._max_groups = max_groups

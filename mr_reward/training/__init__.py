@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING
 from mr_reward.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from mr_reward.training.losses import best_of_n_cross_entropy, get_loss, pairwise_bradley_terry, plackett_luce
+    from mr_reward.training.losses import best_of_n_cross_entropy, pairwise_bradley_terry, plackett_luce
     from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments
 
 __all__ = [
     "RewardTrainer",
     "RewardTrainingArguments",
     "best_of_n_cross_entropy",
-    "get_loss",
     "pairwise_bradley_terry",
     "plackett_luce",
 ]
@@ -23,7 +22,6 @@ __getattr__ = lazy_exports(
         "RewardTrainer": "trainer",
         "RewardTrainingArguments": "trainer",
         "best_of_n_cross_entropy": "losses",
-        "get_loss": "losses",
         "pairwise_bradley_terry": "losses",
         "plackett_luce": "losses",
     },

@@ -168,24 +168,7 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
 def get_loss(
     name: str, *, margin: float = 0.0, label_smoothing: float = 0.0, centring_coefficient: float = 0.0
 ) -> LossFunction:
-    """The loss called `name`, with its options filled in.
-
-    Args:
-        name: a key of `LOSSES`.
-        margin: of `bradley_terry`, see there.
-        label_smoothing: in [0, 0.5) for `bradley_terry`, in [0, 1) for the others.
-        centring_coefficient: weight of `centring_penalty`, 0 for none.
-
-    Returns:
-        A function (scores, rankings, mask) -> scalar loss.
-
-    Raises:
-        ConfigurationError: there is no such loss, or an option that it cannot take.
-
-    Example:
-        >>> get_loss("plackett_luce") is plackett_luce
-        True
-    """
+    """The loss called `name`, a key of `LOSSES`, with its options filled in."""
     if name not in LOSSES:
         raise ConfigurationError(
             f"got loss {name!r}, expected one of {', '.join(map(repr, LOSSES))}; choose one of them"

@@ -36,7 +36,7 @@ from mr_reward.training.batches import (
     check_groups,
     evaluation_metrics,
 )
-from mr_reward.training.losses import get_loss
+from mr_reward.training.losses import LossFunction, get_loss
 from mr_reward.training.saving import naming_a_full_disk, which_checkpoint
 
 __all__ = ["RewardTrainer", "RewardTrainingArguments", "backend_for_deepspeed"]
@@ -101,16 +101,20 @@ class RewardTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.ddp_backend = backend_for_deepspeed(self.ddp_backend, use_cpu=self.use_cpu)
         super().__post_init__()
-        get_loss(
+        self.group_loss()  # known before a model is loaded
+        if self.over_length not in OVER_LENGTH_POLICIES:
+            raise ConfigurationError(
+                f"unknown over-length policy {self.over_length!r}, expected one of {', '.join(OVER_LENGTH_POLICIES)}"
+            )
+
+    def group_loss(self) -> LossFunction:
+        """The loss that the arguments describe."""
+        return get_loss(
             self.loss,
             margin=self.margin,
             label_smoothing=self.label_smoothing_factor,
             centring_coefficient=self.center_rewards_coefficient or 0.0,
         )
-        if self.over_length not in OVER_LENGTH_POLICIES:
-            raise ConfigurationError(
-                f"unknown over-length policy {self.over_length!r}, expected one of {', '.join(OVER_LENGTH_POLICIES)}"
-            )
 
 
 def backend_for_deepspeed(ddp_backend: str | None, *, use_cpu: bool) -> str | None:
@@ -202,12 +206,7 @@ class RewardTrainer(Trainer):
         if args.n_gpu > 1:  # transformers would cut the tensors of a batch for them, and media do not lie row by row
             logger.warning("training on one of %d GPUs; start with accelerate launch to use all", args.n_gpu)
             args._n_gpu = 1
-        self.group_loss = get_loss(
-            args.loss,
-            margin=args.margin,
-            label_smoothing=args.label_smoothing_factor,
-            centring_coefficient=args.center_rewards_coefficient or 0.0,
-        )
+        self.group_loss = args.group_loss()
         self._train_collator, self._eval_collator = GroupCollator(packer), GroupCollator(eval_packer)
         trained = model if peft_config is None else _with_lora(model, peft_config)
         match_partitioned_dtype(trained)
@@ -352,8 +351,22 @@ class RewardTrainer(Trainer):
         """
         # DeepSpeed ZeRO-3 collects the parts of all ranks here, on the CPU of the one that writes.
         weights = self.accelerator.get_state_dict(self.model_wrapped)
-        if self.args.should_save:
-            _save_whole_model(self.accelerator.unwrap_model(self.model), weights, folder)
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel):
+            model.save_pretrained(folder, state_dict=weights)
+            return
+        # The model itself is not touched: its weights may be partitioned over several ranks, training may continue.
+        trained: Any = model.get_base_model()
+        with outside_zero3(), init_empty_weights():
+            plain = MultiResponseRewardModel(trained.config)
+            adapted = get_peft_model(plain, model.peft_config[model.active_adapter])
+        # Copies: merging changes the weights in place. On the CPU there is room for them.
+        adapted.load_state_dict({key: value.to("cpu", copy=True) for key, value in weights.items()}, assign=True)
+        merged: Any = adapted.merge_and_unload()
+        merged.processor = trained.processor
+        merged.save_pretrained(folder)
 
 
 def _with_lora(model: MultiResponseRewardModel, config: LoraConfig) -> nn.Module:
@@ -374,24 +387,3 @@ def _check_can_save(accelerator: Accelerator) -> None:
             "true in accelerate's file (stage3_gather_16bit_weights_on_model_save in DeepSpeed's), as "
             "configs/deepspeed/zero3.yaml does"
         )
-
-
-def _save_whole_model(
-    model: MultiResponseRewardModel | PeftModel, weights: dict[str, Tensor], folder: str | Path
-) -> None:
-    """Write a folder that `MultiResponseRewardModel.from_pretrained` loads; LoRA is merged into the backbone.
-
-    The model itself is not touched: its weights may be partitioned over several ranks, and training may continue.
-    """
-    if not isinstance(model, PeftModel):
-        model.save_pretrained(folder, state_dict=weights)
-        return
-    trained: Any = model.get_base_model()
-    with outside_zero3(), init_empty_weights():
-        plain = MultiResponseRewardModel(trained.config)
-        adapted = get_peft_model(plain, model.peft_config[model.active_adapter])
-    # Copies: merging changes the weights in place. On the CPU there is room for them.
-    adapted.load_state_dict({key: value.to("cpu", copy=True) for key, value in weights.items()}, assign=True)
-    merged: Any = adapted.merge_and_unload()
-    merged.processor = trained.processor
-    merged.save_pretrained(folder)
