@@ -103,7 +103,7 @@ def continue_positions(prompt_positions: Tensor, segments: Tensor, offsets: Tens
     """Keep the prompt's positions and let each response count on from the end of the prompt."""
     prompt = segments == PROMPT_SEGMENT
     in_prompt = prompt_positions.masked_fill(~prompt, -1)
-    # M-RoPE: text after an image goes on from the largest position of all three axes.
+    # M-RoPE: text after an image continues at the largest position of all three axes.
     largest = in_prompt.amax(-1, keepdim=True)
     if largest.ndim == 3:
         largest = largest.amax(0, keepdim=True)
