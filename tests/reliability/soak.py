@@ -39,6 +39,7 @@ from mr_reward.scorers.remote import RemoteScorer
 
 SAME = 1e-5
 GENERATIONS = 4
+IDLE_SECONDS = 12  # longer than the server's pool (anyio's) keeps a thread without work
 
 
 def state_of(pid: int) -> dict[str, float]:
@@ -179,6 +180,9 @@ def soak_server(folder: Path, requests: int) -> dict[str, Any]:
             thread.start()
         for thread in threads:
             thread.join()
+        # Threads that read requests come and go with the load: those that idled go at the next request.
+        time.sleep(IDLE_SECONDS)
+        remote.score(groups[:1])
         samples.append({"at": done[0], **state_of(server.pid)})
     finally:
         remote.close()
