@@ -25,7 +25,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mr_reward import GroupScorer, ResponseGroup
-from mr_reward.data.preferences import load_preferences
+from mr_reward.data.groups_file import load_preferences
 from mr_reward.evaluation.judges import BASELINES
 from mr_reward.evaluation.plots import plot_curves
 

@@ -23,7 +23,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.checkpoint.card import write_model_card
 from mr_reward.checkpoint.zero3 import outside_zero3
-from mr_reward.data.preferences import load_preferences
+from mr_reward.data.groups_file import load_preferences
 from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.evaluator import evaluate_groups
 from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments

@@ -27,6 +27,8 @@ MOVED = MappingProxyType(
         "checkpoint:merge": "model.export:merge",
         "configuration": "model.configuration",
         "data.handwriting": "worlds.handwriting",
+        "data.preferences": "data.groups_file",
+        "data.scored": "data.groups_file",
         "data.tiny": "worlds.tiny",
         "evaluation.figures": "evaluation.plots",
         "evaluation.handwriting": "worlds.handwriting_policy",

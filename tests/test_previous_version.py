@@ -18,8 +18,7 @@ from typer.testing import CliRunner
 from mr_reward import GroupScorer, MultiResponseRewardModel
 from mr_reward.checkpoint.checksums import changed_file
 from mr_reward.cli.app import app
-from mr_reward.data.preferences import load_preferences
-from mr_reward.data.scored import read_scored
+from mr_reward.data.groups_file import load_preferences, read_scored
 
 RECIPES = Path(__file__).parents[1] / "grpo_recipes"
 ROUNDING = 1e-6

@@ -35,7 +35,7 @@ def attack(
 
     Example: mr-reward attack rm test.jsonl --out attacks.json
     """
-    from mr_reward.data.preferences import load_preferences
+    from mr_reward.data.groups_file import load_preferences
     from mr_reward.evaluation.attacks import ATTACKS, attack_items, run_attacks
     from mr_reward.scorers.opening import open_scorer, require_local
 

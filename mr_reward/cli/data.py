@@ -56,9 +56,8 @@ def convert(
 
     Example: mr-reward data convert nectar berkeley-nest/Nectar nectar.jsonl --limit 10000
     """
-    from mr_reward.data.conversion import Conversion
-    from mr_reward.data.converters import get_converter
-    from mr_reward.data.preferences import save_preferences
+    from mr_reward.data.converters import Conversion, get_converter
+    from mr_reward.data.groups_file import save_preferences
     from mr_reward.data.sources import read_rows
 
     converter = get_converter(name, axis=axis)
@@ -88,7 +87,7 @@ def stats(files: RankedFiles, skip_bad: SkipBad = False) -> None:
 
     Example: mr-reward data stats train.jsonl val.jsonl
     """
-    from mr_reward.data.preferences import load_preferences
+    from mr_reward.data.groups_file import load_preferences
     from mr_reward.data.stats import group_stats, stats_table
 
     for path in files:
@@ -130,7 +129,7 @@ def decontaminate(
     Example: mr-reward data decontaminate train.jsonl --benchmark vl_rewardbench --out clean.jsonl
     """
     from mr_reward.data.decontamination import decontaminate as remove
-    from mr_reward.data.preferences import load_preferences, save_preferences
+    from mr_reward.data.groups_file import load_preferences, save_preferences
 
     benchmarks = dict(_benchmark(spec, skip_bad) for spec in benchmark)
     if len(benchmarks) < len(benchmark):
@@ -153,7 +152,7 @@ def decontaminate(
 
 def _benchmark(spec: str, skip_bad: bool) -> tuple[str, list[ResponseGroup]]:
     """The name and the groups of a benchmark, with the ids that it gives itself."""
-    from mr_reward.data.preferences import load_preferences
+    from mr_reward.data.groups_file import load_preferences
     from mr_reward.evaluation.benchmarks import BENCHMARKS, open_benchmark
 
     name, _, source = spec.partition("=")

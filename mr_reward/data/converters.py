@@ -6,18 +6,24 @@ without a preference raises `SkippedRow` with a reason.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import logging
 import math
+import random
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mr_reward.data.fields import (
+from mr_reward.data.media_files import resolve_media
+from mr_reward.data.sources import (
     Row,
+    RowSource,
     field,
     image_field,
     messages_field,
@@ -26,11 +32,12 @@ from mr_reward.data.fields import (
     strip_placeholders,
     texts_field,
     turns_field,
+    wrong_field,
 )
-from mr_reward.errors import ConfigurationError, GroupError
+from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 from mr_reward.groups import ResponseGroup, dense_ranks
 
-__all__ = ["AXES", "CONVERTERS", "Converter", "SkippedRow", "get_converter", "graded_group"]
+__all__ = ["CONVERTERS", "Conversion", "SkippedRow", "get_converter", "graded_group"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +50,7 @@ class SkippedRow(Exception):
     """A valid row that holds no preference; the reason is counted, it is no error."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Converter:
     """How one public data set becomes groups."""
 
@@ -102,6 +109,62 @@ def graded_group(
         id=id,
         source=source,
     )
+
+
+@dataclasses.dataclass
+class Conversion:
+    """The groups of a data set, made while they are iterated over; the counts are complete at the end.
+
+    Public pairs store the chosen response first, which a model that sees all responses would learn. So the order of
+    the responses is shuffled, for each group in the same way at every run.
+    """
+
+    converter: Converter
+    rows: RowSource
+    _: dataclasses.KW_ONLY
+    media_root: Path | None = None  # relative paths in the rows count from here; the folder of the source if None
+    limit: int | None = None  # stop after so many rows
+    skip_bad: bool = False  # leave a bad row out and continue; otherwise it is an error with file, line and field
+    keep_order: bool = False  # do not shuffle the responses
+    num_rows: int = dataclasses.field(default=0, init=False)  # rows that were read
+    # Rows without a preference, by reason.
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter, init=False)
+    # Rows that contradict the schema or whose media are missing: file and line, field, what was found and expected.
+    bad_rows: list[str] = dataclasses.field(default_factory=list, init=False)
+
+    def __iter__(self) -> Iterator[ResponseGroup]:
+        convert = self.converter.make(row for _, row in self.rows)
+        self.num_rows = 0
+        self.skipped.clear()
+        self.bad_rows.clear()
+        for place, row in itertools.islice(self.rows, self.limit):
+            self.num_rows += 1
+            try:
+                if isinstance(row, GroupError):
+                    raise row
+                group = self._finish(convert(row))
+            except SkippedRow as reason:
+                self.skipped[str(reason)] += 1
+            except MRRewardError as error:
+                if not self.skip_bad:
+                    raise GroupError(
+                        f"{place}: {error} (converter {self.converter.name}; --skip-bad leaves such rows out)"
+                    ) from error
+                self.bad_rows.append(f"{place}: {error}")
+            else:
+                yield group
+        if self.bad_rows:
+            logger.warning("%s: skipped %d of %d rows as bad", self.rows.name, len(self.bad_rows), self.num_rows)
+
+    def _finish(self, group: ResponseGroup) -> ResponseGroup:
+        """Find the media, name the group, shuffle the responses."""
+        name = group.id if group.id is not None else f"{self.converter.name}-{self.num_rows}"
+        group = dataclasses.replace(resolve_media(group, self.media_root or self.rows.folder), id=name)
+        if self.keep_order:
+            return group
+        # By the row's number too: ids need not be unique.
+        order = random.Random(f"{name} {self.num_rows}").sample(range(group.num_responses), group.num_responses)
+        return group.select(order)
 
 
 # --- images and videos ---
@@ -184,9 +247,7 @@ def _wildvision(row: Row) -> ResponseGroup:
     if winner in ("tie", "tie (bothbad)"):
         raise SkippedRow(winner)
     if winner not in ("model_a", "model_b"):
-        raise GroupError(
-            f"field 'winner' is {winner!r}, expected model_a, model_b, tie or tie (bothbad); check the data set"
-        )
+        raise wrong_field("winner", winner, "model_a, model_b, tie or tie (bothbad)")
     first, second = messages_field(row, "conversation_a"), messages_field(row, "conversation_b")
     if [turn for turn in first if turn["role"] == "user"] != [turn for turn in second if turn["role"] == "user"]:
         raise GroupError("fields 'conversation_a' and 'conversation_b' ask different questions, expected the same")
@@ -310,7 +371,7 @@ def _nectar(row: Row) -> ResponseGroup:
     for i, answer in enumerate(field(row, "answers", list)):
         rank = float(field(answer, "rank", (int, float), at=f"answers[{i}]"))
         if not math.isfinite(rank):
-            raise GroupError(f"field 'answers[{i}].rank' is {rank}, expected a finite number; check the data set")
+            raise wrong_field(f"answers[{i}].rank", rank, "a finite number")
         text = field(answer, "answer", str, at=f"answers[{i}]")
         if "Human:" not in text and "Assistant:" not in text:  # such an answer continues the dialogue by itself
             responses.append(text)
@@ -328,10 +389,7 @@ def _dialogue(text: str) -> list[dict[str, Any]]:
     speakers, texts = parts[::2], [part.strip() for part in parts[1::2]]
     in_turns = bool(speakers) and speakers == ["Human", "Assistant"] * (len(speakers) // 2)
     if opening.strip() or not in_turns or texts[-1] or not all(texts[:-1]):
-        raise GroupError(
-            f"field 'prompt' is {text!r:.80}, expected 'Human: ... Assistant:', in turns, the last one empty; "
-            "check the data set"
-        )
+        raise wrong_field("prompt", text, "'Human: ... Assistant:', in turns, the last one empty")
     pairs = zip(speakers[:-1], texts[:-1], strict=True)
     return [{"role": "user" if speaker == "Human" else "assistant", "content": said} for speaker, said in pairs]
 
@@ -341,7 +399,7 @@ def _pku_saferlhf(row: Row, *, axis: str = "agree") -> ResponseGroup:
     ids = {name: field(row, f"{name}_response_id", int) for name in ("better", "safer")}
     for name, value in ids.items():
         if value not in (0, 1):
-            raise GroupError(f"field '{name}_response_id' is {value}, expected 0 or 1; check data set and version")
+            raise wrong_field(f"{name}_response_id", value, "0 or 1")
     if axis == "agree" and ids["better"] != ids["safer"]:
         raise SkippedRow("the more helpful answer is not the safer one")
     winner = ids["better" if axis == "agree" else axis]
@@ -387,4 +445,4 @@ def get_converter(name: str, *, axis: str | None = None) -> Converter:
         raise ConfigurationError(
             f"got axis {axis!r} with {name!r}; only pku_saferlhf has axes, one of {', '.join(AXES)}"
         )
-    return replace(converter, convert=functools.partial(converter.convert, axis=axis))
+    return dataclasses.replace(converter, convert=functools.partial(converter.convert, axis=axis))

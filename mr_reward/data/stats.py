@@ -14,7 +14,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from mr_reward.data.matching import normalised_text, prompt_text
+from mr_reward.data.decontamination import normalised_prompt
 from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import load_image
 
@@ -143,7 +143,7 @@ def _share(count: int, total: int) -> str:
 
 def _prompt_key(group: ResponseGroup) -> tuple[str, ...]:
     media = [*group.images, *(frame for video in group.videos for frame in video)]
-    return normalised_text(prompt_text(group)), *map(_media_key, media)
+    return normalised_prompt(group), *map(_media_key, media)
 
 
 def _media_key(medium: Any) -> str:

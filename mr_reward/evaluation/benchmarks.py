@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mr_reward.data.fields import field, image_field, strip_placeholders
+from mr_reward.data.groups_file import load_preferences
 from mr_reward.data.media_files import resolve_media
-from mr_reward.data.preferences import load_preferences
-from mr_reward.data.sources import RowSource, read_rows
+from mr_reward.data.sources import RowSource, field, image_field, read_rows, strip_placeholders
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 from mr_reward.evaluation import official
 from mr_reward.evaluation.items import EvaluationItem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mr_reward.data.scored import ScoredGroup, write_scored
+from mr_reward.data.groups_file import ScoredGroup, write_scored
 from mr_reward.errors import ConfigurationError
 
 __all__ = ["GroupLog"]

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from mr_reward.checkpoint.digest import weights_digest
-from mr_reward.data.scored import ScoredGroup
+from mr_reward.data.groups_file import ScoredGroup
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.grpo.agreement import check_same_weights, group_size, is_evaluating

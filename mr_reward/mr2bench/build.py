@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from mr_reward.data.groups_file import save_preferences
 from mr_reward.data.media_files import resolve_media
-from mr_reward.data.preferences import save_preferences
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import ResponseGroup, dense_ranks
 from mr_reward.mr2bench.judgments import FullRanking, Question, Vote

@@ -9,8 +9,7 @@ from typing import Any
 
 import pyarrow.parquet
 
-from mr_reward.data.groups_file import read_groups
-from mr_reward.data.scored import ScoredGroup, read_scored
+from mr_reward.data.groups_file import ScoredGroup, read_groups, read_scored
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import GroupScores, ResponseGroup, Scorer
 from mr_reward.grpo.groups import completion_text

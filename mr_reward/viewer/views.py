@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-from mr_reward.data.scored import ScoredGroup
+from mr_reward.data.groups_file import ScoredGroup
 from mr_reward.groups import GroupScores, dense_ranks
 from mr_reward.layouts import Layout, plan_row, readout_kinds, visible
 from mr_reward.templates.images import load_image

@@ -19,7 +19,7 @@ from test_converters import ROWS
 from typer.testing import CliRunner
 
 from mr_reward.cli.app import app
-from mr_reward.data.preferences import load_preferences
+from mr_reward.data.groups_file import load_preferences
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 from mr_reward.groups import ResponseGroup
 

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.checkpoint import weights_digest
 from mr_reward.cli.app import app
+from mr_reward.data.groups_file import read_scored
 from mr_reward.data.jsonl import write_json_lines
-from mr_reward.data.scored import read_scored
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.serving import build_app
 from mr_reward.viewer.page import render_page

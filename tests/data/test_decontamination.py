@@ -12,8 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mr_reward import ResponseGroup
-from mr_reward.data.decontamination import decontaminate
-from mr_reward.data.matching import ImageIndex, fingerprint, same_picture
+from mr_reward.data.decontamination import ImageIndex, decontaminate, fingerprint, same_picture
 from mr_reward.worlds.handwriting import make_groups
 
 LONG = "What is written on the wooden sign to the left of the door, and in which language is it written?"

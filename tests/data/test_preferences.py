@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mr_reward import ResponseGroup
-from mr_reward.data.preferences import load_preferences, save_preferences
+from mr_reward.data.groups_file import load_preferences, save_preferences
 from mr_reward.errors import GroupError, MediaError
 from mr_reward.templates.images import load_image
 

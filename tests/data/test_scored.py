@@ -11,7 +11,7 @@ from PIL import Image
 from test_preferences import same
 
 from mr_reward import ResponseGroup
-from mr_reward.data.scored import ScoredGroup, read_scored, write_scored
+from mr_reward.data.groups_file import ScoredGroup, read_scored, write_scored
 from mr_reward.errors import GroupError
 from mr_reward.groups import GroupScores
 

@@ -17,7 +17,7 @@ from mr_reward import ResponseGroup
 from mr_reward.checkpoint.card import write_model_card
 from mr_reward.cli.app import app
 from mr_reward.data.degenerate import MASTER_KEYS
-from mr_reward.data.preferences import save_preferences
+from mr_reward.data.groups_file import save_preferences
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.attacks import ATTACKS, attack_items, run_attacks
 from mr_reward.groups import GroupScores

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.cli.app import app
-from mr_reward.data.preferences import save_preferences
+from mr_reward.data.groups_file import save_preferences
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.evaluator import ALL_ORDERS, draw_orders, score_benchmark
 from mr_reward.evaluation.items import EvaluationItem, ItemRecord

@@ -22,7 +22,7 @@ from scipy.stats import kendalltau
 from typer.testing import CliRunner
 
 from mr_reward.cli.app import app
-from mr_reward.data.preferences import load_preferences
+from mr_reward.data.groups_file import load_preferences
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.mr2bench.build import build_benchmark, sample_variants
 from mr_reward.mr2bench.judgments import (

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import torch
+from mr_reward.data.preferences import save_preferences
 from mr_reward.data.tiny import build_llama, build_tokenizer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import mr_reward
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
-from mr_reward.data.preferences import save_preferences
 
 RECIPES = Path(mr_reward.__file__).parents[1] / "grpo_recipes"
 

@@ -25,8 +25,7 @@ from random_groups import ALL_CONTROL_STRINGS
 from tiny_models import checkpoint_groups, random_group, random_image, reward_model
 
 from mr_reward import GroupScorer
-from mr_reward.data.preferences import load_preferences, save_preferences
-from mr_reward.data.scored import ScoredGroup, read_scored, write_scored
+from mr_reward.data.groups_file import ScoredGroup, load_preferences, read_scored, save_preferences, write_scored
 from mr_reward.errors import MediaError, MRRewardError
 from mr_reward.evaluation.benchmarks import open_benchmark
 from mr_reward.groups import GroupScores

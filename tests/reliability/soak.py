@@ -33,7 +33,7 @@ from rich.table import Table
 from tiny_models import random_image, random_text, reward_model
 
 from mr_reward import GroupScorer, MultiResponseReward
-from mr_reward.data.scored import read_scored
+from mr_reward.data.groups_file import read_scored
 from mr_reward.grpo.group_log import GroupLog
 from mr_reward.scorers.remote import RemoteScorer
 

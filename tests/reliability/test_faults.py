@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel, ResponseGroup
 from mr_reward.cli.app import app
-from mr_reward.data.preferences import save_preferences
+from mr_reward.data.groups_file import save_preferences
 from mr_reward.errors import NonFiniteScoreError
 from mr_reward.scorers.remote import RemoteScorer
 from mr_reward.training.saving import last_complete_checkpoint

@@ -18,8 +18,7 @@ from random_groups import groups, texts, tried
 from tiny_models import FAMILIES, LAYOUTS, ROUNDING, family, reward_model
 
 from mr_reward import GroupScorer, MultiResponseReward, ResponseGroup
-from mr_reward.data.preferences import load_preferences, save_preferences
-from mr_reward.data.scored import ScoredGroup, read_scored, write_scored
+from mr_reward.data.groups_file import ScoredGroup, load_preferences, read_scored, save_preferences, write_scored
 from mr_reward.errors import GroupError, MRRewardError, OverLengthError
 from mr_reward.groups import GroupScores
 from mr_reward.grpo.reward import REWARD_TRANSFORMS

@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
 from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel, ResponseGroup
-from mr_reward.data.scored import ScoredGroup, read_scored
+from mr_reward.data.groups_file import ScoredGroup, read_scored
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import GroupScores
 from mr_reward.grpo.group_log import GroupLog

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
-from mr_reward.data.preferences import load_preferences
+from mr_reward.data.groups_file import load_preferences
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, OverLengthError
 from mr_reward.groups import dense_ranks
 from mr_reward.model.rows import Packer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image, ImageDraw
 
 from mr_reward import ResponseGroup
-from mr_reward.data.scored import ScoredGroup
+from mr_reward.data.groups_file import ScoredGroup
 from mr_reward.groups import GroupScores
 from mr_reward.worlds.handwriting import make_groups
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from mr_reward import ResponseGroup
 from mr_reward.cli.app import app
-from mr_reward.data.scored import write_scored
+from mr_reward.data.groups_file import write_scored
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.templates.rendering import Renderer
 from mr_reward.viewer.load import load_source
