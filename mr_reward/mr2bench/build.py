@@ -19,8 +19,6 @@ from mr_reward.groups import ResponseGroup, dense_ranks
 from mr_reward.mr2bench.judgments import FullRanking, Question, Vote
 from mr_reward.mr2bench.rankings import Denoised, agreement, rank_rankings, rank_votes
 
-__all__ = ["Built", "Variant", "build_benchmark", "sample_variants", "write_benchmark"]
-
 _ATTEMPTS = 100
 
 
@@ -105,12 +103,11 @@ def build_benchmark(
         found = agreement(rankings)
         facts["agreement of two annotators, tau-b"] = f"{found['tau_b']:.3f}"
         facts["agreement of all, Kendall's W"] = f"{found['kendall_w']:.3f}"
+    right = "estimated share of right labels"
     if rankings and len({given.question for given in rankings}) == len(rankings):
-        facts["estimated share of right labels"] = "unknown, no question has two rankings"
+        facts[right] = "unknown, no question has two rankings"
     elif variants:
-        facts["estimated share of right labels"] = (
-            f"{_right_labels(ranking, variants):.1%} (if the model of noise holds)"
-        )
+        facts[right] = f"{_right_labels(ranking, variants):.1%} (if the model of noise holds)"
     return Built(ranking=ranking, variants=variants, items=items, full=full, dropped=dropped, facts=facts)
 
 
@@ -147,10 +144,8 @@ def write_benchmark(built: Built, folder: str | Path, media: str | Path = ".") -
 
 def _card(built: Built) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in built.facts.items())
-    strengths = sorted(
-        zip(built.ranking.models, built.ranking.strengths.overall, strict=True), key=lambda pair: -pair[1]
-    )
-    models = "\n".join(f"| {name} | {strength:+.2f} |" for name, strength in strengths)
+    strengths = zip(built.ranking.models, built.ranking.strengths.overall, strict=True)
+    models = "\n".join(f"| {name} | {own:+.2f} |" for name, own in sorted(strengths, key=lambda pair: -pair[1]))
     return f"""---
 tags: [reward-modeling, preference-learning, N-way-ranking]
 ---
@@ -177,14 +172,8 @@ Overall strength of the models, in logits (over all questions):
 """
 
 
-def _draw_positions(
-    ranking: Denoised,
-    question: int,
-    generator: random.Random,
-    *,
-    num_responses: int,
-    min_gap: float,
-    texts: Sequence[str] | None = None,
+def _draw_variant(
+    ranking: Denoised, question: int, generator: random.Random, size: int, min_gap: float, texts: Sequence[str] | None
 ) -> Variant | None:
     """Draw responses from equal parts of the ranking, until one draw has a clear best; None if none has.
 
@@ -192,19 +181,16 @@ def _draw_positions(
     """
     ranks, strengths = ranking.ranks[question], ranking.strengths.mean[question]
     order = sorted(ranking.judged[question], key=lambda i: (ranks[i], -strengths[i]))
-    if len(order) < num_responses:
+    if len(order) < size:
         return None
-    parts = [
-        order[i * len(order) // num_responses : (i + 1) * len(order) // num_responses] for i in range(num_responses)
-    ]
+    parts = [order[i * len(order) // size : (i + 1) * len(order) // size] for i in range(size)]
     for _ in range(_ATTEMPTS):
         drawn = [generator.choice(part) for part in parts]
-        if texts is not None and len({texts[i] for i in drawn}) < num_responses:
+        if texts is not None and len({texts[i] for i in drawn}) < size:
             continue
         best = min(drawn, key=lambda i: ranks[i])
         others = [i for i in drawn if i != best]
-        runner_up = max(others, key=lambda i: strengths[i])
-        gap = float(strengths[best] - strengths[runner_up])
+        gap = float(strengths[best] - max(strengths[i] for i in others))
         if all(ranks[i] > ranks[best] for i in others) and gap >= min_gap:
             generator.shuffle(drawn)
             return Variant(question, tuple(drawn), gap)
@@ -232,7 +218,7 @@ def sample_variants(
         texts = None
         if questions is not None:
             texts = [questions[name].responses.get(model, "").strip() for model in ranking.models]
-        variant = _draw_positions(ranking, i, generator, num_responses=num_responses, min_gap=min_gap, texts=texts)
+        variant = _draw_variant(ranking, i, generator, num_responses, min_gap, texts)
         if variant is None:
             dropped.append(name)
         else:

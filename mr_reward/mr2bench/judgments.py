@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,6 @@ from numpy.typing import NDArray
 
 from mr_reward.data.jsonl import read_json_lines
 from mr_reward.errors import GroupError
-
-__all__ = [
-    "FullRanking",
-    "Question",
-    "Vote",
-    "read_questions",
-    "read_rankings",
-    "read_votes",
-    "votes_of",
-    "win_counts",
-]
 
 Floats = NDArray[np.float64]
 _WINNERS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5}
@@ -57,69 +46,68 @@ class Question:
     prompt: Any  # text or chat messages, as `ResponseGroup`
     responses: Mapping[str, str]  # model -> text
     images: Sequence[str] = ()  # paths
-    videos: Sequence[str] = field(default=())  # folders of frames
+    videos: Sequence[str] = ()  # folders of frames
 
 
 def read_votes(path: str | Path) -> list[Vote]:
     """Read `{"question_id", "model_a", "model_b", "winner": "model_a" | "model_b" | "tie", "annotator"?}`."""
+    keys = ("question_id", "model_a", "model_b", "winner")
+
+    def fits(row: dict[str, Any]) -> bool:
+        return all(isinstance(row.get(key), str) for key in keys) and row["winner"] in _WINNERS
+
     found = []
-    for number, row in read_json_lines(path):
-        keys = ("question_id", "model_a", "model_b", "winner")
-        texts = [row.get(key) for key in keys] if isinstance(row, dict) else [None]
-        if not all(isinstance(text, str) for text in texts) or row["winner"] not in _WINNERS:
-            raise GroupError(
-                f"{path}, line {number}: {_shown(row)}, expected question_id, model_a, model_b and a winner out of "
-                f"{', '.join(_WINNERS)}; correct or remove it"
-            )
-        question, a, b, winner = map(str, texts)
+    for where, row in _rows(path, fits, f"question_id, model_a, model_b and a winner out of {', '.join(_WINNERS)}"):
+        question, a, b, winner = (row[key] for key in keys)
         if a == b:
-            raise GroupError(f"{path}, line {number}: {a!r} against itself, expected two models; remove it")
-        found.append(Vote(question, a, b, _WINNERS[winner], _annotator(row, f"{path}, line {number}")))
+            raise GroupError(f"{where}: {a!r} against itself, expected two models; remove it")
+        found.append(Vote(question, a, b, _WINNERS[winner], _annotator(row, where)))
     return found
 
 
 def read_rankings(path: str | Path) -> list[FullRanking]:
     """Read `{"question_id", "ranking": {model: rank}, "annotator"?}`, 1 = best, ties share a rank."""
-    found = []
-    for number, row in read_json_lines(path):
-        ranks: Any = row.get("ranking") if isinstance(row, dict) else None
+
+    def fits(row: dict[str, Any]) -> bool:
+        ranks = row.get("ranking")
         whole = isinstance(ranks, dict) and all(type(rank) is int and rank >= 1 for rank in ranks.values())
-        if not whole or len(ranks) < 2 or not isinstance(row.get("question_id"), str):
-            raise GroupError(
-                f"{path}, line {number}: {_shown(row)}, expected question_id and a ranking of two models or more with "
-                "whole numbers from 1 on; correct or remove it"
-            )
-        found.append(FullRanking(row["question_id"], ranks, _annotator(row, f"{path}, line {number}")))
-    return found
+        return whole and len(row["ranking"]) > 1 and isinstance(row.get("question_id"), str)
+
+    rows = _rows(path, fits, "question_id and a ranking of two models or more with whole numbers from 1 on")
+    return [FullRanking(row["question_id"], row["ranking"], _annotator(row, where)) for where, row in rows]
 
 
 def read_questions(path: str | Path) -> dict[str, Question]:
     """Read `{"id", "prompt", "responses": {model: text}, "images"?, "videos"?}`; media: from the file's folder."""
-    found: dict[str, Question] = {}
-    for number, row in read_json_lines(path):
-        responses: Any = row.get("responses") if isinstance(row, dict) else None
+
+    def fits(row: dict[str, Any]) -> bool:
+        responses = row.get("responses")
         texts = isinstance(responses, dict) and all(isinstance(text, str) for text in responses.values())
-        if not texts or not isinstance(row.get("id"), str) or not isinstance(row.get("prompt"), (str, list)):
-            raise GroupError(
-                f"{path}, line {number}: {_shown(row)}, expected id, prompt and responses (model -> text); correct it"
-            )
-        for key in ("images", "videos"):
-            paths = row.get(key) or []
+        return texts and isinstance(row.get("id"), str) and isinstance(row.get("prompt"), (str, list))
+
+    found: dict[str, Question] = {}
+    for where, row in _rows(path, fits, "id, prompt and responses (model -> text)"):
+        media = {key: row.get(key) or () for key in ("images", "videos")}
+        for key, paths in media.items():
             # A text would be taken apart into letters.
-            if not isinstance(paths, list) or not all(isinstance(one, str) for one in paths):
-                raise GroupError(
-                    f"{path}, line {number}: {key} is {paths!r:.80}, expected a list of paths; correct it"
-                )
+            if not isinstance(paths, (list, tuple)) or not all(isinstance(one, str) for one in paths):
+                raise GroupError(f"{where}: {key} is {paths!r:.80}, expected a list of paths; correct it")
         if row["id"] in found:
-            raise GroupError(f"{path}, line {number}: a second question {row['id']!r}, expected one; rename it")
-        found[row["id"]] = Question(
-            id=row["id"],
-            prompt=row["prompt"],
-            responses=responses,
-            images=row.get("images") or (),
-            videos=row.get("videos") or (),
-        )
+            raise GroupError(f"{where}: a second question {row['id']!r}, expected one; rename it")
+        found[row["id"]] = Question(id=row["id"], prompt=row["prompt"], responses=row["responses"], **media)
     return found
+
+
+def _rows(
+    path: str | Path, fits: Callable[[dict[str, Any]], bool], expected: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file, each with its place for messages; one that does not fit is an error."""
+    for number, row in read_json_lines(path):
+        where = f"{path}, line {number}"
+        if not isinstance(row, dict) or not fits(row):
+            shown = str(row) if isinstance(row, GroupError) else f"{row!r:.120}"
+            raise GroupError(f"{where}: {shown}, expected {expected}; correct or remove it")
+        yield where, row
 
 
 def _annotator(row: Mapping[str, Any], where: str) -> str | None:
@@ -128,11 +116,6 @@ def _annotator(row: Mapping[str, Any], where: str) -> str | None:
     if given is not None and (isinstance(given, bool) or not isinstance(given, (str, int))):
         raise GroupError(f"{where}: annotator is {given!r:.60}, expected a text or a whole number; correct it")
     return None if given is None else str(given)
-
-
-def _shown(row: Any) -> str:
-    """What stands in the line, for a message: why it is no JSON, or its start."""
-    return str(row) if isinstance(row, GroupError) else f"{row!r:.120}"
 
 
 def votes_of(rankings: Iterable[FullRanking]) -> list[Vote]:

@@ -1,31 +1,32 @@
-"""From judgments to one ranking per question: several methods, and how sure and how agreed it is."""
+"""From judgments to one ranking per question: several methods, and how sure and how agreed it is.
+
+The paper's denoising is a preference graph ensemble: feedback arc set, then rank by descendants. Source: Hu et al.,
+"Language Model Preference Evaluation with Multiple Weak Evaluators" (PGED), arXiv 2410.12869, used by arXiv 2604.10966
+for MR2Bench-Video. Each evaluator's graph has an arc u -> v of weight w where they prefer u to v by net w votes; the
+ensemble adds the graphs up, and opposite arcs cancel. Added up, that is the net of all votes, however they are divided
+among evaluators (or resamples of one), so it is computed from all votes at once.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+import networkx as nx  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
 from scipy.stats import kendalltau, rankdata
 from tqdm.auto import tqdm
 
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import dense_ranks
 from mr_reward.mr2bench.judgments import FullRanking, Vote, votes_of, win_counts
-from mr_reward.mr2bench.preference_graph import (
-    descendant_ranks,
-    exact_order,
-    greedy_order,
-    is_cyclic,
-    net_weights,
-)
 from mr_reward.mr2bench.strengths import Strengths, bradley_terry_map, ranking_strengths
-
-__all__ = ["METHODS", "Denoised", "agreement", "consensus_ranks", "rank_rankings", "rank_votes"]
 
 Floats = NDArray[np.float64]
 METHODS = ("bt_map", "pged_greedy", "pged_exact", "none")
@@ -75,9 +76,7 @@ def rank_rankings(rankings: Sequence[FullRanking]) -> Denoised:
     """
     if not rankings:
         raise GroupError("got no rankings, expected at least one; check the file")
-    by_question: defaultdict[str, list[FullRanking]] = defaultdict(list)
-    for ranking in rankings:
-        by_question[ranking.question].append(ranking)
+    by_question = _by_question(rankings)
     models = sorted({model for ranking in rankings for model in ranking.ranks})
     questions = sorted(by_question)
     ranks = [consensus_ranks(by_question[question], models) for question in questions]
@@ -86,6 +85,13 @@ def rank_rankings(rankings: Sequence[FullRanking]) -> Denoised:
     repeated = any(len(members) > 1 for members in by_question.values())
     strengths = ranking_strengths(by_question, models) if repeated else bradley_terry_map(wins)
     return _describe("consensus", models, questions, wins, ranks, strengths)
+
+
+def _by_question(rankings: Iterable[FullRanking]) -> dict[str, list[FullRanking]]:
+    found: defaultdict[str, list[FullRanking]] = defaultdict(list)
+    for ranking in rankings:
+        found[ranking.question].append(ranking)
+    return found
 
 
 def _describe(
@@ -146,11 +152,8 @@ def agreement(rankings: Iterable[FullRanking]) -> dict[str, float]:
     `tau_b`: Kendall's tau-b between two annotators, mean over pairs and questions; `kendall_w`: coefficient of
     concordance with the correction for ties, mean over questions.
     """
-    by_question: defaultdict[str, list[FullRanking]] = defaultdict(list)
-    for ranking in rankings:
-        by_question[ranking.question].append(ranking)
     taus, concordances = [], []
-    for members in by_question.values():
+    for members in _by_question(rankings).values():
         models = sorted(members[0].ranks)
         if len(members) < 2:
             continue
@@ -180,3 +183,91 @@ def _kendall_w(midranks: Floats) -> float:
 def _mean(values: Sequence[float]) -> float:
     defined = [value for value in values if not np.isnan(value)]
     return statistics.fmean(defined) if defined else float("nan")
+
+
+# --- the preference graph ---
+
+
+def net_weights(wins: Floats) -> Floats:
+    """The ensemble's arcs: (M, M) of wins -> (M, M), entry (i, j) > 0 is the weight of i -> j, without an opposite."""
+    return np.maximum(wins - wins.T, 0.0)
+
+
+def greedy_order(weights: Floats) -> list[int]:
+    """An order with few backward arcs, by the heuristic of Eades, Lin and Smyth (1993) on each cyclic component."""
+    return _by_component(weights, _eades)
+
+
+def exact_order(weights: Floats) -> list[int]:
+    """The order with the least weight of backward arcs, as an integer program (linear ordering)."""
+    return _by_component(weights, _linear_ordering)
+
+
+def descendant_ranks(weights: Floats, order: Sequence[int]) -> tuple[int, ...]:
+    """Rank by how many others can be reached once the backward arcs are removed."""
+    place = np.argsort(order)
+    forward = np.where(place[:, None] < place[None, :], weights, 0.0)
+    graph = _graph(forward)
+    return dense_ranks([-len(nx.descendants(graph, node)) for node in range(len(weights))])
+
+
+def is_cyclic(weights: Floats) -> bool:
+    """Whether no ranking agrees with all arcs."""
+    return not nx.is_directed_acyclic_graph(_graph(weights))
+
+
+def _by_component(weights: Floats, solve: Callable[[Floats, list[int]], list[int]]) -> list[int]:
+    """No arc between components has to be removed, so each is solved by itself."""
+    components = nx.condensation(_graph(weights))
+    order: list[int] = []
+    for component in nx.lexicographical_topological_sort(components):
+        order += solve(weights, sorted(components.nodes[component]["members"]))
+    return order
+
+
+def _graph(weights: Floats) -> nx.DiGraph:
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(len(weights)))
+    graph.add_edges_from(zip(*map(np.ndarray.tolist, np.nonzero(weights)), strict=True))
+    return graph
+
+
+def _eades(weights: Floats, members: list[int]) -> list[int]:
+    """Sinks to the end, sources to the front, else whoever gives most more than it takes to the front."""
+    left: list[int] = []
+    right: list[int] = []
+    remaining = list(members)
+    while remaining:
+        part = weights[np.ix_(remaining, remaining)]
+        given, taken = part.sum(axis=1), part.sum(axis=0)
+        sinks = [node for node, out in zip(remaining, given, strict=True) if out == 0]
+        if sinks:
+            right = sinks + right
+            remaining = [node for node in remaining if node not in sinks]
+            continue
+        sources = [node for node, into in zip(remaining, taken, strict=True) if into == 0]
+        chosen = sources or [remaining[int(np.argmax(given - taken))]]
+        left += chosen
+        remaining = [node for node in remaining if node not in chosen]
+    return left + right
+
+
+def _linear_ordering(weights: Floats, members: list[int]) -> list[int]:
+    """x_ij = 1 puts i before j; any three of them have to agree on an order."""
+    size = len(members)
+    if size < 3:
+        return members
+    pairs = {pair: k for k, pair in enumerate(combinations(range(size), 2))}
+    part = weights[np.ix_(members, members)]
+    cost = np.array([part[j, i] - part[i, j] for i, j in pairs])
+    triples = list(combinations(range(size), 3))
+    rows = np.repeat(np.arange(len(triples)), 3)
+    columns = [pairs[pair] for i, j, k in triples for pair in ((i, j), (j, k), (i, k))]
+    matrix = csr_matrix((np.tile([1.0, 1.0, -1.0], len(triples)), (rows, columns)), (len(triples), len(pairs)))
+    result = milp(
+        cost, integrality=np.ones(len(pairs)), bounds=Bounds(0, 1), constraints=LinearConstraint(matrix, 0, 1)
+    )
+    before = np.zeros(size)
+    for (i, j), value in zip(pairs, result.x, strict=True):
+        before[i if value > 0.5 else j] += 1
+    return [members[i] for i in np.argsort(-before, kind="stable")]

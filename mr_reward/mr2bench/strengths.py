@@ -22,8 +22,6 @@ from scipy.stats import norm, rankdata
 from mr_reward.errors import GroupError
 from mr_reward.mr2bench.judgments import FullRanking
 
-__all__ = ["Strengths", "bradley_terry_map", "ranking_strengths", "solve"]
-
 Floats = NDArray[np.float64]
 _GLOBAL_VARIANCE = 4.0  # of the models' strengths: hardly binds
 _DRAWS = 4000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,17 @@ from mr_reward.mr2bench.judgments import (
     votes_of,
     win_counts,
 )
-from mr_reward.mr2bench.preference_graph import (
+from mr_reward.mr2bench.rankings import (
+    METHODS,
+    agreement,
+    consensus_ranks,
     descendant_ranks,
     exact_order,
     greedy_order,
     is_cyclic,
     net_weights,
-    removed_weight,
+    rank_votes,
 )
-from mr_reward.mr2bench.rankings import METHODS, agreement, consensus_ranks, rank_votes
 from mr_reward.mr2bench.strengths import bradley_terry_map, solve
 
 Floats = NDArray[np.float64]
@@ -56,6 +59,11 @@ def random_wins(size: int, seed: int, most: int = 4) -> Floats:
 
 
 # --- preference graph ---
+
+
+def removed_weight(weights: Floats, order: Sequence[int]) -> float:
+    """The weight of the arcs that an order removes, those that point backwards."""
+    return float(np.tril(weights[np.ix_(order, order)]).sum())
 
 
 @settings(max_examples=60, deadline=None)
