@@ -65,7 +65,7 @@ def best_of_n_accuracy(scores: GroupNumbers, rankings: GroupNumbers) -> float:
         >>> best_of_n_accuracy([[0.9, 0.1], [0.2, 0.2]], [[1, 2], [1, 2]])
         0.5
     """
-    groups = _checked_groups(scores, rankings)
+    groups = _checked(scores=scores, rankings=rankings)
     return _mean(float(np.all(ranks[values == values.max()] == ranks.min())) for values, ranks in groups)
 
 
@@ -93,7 +93,7 @@ def kendall_tau_b(scores: GroupNumbers, rankings: GroupNumbers) -> KendallTau:
         >>> kendall_tau_b([[3.0, 2.0, 1.0], [0.5, 0.5]], [[1, 2, 3], [1, 2]])
         KendallTau(mean=1.0, undefined_groups=1)
     """
-    groups = _checked_groups(scores, rankings)
+    groups = _checked(scores=scores, rankings=rankings)
     defined = [(values, ranks) for values, ranks in groups if not _constant(values) and not _constant(ranks)]
     taus = (float(kendalltau(values, -ranks, variant="b").statistic) for values, ranks in defined)
     return KendallTau(_mean(taus), len(groups) - len(defined))
@@ -111,8 +111,13 @@ def ndcg(scores: GroupNumbers, rankings: GroupNumbers) -> float:
         >>> ndcg([[3.0, 2.0, 1.0]], [[1, 2, 3]])
         1.0
     """
-    groups = [(values, ranks) for values, ranks in _checked_groups(scores, rankings) if not _constant(ranks)]
-    return _mean(float(ndcg_score([_gains(ranks)], [values])) for values, ranks in groups)
+
+    def gains(ranks: NDArray[np.float64]) -> NDArray[np.int64]:
+        levels, level = np.unique(ranks, return_inverse=True)
+        return len(levels) - 1 - level
+
+    groups = _checked(scores=scores, rankings=rankings)
+    return _mean(float(ndcg_score([gains(ranks)], [values])) for values, ranks in groups if not _constant(ranks))
 
 
 def order_flip_rate(scores_a: GroupNumbers, scores_b: GroupNumbers, atol: float = 1e-6) -> float:
@@ -128,12 +133,8 @@ def order_flip_rate(scores_a: GroupNumbers, scores_b: GroupNumbers, atol: float 
     """
     if not atol >= 0:
         raise ConfigurationError(f"got atol={atol}, expected 0 or more; it is how far apart tied scores may be")
-    first = _checked_scores(scores_a, "scores_a")
-    second = _checked_scores(scores_b, "scores_b")
-    _check_sizes(first, second, "scores_a", "scores_b")
-    return _mean(
-        float(not np.any((a >= a.max() - atol) & (b >= b.max() - atol))) for a, b in zip(first, second, strict=True)
-    )
+    groups = _checked(scores_a=scores_a, scores_b=scores_b)
+    return _mean(float(not np.any((a >= a.max() - atol) & (b >= b.max() - atol))) for a, b in groups)
 
 
 def pairwise_calibration_error(scores: GroupNumbers, rankings: GroupNumbers) -> float:
@@ -170,10 +171,8 @@ def score_length_correlation(scores: GroupNumbers, lengths: GroupNumbers) -> flo
         >>> round(score_length_correlation([[0.1, 0.2, 0.9]], [[5, 6, 700]]), 6)
         1.0
     """
-    values = _checked_scores(scores, "scores")
-    sizes = [_as_vector(group, index, "lengths") for index, group in enumerate(lengths)]
-    _check_sizes(values, sizes, "scores", "lengths")
-    defined = [(v, n) for v, n in zip(values, sizes, strict=True) if not _constant(v) and not _constant(n)]
+    groups = _checked(scores=scores, lengths=lengths)
+    defined = [(v, n) for v, n in groups if not _constant(v) and not _constant(n)]
     return _mean(float(np.corrcoef(rankdata(v), rankdata(n))[0, 1]) for v, n in defined)
 
 
@@ -187,7 +186,7 @@ def mean_score_spread(scores: GroupNumbers) -> float:
         >>> mean_score_spread([[1.0, -1.0], [5.0]])
         0.5
     """
-    return _mean(float(values.std()) for values in _checked_scores(scores, "scores"))
+    return _mean(float(values.std()) for (values,) in _checked(scores=scores))
 
 
 def ranking_metrics(
@@ -231,18 +230,45 @@ def _constant(values: NDArray[Any]) -> bool:
     return bool(np.all(values == values[0]))
 
 
-def _gains(ranks: NDArray[np.int64]) -> NDArray[np.int64]:
-    levels, level = np.unique(ranks, return_inverse=True)
-    return len(levels) - 1 - level
-
-
 def _pair_margins(scores: GroupNumbers, rankings: GroupNumbers) -> NDArray[np.float64]:
     """Score of the better minus score of the worse response, for the strictly ordered pairs of all groups."""
     margins = []
-    for values, ranks in _checked_groups(scores, rankings):
+    for values, ranks in _checked(scores=scores, rankings=rankings):
         better, worse = np.nonzero(ranks[:, None] < ranks[None, :])
         margins.append(values[better] - values[worse])
     return np.concatenate(margins)
+
+
+def _checked(**given: GroupNumbers) -> list[tuple[NDArray[np.float64], ...]]:
+    """For each group its numbers of every name given; the first name is that of scores."""
+    found = {name: [_as_vector(group, i, name) for i, group in enumerate(groups)] for name, groups in given.items()}
+    (name, first), *_ = found.items()
+    if not first:
+        raise ConfigurationError(f"got {name} of 0 groups, expected at least 1; check what the data was filtered by")
+    for other, vectors in found.items():
+        if len(first) != len(vectors):
+            raise ConfigurationError(
+                f"got {name} of {len(first)} groups and {other} of {len(vectors)}, expected as many; "
+                "pass both for all groups"
+            )
+        for index, vector in enumerate(vectors):
+            if first[index].size != vector.size:
+                raise ConfigurationError(
+                    f"group {index} has {first[index].size} {name} and {vector.size} {other}, expected one each per "
+                    "response; leave padding slots out"
+                )
+            if other.startswith("scores") and not np.isfinite(vector).all():
+                raise NonFiniteScoreError(
+                    f"{other} of group {index} are {vector.tolist()}, expected finite numbers; "
+                    "look for an overflow in the model (try float32) before measuring it"
+                )
+            # Not `vector < 1`: a NaN must not pass.
+            if other == "rankings" and not np.all((vector >= 1) & (vector == np.floor(vector))):
+                raise ConfigurationError(
+                    f"rankings of group {index} are {vector.tolist()}, expected whole numbers from 1 (best) on; "
+                    "leave padding slots out, and turn values into ranks with mr_reward.groups.dense_ranks"
+                )
+    return list(zip(*found.values(), strict=True))
 
 
 def _as_vector(group: Any, index: int, name: str) -> NDArray[np.float64]:
@@ -253,48 +279,3 @@ def _as_vector(group: Any, index: int, name: str) -> NDArray[np.float64]:
             "pass one sequence of numbers per group and drop empty groups"
         )
     return vector
-
-
-def _checked_scores(scores: GroupNumbers, name: str) -> list[NDArray[np.float64]]:
-    vectors = [_as_vector(group, index, name) for index, group in enumerate(scores)]
-    if not vectors:
-        raise ConfigurationError(f"got {name} of 0 groups, expected at least 1; check what the data was filtered by")
-    for index, vector in enumerate(vectors):
-        if not np.isfinite(vector).all():
-            raise NonFiniteScoreError(
-                f"{name} of group {index} are {vector.tolist()}, expected finite numbers; "
-                "look for an overflow in the model (try float32) before measuring it"
-            )
-    return vectors
-
-
-def _check_sizes(first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]], name: str, other: str) -> None:
-    if len(first) != len(second):
-        raise ConfigurationError(
-            f"got {name} of {len(first)} groups and {other} of {len(second)}, expected as many; "
-            "pass both for all groups"
-        )
-    for index, (a, b) in enumerate(zip(first, second, strict=True)):
-        if a.size != b.size:
-            raise ConfigurationError(
-                f"group {index} has {a.size} {name} and {b.size} {other}, expected one each per response; "
-                "leave padding slots out"
-            )
-
-
-def _checked_groups(
-    scores: GroupNumbers, rankings: GroupNumbers
-) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]]:
-    values = _checked_scores(scores, "scores")
-    numbers = [_as_vector(group, index, "rankings") for index, group in enumerate(rankings)]
-    _check_sizes(values, numbers, "scores", "rankings")
-    ranks = []
-    for index, vector in enumerate(numbers):
-        # Not `vector < 1`: a NaN must not pass.
-        if not np.all((vector >= 1) & (vector == np.floor(vector))):
-            raise ConfigurationError(
-                f"rankings of group {index} are {vector.tolist()}, expected whole numbers from 1 (best) on; "
-                "leave padding slots out, and turn values into ranks with mr_reward.groups.dense_ranks"
-            )
-        ranks.append(vector.astype(np.int64))
-    return list(zip(values, ranks, strict=True))

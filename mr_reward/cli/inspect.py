@@ -15,7 +15,7 @@ from mr_reward.errors import ConfigurationError
 if TYPE_CHECKING:
     from mr_reward.layouts import Layout
     from mr_reward.templates.rendering import Renderer
-    from mr_reward.viewer.load import Inspected
+    from mr_reward.viewer.views import Inspected
 
 __all__ = ["inspect"]
 
@@ -42,10 +42,8 @@ def inspect(
 
     Example: mr-reward inspect groups.jsonl --model rm --score --group 7 --png group.png
     """
-    from mr_reward.viewer.load import load_source, score_file
-    from mr_reward.viewer.page import render_page
-    from mr_reward.viewer.png import plot_views
-    from mr_reward.viewer.views import Lengths, make_view
+    from mr_reward.viewer.page import plot_views, render_page
+    from mr_reward.viewer.views import Lengths, load_source, make_view, score_file
 
     if score:
         if model is None:

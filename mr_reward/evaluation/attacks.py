@@ -20,8 +20,6 @@ from mr_reward.data.degenerate import MASTER_KEYS
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import ResponseGroup, Scorer
 
-__all__ = ["ATTACKS", "AttackResult", "attack_items", "run_attacks"]
-
 
 @dataclass(frozen=True, slots=True)
 class AttackItem:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import field as default
 from pathlib import Path
 from typing import Any
 
 from mr_reward.data.groups_file import load_preferences
 from mr_reward.data.media_files import resolve_media
-from mr_reward.data.sources import RowSource, field, image_field, read_rows, strip_placeholders
+from mr_reward.data.sources import RowSource, field, image_field, read_rows, strip_placeholders, texts_field
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 from mr_reward.evaluation import official
 from mr_reward.evaluation.items import EvaluationItem
 from mr_reward.groups import ResponseGroup, dense_ranks
-
-__all__ = ["BENCHMARKS", "Benchmark", "BenchmarkData", "get_benchmark", "open_benchmark"]
 
 Row = Mapping[str, Any]
 
@@ -30,15 +29,15 @@ class Benchmark:
 
     name: str  # on the command line
     title: str  # for people
-    hub_id: str | None  # where it is published; None for local files only
-    split: str  # of the hub data set
-    columns: tuple[tuple[str, ...], ...]  # what a row has to have; one of the names of each tuple
+    hub_id: str | None = None  # where it is published; None for local files only
+    split: str = "test"  # of the hub data set
+    columns: tuple[tuple[str, ...], ...] = ()  # what a row has to have; one of the names of each tuple
     # Makes an item of a row, with the row's own id as uid; gives None for a row that belongs to another benchmark of
     # the same data set. No function: ranked groups of this package, as `load_preferences` reads them.
-    read: Callable[[Row], EvaluationItem | None] | None
+    read: Callable[[Row], EvaluationItem | None] | None = None
     summarise: official.Metric  # the official numbers
     headline: tuple[str, ...]  # those of the leaderboard row, the main one first
-    counts: Mapping[str, int]  # published numbers of items, by category, for the report
+    counts: Mapping[str, int] = default(default_factory=dict)  # published numbers of items, by category
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +75,10 @@ def open_benchmark(name: str, source: str | Path | None = None, split: str | Non
     `source`: file, folder or hub id, None for where it is published. `split` of a folder: how its files begin.
     """
     benchmark = get_benchmark(name)
+    source = benchmark.hub_id if source is None else source
     if source is None:
-        if benchmark.hub_id is None:
-            raise ConfigurationError(f"benchmark {name} is not published on the hub; give its file or folder")
-        source, split = benchmark.hub_id, split or benchmark.split
-    elif not Path(source).exists():
+        raise ConfigurationError(f"benchmark {name} is not published on the hub; give its file or folder")
+    if not Path(source).exists():
         split = split or benchmark.split
     return BenchmarkData(benchmark, str(source), read_rows(source, split=split))
 
@@ -114,20 +112,16 @@ def _first(row: Row, names: Sequence[str]) -> Any:
 
 
 def _item(
-    uid: object, category: str, prompt: str, responses: Sequence[str], rankings: Sequence[int], **more: Any
+    uid: object,
+    category: str,
+    prompt: str,
+    responses: Sequence[str],
+    ranks: Sequence[int],
+    facts: Any = (),
+    **media: Any,
 ) -> EvaluationItem:
-    facts = more.pop("facts", {})
-    ranks = dense_ranks(rankings)
-    group = ResponseGroup(prompt=strip_placeholders(prompt), responses=responses, rankings=ranks, **more)
-    return EvaluationItem(uid="" if uid is None else str(uid), category=category, group=group, facts=facts)
-
-
-def _texts(row: Row, name: str, count: int | None = None) -> list[str]:
-    values = field(row, name, list)
-    if not all(isinstance(value, str) for value in values) or (count is not None and len(values) != count):
-        wanted = "texts" if count is None else f"{count} texts"
-        raise GroupError(f"field {name!r} is {values!r:.60}, expected {wanted}; check data set and version")
-    return values
+    group = ResponseGroup(prompt=strip_placeholders(prompt), responses=responses, rankings=dense_ranks(ranks), **media)
+    return EvaluationItem(uid="" if uid is None else str(uid), category=category, group=group, facts=dict(facts))
 
 
 # --- VL-RewardBench ---
@@ -147,7 +141,9 @@ def _vl_rewardbench(row: Row) -> EvaluationItem:
     ranks = field(row, "human_ranking", list)
     if sorted(ranks) != [0, 1]:
         raise GroupError(f"field 'human_ranking' is {ranks!r:.60}, expected [0, 1] or [1, 0]; check the data set")
-    responses = _texts(row, "response", 2)
+    responses = texts_field(row, "response")
+    if len(responses) != 2:
+        raise GroupError(f"field 'response' is {responses!r:.60}, expected 2 texts; check data set and version")
     return _item(uid, category, field(row, "query", str), responses, ranks, images=[image_field(row, "image")])
 
 
@@ -248,7 +244,7 @@ def _mr2bench(modality: str) -> Callable[[Row], EvaluationItem | None]:
 def _rewardbench_2(row: Row) -> EvaluationItem:
     """Right answers first. In Ties the id is `tied:12` or `ref:12`."""
     uid, domain = str(field(row, "id", (str, int))), field(row, "subset", str)
-    chosen, rejected = _texts(row, "chosen"), _texts(row, "rejected")
+    chosen, rejected = texts_field(row, "chosen"), texts_field(row, "rejected")
     facts: dict[str, Any] = {}
     if domain.lower() == "ties":
         kind, _, prompt = uid.partition(":")
@@ -264,7 +260,6 @@ _ALL = (
         name="vl_rewardbench",
         title="VL-RewardBench",
         hub_id="MMInstruction/VL-RewardBench",
-        split="test",
         columns=(("id",), ("query",), ("response",), ("human_ranking",), ("image",)),
         read=_vl_rewardbench,
         summarise=official.vl_rewardbench,
@@ -275,12 +270,10 @@ _ALL = (
         name="multimodal_rewardbench",
         title="Multimodal RewardBench",
         hub_id="syhuggingface/multimodal_rewardbench",
-        split="test",
         columns=(("ID",), ("Text",), ("Image",), ("Output1",), ("Output2",), ("Better",), ("Category",)),
         read=_multimodal_rewardbench,
         summarise=official.multimodal_rewardbench,
         headline=("overall",),
-        counts={},
     ),
     Benchmark(
         name="mm_rlhf_rewardbench",
@@ -297,19 +290,16 @@ _ALL = (
         name="video_rewardbench",
         title="VideoRewardBench",
         hub_id="Dragonriser/VideoRewardBench",
-        split="test",
         columns=(_PROMPT, _CHOSEN, _REJECTED, _VIDEO, _DIMENSION),
         read=_video_rewardbench,
         summarise=official.video_rewardbench,
         headline=("overall", "macro"),
-        counts={},
     ),
     *(
         Benchmark(
             name=f"mr2bench_{modality}",
             title=f"MR2Bench-{modality.capitalize()}",
             hub_id="yinuoy/MR2Bench",
-            split="test",
             columns=(_PROMPT, _RESPONSES, _RANKINGS, (*_IMAGE, *_VIDEO)),
             read=_mr2bench(modality),
             summarise=official.n_way,
@@ -322,23 +312,16 @@ _ALL = (
         name="rewardbench_2",
         title="RewardBench 2",
         hub_id="allenai/reward-bench-2",
-        split="test",
         columns=(("id",), ("prompt",), ("chosen",), ("rejected",), ("subset",)),
         read=_rewardbench_2,
         summarise=official.rewardbench_2,
         headline=("average", "factuality", "precise if", "math", "safety", "focus", "ties"),
-        counts={},
     ),
     Benchmark(
         name="groups",
         title="ranked groups",
-        hub_id=None,
-        split="",
-        columns=(),
-        read=None,
         summarise=official.n_way,
         headline=("best_of_n", "pairwise", "tau_b"),
-        counts={},
     ),
 )
 BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}

@@ -20,19 +20,9 @@ from mr_reward.data.jsonl import ResumableJsonLines
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.benchmarks import open_benchmark
 from mr_reward.evaluation.items import EvaluationItem, ItemRecord
-from mr_reward.evaluation.report import ITEMS, Report, read_report, records_of, write_report
+from mr_reward.evaluation.report import ITEMS, Report, read_records, read_report, write_report
 from mr_reward.groups import GroupScores, ResponseGroup, Scorer
 from mr_reward.metrics import ranking_metrics
-
-__all__ = [
-    "ALL_ORDERS",
-    "BenchmarkScorer",
-    "draw_orders",
-    "evaluate_benchmark",
-    "evaluate_groups",
-    "score_benchmark",
-    "score_in_orders",
-]
 
 ALL_ORDERS = 0
 _MOST_ORDERS = 720  # 6!
@@ -201,9 +191,10 @@ def score_benchmark(
     header = {"scorer": scorer.name, "num_orders": num_orders, "seed": seed, **settings}
     records: dict[str, ItemRecord] = {}
     with ResumableJsonLines(path) as file, tqdm(total=total, desc=path.stem, unit="item") as bar:
-        rows = list(file.rows())
-        known = _resumed(rows, path, header) if rows else {}
-        if not rows:
+        known: dict[str, ItemRecord] = {}
+        if next(file.rows(), None):
+            known = _resumed(path, header)
+        else:
             file.write([header])
 
         def missing() -> Iterator[EvaluationItem]:
@@ -230,9 +221,9 @@ def score_benchmark(
     return list(records.values())
 
 
-def _resumed(rows: Sequence[tuple[int, Any]], path: Path, header: dict[str, Any]) -> dict[str, ItemRecord]:
+def _resumed(path: Path, header: dict[str, Any]) -> dict[str, ItemRecord]:
     """What an earlier, interrupted run left."""
-    found, records = records_of(rows, path)
+    found, records = read_records(path)
     if found != header:
         differing = sorted(key for key in found.keys() | header.keys() if found.get(key) != header.get(key))
         there = ", ".join(f"{key}: {found.get(key)!r:.100}" for key in differing)

@@ -11,8 +11,6 @@ from typing import Any
 from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.metrics import kendall_tau_b
 
-__all__ = ["EvaluationItem", "ItemRecord", "Judged"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EvaluationItem:

@@ -15,10 +15,9 @@ from mr_reward.data.jsonl import read_json_lines
 from mr_reward.errors import ConfigurationError, GroupError, NonFiniteScoreError
 from mr_reward.evaluation.evaluator import BenchmarkScorer
 from mr_reward.groups import GroupScores, ResponseGroup
+from mr_reward.model.rows import plan_batches
 from mr_reward.model.scorer import GroupScorer
 from mr_reward.scorers.opening import default_device, open_scorer, require_local
-
-__all__ = ["BASELINES", "Alone", "Baseline", "ClassifierScorer", "RewardModel", "ScoresFile", "load_scorer"]
 
 
 class RewardModel:
@@ -155,18 +154,15 @@ class ClassifierScorer:
         self.name = f"{name} {weights_digest(model)}"
         self.order_free = True
 
+    @torch.no_grad()
     def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
         """As `GroupScorer.score_detailed`, for text only."""
         rows = [ids for group in groups for ids in self._encode(group)]
         scores: dict[int, float] = {}
-        batch: list[int] = []
-        for position in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-            if batch and (len(batch) + 1) * len(rows[position]) > self._max_tokens:
-                scores.update(self._forward(rows, batch))
-                batch = []
-            batch.append(position)
-        if batch:
-            scores.update(self._forward(rows, batch))
+        for batch in plan_batches([len(ids) for ids in rows], self._max_tokens):
+            inputs = self._tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
+            logits = self._model(**inputs.to(self._model.device)).logits[:, 0].float().tolist()
+            scores.update(zip(batch, logits, strict=True))
         values = iter(scores[i] for i in range(len(rows)))
         found = []
         for group in groups:
@@ -191,12 +187,6 @@ class ClassifierScorer:
             )["input_ids"]
             for response in group.responses
         ]
-
-    @torch.no_grad()
-    def _forward(self, rows: Sequence[Sequence[int]], batch: Sequence[int]) -> dict[int, float]:
-        inputs = self._tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
-        logits = self._model(**inputs.to(self._model.device)).logits[:, 0].float().tolist()
-        return dict(zip(batch, logits, strict=True))
 
 
 def load_scorer(

@@ -1,36 +1,31 @@
-"""The benchmarks' official metrics, each with its own tie rule.
+"""The benchmarks' official metrics, each with its own tie rule, and how sure their numbers are.
 
 Pure functions from judged items to named numbers; nothing here knows a model. A dropped item is wrong. A category that
 no item has is left out, so that parts of a benchmark can be looked at; the counts tell.
 
 Every metric also takes weights (R, n), how often each of n items counts in each of R resamples, and gives R numbers
-for each name, NaN where a resample holds no item of a category. Legend: R resamples, n items.
+for each name, NaN where a resample holds no item of a category. That makes an interval (a percentile bootstrap over
+items, for one run or for the difference of two) a matrix product. Legend: R resamples, n items.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.items import Judged
-
-__all__ = [
-    "Metric",
-    "mm_rlhf_rewardbench",
-    "multimodal_rewardbench",
-    "n_way",
-    "rewardbench_2",
-    "video_rewardbench",
-    "vl_rewardbench",
-]
 
 Array = NDArray[np.float64]
 Credit = Callable[[Judged], float]
+_TOGETHER = ("id", "prompt")  # facts: items that share one are drawn together
+_BLOCK = 1 << 22  # weights in memory at a time
 _strict_pair, _best_of_n, _tau_b, _category = map(attrgetter, ("strict_pair", "best_of_n", "tau_b", "category"))
 
 
@@ -217,3 +212,82 @@ def _mean_of(numbers: Iterable[Array]) -> Array:
 
 def _divide(total: Array, count: Array) -> Array:
     return np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
+
+
+# --- intervals ---
+
+
+class Interval(NamedTuple):
+    """A number and where 95 % of its resampled values lie."""
+
+    value: float
+    low: float
+    high: float
+
+
+def intervals(
+    orders: Sequence[Sequence[Judged]], metric: Metric, *, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, Interval]:
+    """Each number of a metric, averaged over K orders of the same items, with a 95 % percentile bootstrap over items.
+
+    Items that belong together (the facts `id`, as in Acc+, or `prompt`, as in Ties) are drawn together.
+    """
+    return _resampled(orders[0], lambda weights: _averaged(orders, metric, weights), num_resamples, seed)
+
+
+def paired_interval(
+    first: Sequence[Sequence[Judged]],
+    second: Sequence[Sequence[Judged]],
+    metric: Metric,
+    *,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """The difference of two runs, first minus second, the same items drawn for both."""
+    position = {item.uid: i for i, item in enumerate(second[0])}
+    uids = [item.uid for item in first[0]]
+    if position.keys() != set(uids):
+        differing = sorted(position.keys() ^ set(uids))
+        raise ConfigurationError(
+            f"the runs have {len(uids)} and {len(position)} items and differ in {len(differing)} ({differing[0]}, "
+            "...), expected the same items; evaluate both on the same data"
+        )
+    aligned = [[items[position[uid]] for uid in uids] for items in second]
+
+    def difference(weights: Array) -> dict[str, Array]:
+        mine, other = _averaged(first, metric, weights), _averaged(aligned, metric, weights)
+        return {name: mine[name] - other[name] for name in sorted(mine.keys() & other.keys())}
+
+    return _resampled(first[0], difference, num_resamples, seed)
+
+
+def _averaged(orders: Sequence[Sequence[Judged]], metric: Metric, weights: Array) -> dict[str, Array]:
+    by_order = [metric.weighted(items, weights) for items in orders]
+    return {name: np.mean([found[name] for found in by_order], axis=0) for name in by_order[0]}
+
+
+def _resampled(
+    items: Sequence[Judged], numbers: Callable[[Array], dict[str, Array]], num_resamples: int, seed: int
+) -> dict[str, Interval]:
+    """A number may be undefined (NaN) for some resamples, or for all."""
+    values = numbers(np.ones((1, len(items))))
+    blocks = [numbers(weights) for weights in _draws(items, num_resamples, seed)]
+    found = {}
+    for name, (value,) in values.items():
+        drawn = np.concatenate([block[name] for block in blocks]) if blocks else np.array([value])
+        drawn = drawn[~np.isnan(drawn)]
+        low, high = np.percentile(drawn, [2.5, 97.5]) if drawn.size else (value, value)
+        found[name] = Interval(float(value), float(low), float(high))
+    return found
+
+
+def _draws(items: Sequence[Judged], num_resamples: int, seed: int) -> Iterator[Array]:
+    """Blocks of weights (at most R, n): how often the unit of each item was drawn."""
+    names = [next((f"{key} {item.facts[key]}" for key in _TOGETHER if key in item.facts), item.uid) for item in items]
+    units, unit_of_item = np.unique(names, return_inverse=True)
+    generator = np.random.default_rng(seed)
+    rows = max(1, _BLOCK // len(items))
+    for start in range(0, num_resamples, rows):
+        size = min(rows, num_resamples - start)
+        counts = generator.multinomial(len(units), np.full(len(units), 1 / len(units)), size=size)
+        yield counts[:, unit_of_item].astype(np.float64)

@@ -12,20 +12,12 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from mr_reward.evaluation.bootstrap import Interval
+import numpy as np
+
 from mr_reward.evaluation.items import ItemRecord
+from mr_reward.evaluation.official import Interval
 from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import load_image
-
-__all__ = [
-    "plot_bands",
-    "plot_curves",
-    "plot_items",
-    "plot_metrics",
-    "plot_position_bias",
-    "plot_scored_groups",
-    "plot_sizes",
-]
 
 Curve = tuple[Sequence[float], Sequence[float]]
 _BLUE, _GREEN, _GREY = "#2563eb", "#16a34a", "#9ca3af"
@@ -72,16 +64,14 @@ def plot_bands(
     _save(figure, path)
 
 
-def plot_scored_groups(
-    groups: Sequence[ResponseGroup], scores: Sequence[Sequence[float]], path: str | Path, *, columns: int = 3
-) -> None:
-    """Draw a grid of images, each above its responses, sorted by score; best-ranked responses are green.
+def plot_scored_groups(groups: Sequence[ResponseGroup], scores: Sequence[Sequence[float]], path: str | Path) -> None:
+    """Draw images, three side by side, each above its responses, sorted by score; best-ranked responses are green.
 
     Every group has one image; rankings are optional.
     """
-    rows = -(-len(groups) // columns)
+    rows = -(-len(groups) // 3)
     most = max(group.num_responses for group in groups)
-    figure, axes = _new_figure(rows, columns, (4.2 * columns, rows * (1.5 + 0.28 * most)))
+    figure, axes = _new_figure(rows, 3, (12.6, rows * (1.5 + 0.28 * most)))
     for axis in axes.flat:
         axis.axis("off")
     for axis, group, values in zip(axes.flat, groups, scores, strict=False):
@@ -106,18 +96,14 @@ def plot_scored_groups(
 
 def plot_metrics(metrics: Mapping[str, Interval], path: str | Path, *, title: str = "") -> None:
     """Draw each metric as a bar with its 95 % interval."""
-    names = list(metrics)
-    figure, axis = _single((7.0, 0.9 + 0.34 * len(names)), title)
-    rows = range(len(names))
-    values = [metrics[name].value for name in names]
-    errors = [
-        [max(metrics[name].value - metrics[name].low, 0.0) for name in names],
-        [max(metrics[name].high - metrics[name].value, 0.0) for name in names],
-    ]
+    figure, axis = _single((7.0, 0.9 + 0.34 * len(metrics)), title)
+    rows = range(len(metrics))
+    values, low, high = zip(*metrics.values(), strict=True)
+    errors = np.maximum([np.subtract(values, low), np.subtract(high, values)], 0.0)
     axis.barh(rows, values, xerr=errors, color=_BLUE, alpha=0.75, ecolor="#111827", capsize=2)
-    axis.set_yticks(rows, names, fontsize=9)
+    axis.set_yticks(rows, list(metrics), fontsize=9)
     axis.invert_yaxis()
-    axis.set_xlim(min(0.0, *(interval.low for interval in metrics.values())), 1.0)
+    axis.set_xlim(min(0.0, *low), 1.0)
     axis.grid(axis="x", alpha=0.25)
     _save(figure, path)
 

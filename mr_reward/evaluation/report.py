@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mr_reward.data.jsonl import read_json_lines
+from mr_reward.data.jsonl import ResumableJsonLines
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.benchmarks import Benchmark, get_benchmark
-from mr_reward.evaluation.bootstrap import Interval, intervals, paired_interval
 from mr_reward.evaluation.items import ItemRecord, Judged
+from mr_reward.evaluation.official import Interval, intervals, paired_interval
 from mr_reward.evaluation.plots import plot_items, plot_metrics, plot_position_bias, plot_sizes
 from mr_reward.metrics import order_flip_rate, score_length_correlation
-
-__all__ = [
-    "Report",
-    "compare",
-    "make_report",
-    "read_records",
-    "records_of",
-    "read_report",
-    "show_comparison",
-    "show_report",
-    "write_report",
-]
 
 ITEMS = "items.jsonl"
 
@@ -128,19 +116,12 @@ def write_report(report: Report, folder: str | Path) -> None:
 def read_records(path: str | Path) -> tuple[dict[str, Any], list[ItemRecord]]:
     """The first line and the records of a per-item file; a last line that is cut off (interruption) is left out."""
     try:
-        with Path(path).open("rb") as lines:
-            return records_of(read_json_lines(line for line in lines if line.endswith(b"\n")), path)
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read ({error}), expected a file of mr-reward evaluate") from error
-
-
-def records_of(rows: Iterable[tuple[int, Any]], path: str | Path) -> tuple[dict[str, Any], list[ItemRecord]]:
-    """As `read_records`, from the numbered lines of the file."""
-    try:
-        (_, header), *items = rows
+        (_, header), *items = ResumableJsonLines(path).rows()
         if broken := next((number for number, row in items if isinstance(row, GroupError)), None):
             raise ValueError(f"line {broken} is no JSON")
         return dict(header), [ItemRecord(**row) for _, row in items]
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}), expected a file of mr-reward evaluate") from error
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"{path} is no file of mr-reward evaluate ({error}); remove it") from error
 

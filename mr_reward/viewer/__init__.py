@@ -1,1 +1,4 @@
-"""Scored groups as an HTML page or a figure, for `mr-reward inspect`: read them, prepare a view of each, render."""
+"""Scored groups as an HTML page or a figure: `views` reads and prepares them, `page` draws them.
+
+Nothing is exported: the way in is the command, `mr-reward inspect`.
+"""

@@ -23,9 +23,8 @@ from mr_reward.cli.app import app
 from mr_reward.data.groups_file import write_scored
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.templates.rendering import Renderer
-from mr_reward.viewer.load import load_source
 from mr_reward.viewer.page import render_page
-from mr_reward.viewer.views import FILTERS, GroupView, Lengths, Matrix, make_view, visible_text
+from mr_reward.viewer.views import FILTERS, GroupView, Lengths, Matrix, load_source, make_view, visible_text
 
 
 class Reader(HTMLParser):
