@@ -45,37 +45,20 @@ class TokenKind(IntEnum):
     COMPARISON = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RowPlan:
-    """Where everything of one row is.
+    """Where everything of one row is."""
 
-    Args:
-        segments: (L,) int64, 0 = prompt, i = the i-th response.
-        kinds: (L,) int64, a `TokenKind`.
-        offsets: (L,) int64, position of a response's token counted from the end of the prompt; 0 in the prompt.
-        spans: N half-open token ranges of the response texts, without readout tokens; an empty text has start == end.
-        score_sites: N token indices where the scores are read.
-    """
-
-    segments: Tensor
-    kinds: Tensor
-    offsets: Tensor
+    segments: Tensor  # (L,) int64, 0 = prompt, i = the i-th response
+    kinds: Tensor  # (L,) int64, a `TokenKind`
+    offsets: Tensor  # (L,) int64, position of a response's token counted from the end of the prompt; 0 in the prompt
+    # N half-open token ranges of the response texts, without readout tokens; an empty text has start == end
     spans: tuple[tuple[int, int], ...]
-    score_sites: tuple[int, ...]
+    score_sites: tuple[int, ...]  # N token indices where the scores are read
 
 
 def check_layout(layout: str) -> Layout:
-    """Return `layout` if it exists.
-
-    Args:
-        layout: a name.
-
-    Returns:
-        The same name.
-
-    Raises:
-        ConfigurationError: the layout does not exist.
-    """
+    """The same name, or a ConfigurationError if there is no such layout."""
     if layout not in LAYOUTS:
         raise ConfigurationError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     return cast(Layout, layout)
@@ -118,27 +101,21 @@ def plan_row(
     kinds_after_text = readout_kinds(check_layout(layout)) if framing is None else ()
     framing = [(0, 0)] * len(num_response_tokens) if framing is None else framing
     segments = [PROMPT_SEGMENT] * num_prompt_tokens
-    kinds = [TokenKind.TEXT] * num_prompt_tokens
+    kinds: list[int] = [TokenKind.TEXT] * num_prompt_tokens
     offsets = [0] * num_prompt_tokens
     spans, score_sites = [], []
-    running = 0
     for segment, (length, (before, after)) in enumerate(zip(num_response_tokens, framing, strict=True), start=1):
-        num_text = before + length + after
+        start, num_text = len(segments), before + length + after
         size = num_text + len(kinds_after_text)
-        spans.append((len(segments) + before, len(segments) + before + length))
+        spans.append((start + before, start + before + length))
         segments += [segment] * size
-        kinds += [TokenKind.TEXT] * num_text + list(kinds_after_text)
-        first = running if layout == "causal" else 0
+        kinds += [TokenKind.TEXT] * num_text + [*kinds_after_text]
+        first = start - num_prompt_tokens if layout == "causal" else 0
         offsets += range(first, first + size)
-        running += size
-        score_sites.append(len(segments) - 1)
-    return RowPlan(
-        segments=torch.tensor(segments),
-        kinds=torch.tensor(kinds),
-        offsets=torch.tensor(offsets),
-        spans=tuple(spans),
-        score_sites=tuple(score_sites),
-    )
+        score_sites.append(start + size - 1)
+    # One call for all three: a call costs more than the numbers in it.
+    tensors = torch.tensor([segments, kinds, offsets], dtype=torch.long).unbind()
+    return RowPlan(tensors[0], tensors[1], tensors[2], tuple(spans), tuple(score_sites))
 
 
 def visible(layout: Layout, segments: Tensor, kinds: Tensor, blocks: Tensor | None = None) -> Tensor:

@@ -47,22 +47,22 @@ MUTATIONS = [
     Mutation(
         "positions are not reset",
         "mr_reward.layouts.plan_row",
-        'running if layout == "causal" else 0',
-        "running",
+        'start - num_prompt_tokens if layout == "causal" else 0',
+        "start - num_prompt_tokens",
         "tests/test_layouts.py tests/model/test_invariances.py",
     ),
     Mutation(
         "span shifted by one",
         "mr_reward.layouts.plan_row",
-        "(len(segments) + before, len(segments) + before + length)",
-        "(len(segments) + before + 1, len(segments) + before + length + 1)",
+        "(start + before, start + before + length)",
+        "(start + before + 1, start + before + length + 1)",
         "tests/test_layouts.py",
     ),
     Mutation(
         "score read one token early",
         "mr_reward.layouts.plan_row",
-        "score_sites.append(len(segments) - 1)",
-        "score_sites.append(len(segments) - 2)",
+        "score_sites.append(start + size - 1)",
+        "score_sites.append(start + size - 2)",
         "tests/test_layouts.py",
     ),
     Mutation(
@@ -103,8 +103,8 @@ MUTATIONS = [
     Mutation(
         "two groups of a batch swap scores",
         "mr_reward.model.rows.collate",
-        "row.score_sites[0] + start",
-        "row.score_sites[0]",
+        "row.score_sites + start",
+        "row.score_sites",
         "tests/model/test_rows.py tests/model/test_invariances.py",
     ),
     Mutation(
@@ -145,15 +145,15 @@ MUTATIONS = [
     Mutation(
         "duplicates are scored apart",
         "mr_reward.GroupScorer._render",
-        "list(dict.fromkeys(group.responses))",
+        "dict.fromkeys(group.responses)",
         "list(group.responses)",
         "tests/model/test_scorer.py tests/grpo/test_reward.py",
     ),
     Mutation(
         "orders are not undone",
         "mr_reward.GroupScorer",
-        "undo_order(scores, order)",
-        "list(scores)",
+        "truncated=row.truncated[0]).undo_order(order)",
+        "truncated=row.truncated[0])",
         "tests/model/test_scorer.py",
     ),
     Mutation(

@@ -76,7 +76,14 @@ def read_rollouts(
             )
         )
     load = DecodedImages()
-    return groups, [RolloutRow(prompt_fingerprint(group, load), group.responses[0]) for group in groups]
+    rows: list[RolloutRow] = []
+    last: tuple[Any, str] = None, ""  # a prompt and its fingerprint; the rollouts of one come one after the other
+    for group in groups:
+        prompt = _prompt_content(group, load)
+        if prompt != last[0]:
+            last = prompt, _hashed(prompt)
+        rows.append(RolloutRow(last[1], group.responses[0]))
+    return groups, rows
 
 
 def plan_groups(rows_by_rank: Sequence[Sequence[RolloutRow]], num_generations: int) -> list[PlannedGroup]:
@@ -146,12 +153,19 @@ def completion_text(completion: Completion, *, name: str = "completion") -> str:
     return "\n\n".join(turn for turn in turns if turn)
 
 
-def prompt_fingerprint(group: ResponseGroup, load: DecodedImages | None = None) -> str:
+def prompt_fingerprint(group: ResponseGroup) -> str:
     """Hash of everything that makes a prompt: roles, text, placeholders and the pixels of the media; 32 hex digits."""
-    digest = (load or DecodedImages()).digest
-    media = [*map(digest, group.images)], [[*map(digest, video)] for video in group.videos]
+    return _hashed(_prompt_content(group, DecodedImages()))
+
+
+def _prompt_content(group: ResponseGroup, load: DecodedImages) -> list[Any]:
+    media = [*map(load.digest, group.images)], [[*map(load.digest, video)] for video in group.videos]
+    return [group.messages, media]
+
+
+def _hashed(content: list[Any]) -> str:
     # json escapes lone surrogates, which have no UTF-8
-    return hashlib.blake2b(json.dumps([group.messages, media], sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _turn_text(message: Mapping[str, Any], name: str) -> str:

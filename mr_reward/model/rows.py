@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from mr_reward.attention.plan import GroupPlan
 from mr_reward.backbones.base import BackboneAdapter
@@ -211,16 +212,17 @@ def build_row(rendered: RenderedGroup, layout: Layout, kept: Sequence[int] | Non
     framing = rendered.framing
     sizes = None if framing is None else [(len(before), len(after)) for before, after in framing]
     plan = plan_row(layout, len(rendered.prompt_ids), kept, sizes)
-    input_ids = torch.zeros_like(plan.segments)
-    input_ids[: len(rendered.prompt_ids)] = rendered.prompt_ids
+    length, prompt_length = len(plan.segments), len(rendered.prompt_ids)
+    behind = [0] * (length - prompt_length)  # the tokens behind the prompt
     for i, ((start, end), ids) in enumerate(zip(plan.spans, rendered.response_ids, strict=True)):
         before, after = ([], []) if framing is None else framing[i]
-        ids = [*before, *ids[: end - start], *after]
-        input_ids[start - len(before) : end + len(after)] = torch.tensor(ids, dtype=torch.long)
+        first, last = start - len(before) - prompt_length, end + len(after) - prompt_length
+        behind[first:last] = [*before, *ids[: end - start], *after]
+    input_ids = torch.cat([rendered.prompt_ids, torch.tensor(behind, dtype=torch.long)])
     media = dict(rendered.media)
     if media and rendered.mm_token_type_ids is not None:
         types = rendered.mm_token_type_ids
-        media["mm_token_type_ids"] = F.pad(types, (0, len(input_ids) - len(types)))[None]
+        media["mm_token_type_ids"] = F.pad(types, (0, length - prompt_length))[None]
     return Rows(
         input_ids=input_ids[None],
         segments=plan.segments[None],
@@ -269,34 +271,23 @@ def collate(rows: Sequence[Rows], adapter: BackboneAdapter, padding_side: str = 
 
     Scores do not depend on the side, `right` or `left`.
     """
-    longest = max(row.input_ids.shape[1] for row in rows)
-    num_slots = max(row.score_sites.shape[1] for row in rows)
-    missing = [longest - row.input_ids.shape[1] for row in rows]
-    starts = missing if padding_side == "left" else [0] * len(rows)
+    lengths = [row.input_ids.shape[1] for row in rows]
+    starts = [max(lengths) - length if padding_side == "left" else 0 for length in lengths]
 
-    def pad(values: Sequence[Tensor], fill: int = 0) -> Tensor:
-        padded = torch.full((len(rows), longest), fill, dtype=torch.long)
-        for row, (value, start) in enumerate(zip(values, starts, strict=True)):
-            padded[row, start : start + value.shape[1]] = value[0]
-        return padded
+    def pad(values: Sequence[Tensor], fill: int = 0, side: str = padding_side) -> Tensor:
+        return pad_sequence([value[0] for value in values], True, fill, side)
 
-    score_sites = torch.zeros(len(rows), num_slots, dtype=torch.long)
-    response_mask = torch.zeros(len(rows), num_slots, dtype=torch.bool)
-    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        count = row.score_sites.shape[1]
-        score_sites[i, :count] = row.score_sites[0] + start
-        response_mask[i, :count] = True
     types = "mm_token_type_ids"
     media = adapter.merge_media([{k: v for k, v in row.media.items() if k != types} for row in rows])
     if media:
-        media[types] = pad([row.media.get(types, row.input_ids[:, :0]) for row in rows])
+        media[types] = pad([row.media.get(types, torch.zeros_like(row.input_ids)) for row in rows])
     return Rows(
         input_ids=pad([row.input_ids for row in rows]),
         segments=pad([row.segments for row in rows], PADDING_SEGMENT),
         kinds=pad([row.kinds for row in rows]),
         offsets=pad([row.offsets for row in rows]),
-        score_sites=score_sites,
-        response_mask=response_mask,
+        score_sites=pad([row.score_sites + start for row, start in zip(rows, starts, strict=True)], side="right"),
+        response_mask=pad([row.response_mask for row in rows], side="right"),
         spans=tuple(
             tuple((first + start, end + start) for first, end in row.spans[0])
             for row, start in zip(rows, starts, strict=True)

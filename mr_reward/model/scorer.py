@@ -9,12 +9,13 @@ import copy
 import hashlib
 import logging
 import math
+import operator
 import random
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from mr_reward.attention.group import GROUP_ATTENTION
 from mr_reward.checkpoint.verify import non_finite_cause
 from mr_reward.errors import ConfigurationError, NonFiniteScoreError
-from mr_reward.groups import GroupScores, ResponseGroup, undo_order
+from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.layouts import readout_kinds
 from mr_reward.metrics import order_flip_rate
 from mr_reward.model.chunks import score_over_prompt
@@ -43,17 +44,12 @@ _OVER_BUDGET = "over the token budget"
 _FIRST_GROUPS, _LAST_WINDOW_PASSES = 64, 4
 
 
-@dataclass(slots=True)
-class _Prepared:
-    """A group on its way to the model."""
-
-    group: ResponseGroup  # as given
-    unique: list[str]  # its different responses
-    rendered: RenderedGroup  # those, as token ids
-    # (order, row) of each pass; none if it is dropped or shares a prompt
-    passes: list[tuple[list[int], Rows]] = field(default_factory=list)
-    shares_with: _Prepared | None = None  # the first of the groups that share its prompt, if they are read over it
-    truncated: tuple[bool, ...] = ()  # a flag for each of the different responses, if it shares a prompt
+# (place of the group in its window, order of its different responses, their row)
+_Pass = tuple[int, list[int], Rows]
+# (place of the group in its window, its different responses, a flag for each: whether tokens were cut off)
+_Sharing = tuple[int, RenderedGroup, tuple[bool, ...]]
+# Groups, passes, and the groups that are read over one prompt; what is in neither is dropped.
+_Window = tuple[Sequence[ResponseGroup], list[_Pass], list[list[_Sharing]]]
 
 
 class GroupScorer:
@@ -174,7 +170,7 @@ class GroupScorer:
         self.model.reads_flat()  # checked here, not while a window is prepared
         windows = self._prepare(groups)
         window = next(windows, None)
-        if window is not None and len(window) == len(groups):
+        if window is not None and len(window[0]) == len(groups):
             results = self._score_window(window)
         elif window is not None:
             # The next window is rendered, tokenized and laid out while the model runs on this one.
@@ -210,8 +206,7 @@ class GroupScorer:
         Raises:
             OverLengthError: it is taken neither way; `over_length` then says what becomes of it.
         """
-        (prepared,) = self._render([group])
-        rendered = prepared.rendered
+        (rendered,) = self._render([group])
         if response_tokens is not None:
             filled = [[0] * response_tokens for _ in rendered.response_ids]
             rendered = replace(rendered, response_ids=filled, joiner=None)
@@ -258,77 +253,79 @@ class GroupScorer:
         found = model.attention_for(device or model.device, dtype or model.backbone.dtype)
         return found == GROUP_ATTENTION
 
-    def _prepare(self, groups: Sequence[ResponseGroup]) -> Iterator[list[_Prepared]]:
+    def _prepare(self, groups: Sequence[ResponseGroup]) -> Iterator[_Window]:
         """Windows of groups. Their sizes follow from the groups alone, so the same call gives the same scores."""
         position, count, size = 0, _FIRST_GROUPS, _FIRST_GROUPS
         while position < len(groups):
-            window = self._render(groups[position : position + count])
-            yield self._lay_out(window)
-            position += len(window)
+            own = groups[position : position + count]
+            rendered = self._render(own)
+            yield own, *self._lay_out(own, rendered)
+            position += len(own)
             # As many groups as have the tokens of some full passes, if they are like the ones before.
-            mean = sum(self.packer.num_tokens(item.rendered) for item in window) / len(window)
+            mean = sum(map(self.packer.num_tokens, rendered)) / len(own)
             size *= 2
             count = max(1, min(size, int(_LAST_WINDOW_PASSES * self.max_tokens_per_batch / mean)))
 
-    def _render(self, groups: Sequence[ResponseGroup]) -> list[_Prepared]:
+    def _render(self, groups: Sequence[ResponseGroup]) -> list[RenderedGroup]:
+        """Each group with its different responses."""
         items = []
         for group, rendered in zip(groups, self.packer.renderer.render_all(groups), strict=True):
-            unique = list(dict.fromkeys(group.responses))
+            unique = dict.fromkeys(group.responses)
             if len(unique) < group.num_responses:
                 rendered = rendered.select([group.responses.index(text) for text in unique])
-            items.append(_Prepared(group, unique, rendered))
+            items.append(rendered)
         return items
 
-    def _lay_out(self, window: list[_Prepared]) -> list[_Prepared]:
+    def _lay_out(
+        self, groups: Sequence[ResponseGroup], rendered: Sequence[RenderedGroup]
+    ) -> tuple[list[_Pass], list[list[_Sharing]]]:
         """Lay each group out as rows, or let it share the reading of its prompt."""
         shares_prompts = self._shares_prompts()
-        same_tokens: dict[bytes, list[list[_Prepared]]] = {}
-        for item in window:
-            candidates = same_tokens.setdefault(item.rendered.prompt_ids.numpy().tobytes(), [])
-            same = next((found for found in candidates if found[0].rendered.has_prompt_of(item.rendered)), None)
-            candidates.append([item]) if same is None else same.append(item)
+        same_tokens: dict[bytes, list[list[int]]] = {}
+        for index, item in enumerate(rendered):
+            candidates = same_tokens.setdefault(item.prompt_ids.numpy().tobytes(), [])
+            same = next((found for found in candidates if rendered[found[0]].has_prompt_of(item)), None)
+            candidates.append([index]) if same is None else same.append(index)
+        passes: list[_Pass] = []
+        sharing: list[list[_Sharing]] = []
         for same in (found for candidates in same_tokens.values() for found in candidates):
-            for item in same:
-                too_large = self.packer.num_tokens(item.rendered) > self.max_tokens_per_batch
-                if shares_prompts and len(item.rendered.prompt_ids) and (too_large or len(same) > 1):
-                    trimmed = self.packer.trim(item.rendered, item.group.name)
-                    if trimmed is not None:
-                        item.rendered, item.truncated = trimmed
-                        item.shares_with = same[0]
+            over_prompt: list[_Sharing] = []
+            for index in same:
+                group, item = groups[index], rendered[index]
+                too_large = self.packer.num_tokens(item) > self.max_tokens_per_batch
+                if shares_prompts and len(item.prompt_ids) and (too_large or len(same) > 1):
+                    trimmed = self.packer.trim(item, group.name)
+                    over_prompt += [] if trimmed is None else [(index, *trimmed)]
                 else:
-                    item.passes = self._pack(item)
-        return window
+                    passes += self._pack(index, group, item)
+            sharing += [over_prompt] if over_prompt else []
+        return sorted(passes, key=operator.itemgetter(0)), sharing
 
-    def _pack(self, item: _Prepared) -> list[tuple[list[int], Rows]]:
-        """One (order, row) per pass over the group's unique responses; none if the group is dropped."""
+    def _pack(self, index: int, group: ResponseGroup, rendered: RenderedGroup) -> list[_Pass]:
+        """One pass for each order of the group's different responses; none if the group is dropped."""
         passes = []
-        for order in self._orders(item.group, len(item.unique)):
-            row = self.packer.lay_out(item.rendered.select(order), item.group.name)
+        for order in self._orders(group, len(rendered.response_ids)):
+            row = self.packer.lay_out(rendered.select(order), group.name)
             if row is None:
                 return []
-            passes.append((order, row))
+            passes.append((index, order, row))
         return passes
 
-    def _score_window(self, window: list[_Prepared]) -> list[GroupScores]:
+    def _score_window(self, window: _Window) -> list[GroupScores]:
         with memory_advice(f"a pass holds up to max_tokens_per_batch={self.max_tokens_per_batch} tokens, lower that"):
-            return self._scores_of(window)
+            return self._scores_of(*window)
 
-    def _scores_of(self, window: list[_Prepared]) -> list[GroupScores]:
-        rows = [(item.group, row) for item in window for _, row in item.passes]
-        row_scores = iter(self._score_rows(rows))
-        found = {
-            id(item): [(order, next(row_scores), row.truncated[0]) for order, row in item.passes] for item in window
-        }
-        sharing: dict[int, list[_Prepared]] = {}
-        for item in window:
-            if item.shares_with is not None:
-                sharing.setdefault(id(item.shares_with), []).append(item)
-        for same in sharing.values():
-            scored = score_over_prompt(self.model, self.packer, [item.rendered for item in same])
-            for item, scores in zip(same, scored, strict=True):
-                self._check_finite(item.group, scores)
-                found[id(item)] = [(list(range(len(scores))), scores, item.truncated)]
-        return [self._combine(item.group, found[id(item)]) for item in window]
+    def _scores_of(
+        self, groups: Sequence[ResponseGroup], passes: list[_Pass], sharing: list[list[_Sharing]]
+    ) -> list[GroupScores]:
+        found: list[list[GroupScores]] = [[] for _ in groups]
+        for (index, order, row), scores in zip(passes, self._score_rows([row for *_, row in passes]), strict=True):
+            found[index].append(GroupScores(scores=tuple(scores), truncated=row.truncated[0]).undo_order(order))
+        for same in sharing:
+            scored = score_over_prompt(self.model, self.packer, [rendered for _, rendered, _ in same])
+            for (index, _, truncated), scores in zip(same, scored, strict=True):
+                found[index].append(GroupScores(scores=tuple(scores), truncated=truncated))
+        return [self._combine(group, own) for group, own in zip(groups, found, strict=True)]
 
     def _orders(self, group: ResponseGroup, num_unique: int) -> list[list[int]]:
         """K orders; the same group gets the same ones on any rank and in any batch."""
@@ -339,35 +336,35 @@ class GroupScorer:
             orders += [generator.sample(range(num_unique), num_unique) for _ in range(self.num_orders - 1)]
         return orders
 
-    def _score_rows(self, rows: list[tuple[ResponseGroup, Rows]]) -> list[list[float]]:
+    def _score_rows(self, rows: Sequence[Rows]) -> list[list[float]]:
         scores: list[list[float]] = [[] for _ in rows]
         batches = plan_batches(
-            [row.num_tokens for _, row in rows], self.max_tokens_per_batch, padded=not self.model.reads_flat()
+            [row.num_tokens for row in rows], self.max_tokens_per_batch, padded=not self.model.reads_flat()
         )
         with torch.inference_mode():
             # Nothing waits for a GPU in here: scores are fetched when all passes are under way.
-            outputs = [self.model(self._batch([rows[i][1] for i in batch])).scores for batch in batches]
+            outputs = [self.model(self._batch([rows[i] for i in batch])).scores for batch in batches]
         for batch, output in zip(batches, outputs, strict=True):
             for i, values in zip(batch, output.tolist(), strict=True):
-                group, row = rows[i]
-                scores[i] = values[: row.score_sites.shape[1]]
-                self._check_finite(group, scores[i])
+                scores[i] = values[: rows[i].score_sites.shape[1]]
         return scores
 
     def _batch(self, rows: Sequence[Rows]) -> Rows:
         return self.model.place(collate(rows, self.model.adapter))
 
-    def _combine(
-        self, group: ResponseGroup, passes: list[tuple[list[int], list[float], tuple[bool, ...]]]
-    ) -> GroupScores:
-        """Undo the orders, average over them, and give twins their shared score."""
+    def _combine(self, group: ResponseGroup, passes: Sequence[GroupScores]) -> GroupScores:
+        """Average the passes over the group's different responses, and give twins their shared score."""
         if not passes:
             return GroupScores(scores=None, truncated=(False,) * group.num_responses, drop_reason=_OVER_BUDGET)
-        unique = list(dict.fromkeys(group.responses))
-        by_order = [undo_order(scores, order) for order, scores, _ in passes]
+        by_order = [result.scores or () for result in passes]
+        if not all(math.isfinite(score) for scores in by_order for score in scores):
+            raise NonFiniteScoreError(
+                f"{group.name}: scores {by_order} are not finite: {non_finite_cause(self.model)}"
+            )
         over_orders = list(zip(*by_order, strict=True))
-        truncated = [any(cuts) for cuts in zip(*(undo_order(cut, order) for order, _, cut in passes), strict=True)]
         means = [scores[0] if len(scores) == 1 else statistics.fmean(scores) for scores in over_orders]
+        truncated = [any(cuts) for cuts in zip(*(result.truncated for result in passes), strict=True)]
+        unique = list(dict.fromkeys(group.responses))
         slots = [unique.index(response) for response in group.responses]
         flip_rate = None if self.packer.layout == "causal" else 0.0
         if len(by_order) > 1:
@@ -378,10 +375,6 @@ class GroupScorer:
             order_spread=0.0 if len(passes) == 1 else statistics.fmean(map(statistics.pstdev, over_orders)),
             order_flip_rate=flip_rate,
         )
-
-    def _check_finite(self, group: ResponseGroup, scores: Sequence[float]) -> None:
-        if not all(map(math.isfinite, scores)):
-            raise NonFiniteScoreError(f"{group.name}: scores {scores} are not finite: {non_finite_cause(self.model)}")
 
 
 @contextmanager

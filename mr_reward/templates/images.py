@@ -74,7 +74,8 @@ class DecodedImages:
 
     def __init__(self) -> None:
         self._known: dict[Any, Image.Image] = {}
-        self._digests: dict[Any, str] = {}  # by object and by pixels: Python's own hash of them is the faster one
+        self._digests: dict[int, str] = {}  # by object
+        self._last: tuple[Any, str] = None, ""  # size and pixels, and their hash
 
     def __call__(self, source: Any) -> Image.Image:
         """The image."""
@@ -90,9 +91,9 @@ class DecodedImages:
         image = self(source)
         if id(image) not in self._digests:
             pixels = image.size, image.tobytes()
-            if pixels not in self._digests:
-                self._digests[pixels] = hashlib.blake2b(f"{image.size}".encode() + pixels[1]).hexdigest()
-            self._digests[id(image)] = self._digests[pixels]
+            if pixels != self._last[0]:  # the rollouts of a prompt come one after the other, each with its own copy
+                self._last = pixels, hashlib.blake2b(f"{image.size}".encode() + pixels[1]).hexdigest()
+            self._digests[id(image)] = self._last[1]
         return self._digests[id(image)]
 
 

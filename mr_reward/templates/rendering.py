@@ -424,13 +424,13 @@ class TextEncoder:
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts, in one call of the tokenizer."""
-        pieces = [encodable(text) for text in texts]
-        encoded = self._encode_pieces(pieces)
-        return [
-            self._without_control_tokens(piece) if self._controls(ids) else ids
-            for piece, ids in zip(pieces, encoded, strict=True)
-        ]
+        """Encode texts, in one call of the tokenizer and equal ones once."""
+        pieces = {text: encodable(text) for text in texts}
+        encoded = {
+            text: self._without_control_tokens(piece) if self._controls(ids) else ids
+            for (text, piece), ids in zip(pieces.items(), self._encode_pieces([*pieces.values()]), strict=True)
+        }
+        return [encoded[text] for text in texts]
 
     def _encode_pieces(self, pieces: list[str]) -> list[list[int]]:
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
