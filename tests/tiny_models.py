@@ -25,7 +25,7 @@ from mr_reward.attention.group import GROUP_ATTENTION
 from mr_reward.backbones import BackboneAdapter, get_adapter
 from mr_reward.model.rows import Packer, Rows, collate
 from mr_reward.templates.rendering import TEMPLATE, Renderer
-from mr_reward.worlds import tiny, tiny_molmo2
+from mr_reward.worlds import tiny
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "molmo2", "llama")
 LAYOUTS = ("causal", "isolated", "set")
@@ -88,7 +88,7 @@ def family(name: str) -> Family:
             tiny.build_qwen3_vl_processor,
         ),
         "qwen2_5_vl": (tiny.build_qwen2_5_vl, tiny.build_qwen2_5_vl_processor),
-        "molmo2": (tiny_molmo2.build_molmo2, tiny_molmo2.build_molmo2_processor),
+        "molmo2": (tiny.build_molmo2, tiny.build_molmo2_processor),
         "llama": (tiny.build_llama, tiny.build_tokenizer),
     }
     build_model, build_processor = builders[name]

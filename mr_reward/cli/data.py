@@ -173,7 +173,7 @@ def handwriting(
 
     Example: mr-reward data handwriting outputs/handwriting
     """
-    from mr_reward.worlds.handwriting_benchmarks import HANDWRITING_BENCHMARKS, write_handwriting_benchmarks
+    from mr_reward.worlds.handwriting import HANDWRITING_BENCHMARKS, write_handwriting_benchmarks
 
     counts = write_handwriting_benchmarks(out, num_items, num_digits=num_digits, seed=seed)
     table = Table("items", "evaluate with")

@@ -21,8 +21,7 @@ from mr_reward.grpo.group_log import GroupLog
 from mr_reward.grpo.groups import read_rollouts
 from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
 from mr_reward.model.rows import OVER_LENGTH_POLICIES
-from mr_reward.scorers.offload import PLACEMENTS
-from mr_reward.scorers.opening import DTYPES
+from mr_reward.scorers.opening import DTYPES, PLACEMENTS
 from mr_reward.training.trainer import backend_for_deepspeed
 
 __all__ = [

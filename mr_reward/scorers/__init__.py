@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING
 from mr_reward.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from mr_reward.scorers.offload import OffloadedScorer
-    from mr_reward.scorers.opening import open_scorer
+    from mr_reward.scorers.opening import OffloadedScorer, open_scorer
     from mr_reward.scorers.remote import RemoteScorer
 
 __all__ = ["OffloadedScorer", "RemoteScorer", "open_scorer"]
 
 __getattr__ = lazy_exports(
-    __name__,
-    {"OffloadedScorer": "offload", "RemoteScorer": "remote", "open_scorer": "opening"},
+    __name__, {"OffloadedScorer": "opening", "RemoteScorer": "remote", "open_scorer": "opening"}
 )

@@ -1,10 +1,12 @@
-"""`open_scorer`: the one way to a scorer, from a folder, a hub id, a URL or a loaded model."""
+"""`open_scorer`: the one way to a scorer, from a folder, a hub id, a URL or a loaded model; also one that offloads."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,17 +14,16 @@ import torch
 from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.checkpoint.zero3 import outside_zero3, partitioned_weights
 from mr_reward.errors import CheckpointError, ConfigurationError
-from mr_reward.groups import Scorer
+from mr_reward.groups import GroupScores, ResponseGroup, Scorer
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.scorer import GroupScorer
-from mr_reward.scorers.offload import PLACEMENTS, OffloadedScorer
-
-__all__ = ["DTYPES", "default_device", "is_url", "open_scorer", "require_local", "scored_by"]
 
 logger = logging.getLogger(__name__)
 
 # By the names that recipes and the command line take.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Where the weights are between two calls. The third place, a server on other GPUs, is `mr_reward.serving`.
+PLACEMENTS = ("resident", "offload")
 _START_SECONDS = 120.0  # that a scoring server may take to come up
 
 
@@ -93,6 +94,61 @@ def open_scorer(
         )
     _tell_memory(scorer, target, placement)
     return OffloadedScorer(scorer, target) if placement == "offload" else scorer
+
+
+class OffloadedScorer:
+    """A `GroupScorer` whose weights are on its device only while it scores.
+
+    Between calls the device holds nothing of the reward model, so a policy's optimizer step or a colocated vLLM that
+    wakes from sleep mode has the memory. Each call pays one copy of the weights to the device; none is copied back,
+    they do not change. The copies in CPU memory are pinned if the device is a GPU. Scores equal those of the scorer
+    itself bit for bit.
+
+    With the CPU as device the weights are copied all the same: useless, and the way the code is tested without a GPU.
+
+    Args:
+        scorer: a scorer whose model is on the CPU.
+        device: where to score.
+
+    Example:
+        >>> scorer = OffloadedScorer(GroupScorer.from_pretrained("rm"), "cuda:0")  # doctest: +SKIP
+    """
+
+    def __init__(self, scorer: GroupScorer, device: torch.device | str) -> None:
+        self.scorer = scorer
+        self._device = torch.device(device)
+        self._is_cuda = self._device.type == "cuda"
+        # Weights that are tied are one object here, and stay so.
+        self._tensors = [*scorer.model.parameters(), *scorer.model.buffers()]
+        self._at_home = [tensor.data.pin_memory() if self._is_cuda else tensor.data for tensor in self._tensors]
+        self._return()
+
+    @property
+    def model(self) -> MultiResponseRewardModel:
+        """The model; on the CPU between calls."""
+        return self.scorer.model
+
+    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+        """As `GroupScorer.score_detailed`."""
+        if not groups:
+            return []
+        with self._on_device():
+            return self.scorer.score_detailed(groups)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        try:
+            for tensor, home in zip(self._tensors, self._at_home, strict=True):
+                tensor.data = home.to(self._device, non_blocking=True, copy=True)
+            yield
+        finally:
+            self._return()
+
+    def _return(self) -> None:
+        for tensor, home in zip(self._tensors, self._at_home, strict=True):
+            tensor.data = home
+        if self._is_cuda:
+            torch.cuda.empty_cache()  # give the blocks back: others on this GPU cannot use this process's cache
 
 
 def default_device() -> torch.device:

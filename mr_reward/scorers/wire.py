@@ -12,6 +12,8 @@ import binascii
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -22,19 +24,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mr_reward.errors import GroupError, MediaError
 from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.templates.images import load_image
-
-__all__ = [
-    "ErrorAnswer",
-    "Health",
-    "ScoreAnswer",
-    "ScoreRequest",
-    "WireGroup",
-    "WireResult",
-    "dump",
-    "explain",
-    "from_wire",
-    "to_wire",
-]
 
 # What the server opens; images of other kinds are sent as PNG. Pillow opens more, some through other programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -147,31 +136,18 @@ def explain(error: Exception) -> str:
 
 def to_wire(group: ResponseGroup, id: str) -> WireGroup:
     """A group as it is sent; rankings and source stay here. MediaError if an image is missing or unreadable."""
-    try:
+    with _named(group.name):
         images = [_encode(image) for image in group.images]
         videos = [[_encode(frame) for frame in video] for video in group.videos]
-    except MediaError as error:
-        raise MediaError(f"{group.name}: {error}") from error
-    return WireGroup.model_validate(
-        {
-            "id": id,
-            "name": group.id,
-            "messages": group.messages,
-            "responses": list(group.responses),
-            "images": images,
-            "videos": videos,
-        }
-    )
+    sent = {"id": id, "name": group.id, "messages": group.messages, "responses": list(group.responses)}
+    return WireGroup.model_validate({**sent, "images": images, "videos": videos})
 
 
 def from_wire(message: WireGroup, max_pixels: int) -> ResponseGroup:
     """The group that a client sent; images with more pixels are refused before they are unpacked."""
-    name = "group (no id)" if message.name is None else f"group {message.name!r}"
-    try:
+    with _named("group (no id)" if message.name is None else f"group {message.name!r}"):
         images = [_decode(image, max_pixels) for image in message.images]
         videos = [[_decode(frame, max_pixels) for frame in video] for video in message.videos]
-    except MediaError as error:
-        raise MediaError(f"{name}: {error}") from error
     return ResponseGroup(
         prompt=[turn.model_dump(exclude_none=True) for turn in message.messages],
         responses=message.responses,
@@ -179,6 +155,14 @@ def from_wire(message: WireGroup, max_pixels: int) -> ResponseGroup:
         videos=videos,
         id=message.name,
     )
+
+
+@contextmanager
+def _named(group: str) -> Iterator[None]:
+    try:
+        yield
+    except MediaError as error:
+        raise MediaError(f"{group}: {error}") from error
 
 
 def _encode(source: Any) -> str:

@@ -1,19 +1,23 @@
 """Tiny real models, tokenizers and processors, made in code: nothing is downloaded.
 
 The architectures are the real ones of transformers (Qwen3-VL with DeepStack and interleaved M-RoPE, Qwen2.5-VL with
-window attention, Llama with grouped queries), made small enough to be trained from scratch on a CPU in a minute. Tests
-and the quickstart share them. The tokenizer is byte-level BPE with merges for a few dozen words only: the frequent
-words of the handwriting world are one token each, any other text is about one token per UTF-8 byte.
+window attention, Molmo2, Llama with grouped queries), made small enough to be trained from scratch on a CPU in a
+minute. Tests and the quickstart share them. The tokenizer is byte-level BPE with merges for a few dozen words only:
+the frequent words of the handwriting world are one token each, any other text is about one token per UTF-8 byte.
 
 Everything can be written by `save_pretrained` and read back by `AutoModelForImageTextToText`, `AutoProcessor` and
 `AutoTokenizer` from the folder.
 
 Shapes: an image of W x H pixels gives `(W / TILE_SIZE) * (H / TILE_SIZE)` image tokens, TILE_SIZE = patch size * merge
-size = 32 pixels; a video of F frames gives `ceil(F / 2)` times as many.
+size = 32 pixels; a video of F frames gives `ceil(F / 2)` times as many. Molmo2 shows an image as a low-resolution
+view, squeezed to one tile, and as a grid of tiles. Either is one image token a tile between a start and an end token,
+with a column token after each row, so an image of W x H tiles gives `W * H + H + 6` tokens; a video gives three tokens
+a frame besides its timestamp, whatever its size.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +27,11 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Molmo2Config,
+    Molmo2ForConditionalGeneration,
+    Molmo2ImageProcessor,
+    Molmo2Processor,
+    Molmo2VideoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
@@ -38,24 +47,6 @@ from transformers import (
 )
 
 from mr_reward.errors import ConfigurationError
-
-__all__ = [
-    "ADDED_TOKENS",
-    "CHAT_TEMPLATE",
-    "PATCH_SIZE",
-    "SPECIAL_TOKENS",
-    "TILE_SIZE",
-    "Sizes",
-    "build_llama",
-    "build_qwen2_5_vl",
-    "build_qwen2_5_vl_processor",
-    "build_qwen3_vl",
-    "build_qwen3_vl_processor",
-    "build_tokenizer",
-    "check_multiple",
-    "decoder_sizes",
-    "finish",
-]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -77,6 +68,21 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 ADDED_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+
+# Names and order of the public Molmo2 checkpoints. They come after the vocabulary that the language-model head knows.
+MOLMO2_TOKENS = (
+    "<im_start>",
+    "<im_end>",
+    "<im_patch>",
+    "<im_col>",
+    "<low_res_im_start>",
+    "<|image|>",
+    "<im_low>",
+    "<frame_start>",
+    "<frame_end>",
+    "<|video|>",
+)
+_MOLMO2_VOCABULARY = 16  # rows of the embedding for them; some belong to no token
 
 # Words of the handwriting world that are one token each: they keep its rows short.
 _FIRST_WORDS = "user assistant system Number Sum Largest How Answer Well Digits Some Not No So It".split()
@@ -109,6 +115,28 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+
+_MEDIA_FIRST = """\
+{%- set images = namespace(count=0) %}
+{%- set videos = namespace(count=0) %}
+{%- for message in messages if message.content is not string %}
+    {%- for block in message.content %}
+        {%- if block.type == 'image' %}
+            {%- set images.count = images.count + 1 %}
+        {%- elif block.type == 'video' %}
+            {%- set videos.count = videos.count + 1 %}
+        {%- endif %}
+    {%- endfor %}
+{%- endfor %}
+{%- for _ in range(images.count) %}
+    {{- ('Image ' ~ loop.index if images.count > 1 else '') ~ '<|image|>' }}
+{%- endfor %}
+{%- for _ in range(videos.count) %}
+    {{- '<|video|>' }}
+{%- endfor %}
+"""
+# As in the public Molmo2 checkpoints all media stand before the first turn, and several images are numbered.
+MOLMO2_CHAT_TEMPLATE = _MEDIA_FIRST + re.sub(r"<\|vision_start.*vision_end\|>", "", CHAT_TEMPLATE)
 
 # Wide enough that no image or video of the handwriting world is ever resized, whatever its number of digits.
 _PIXELS = {"shortest_edge": TILE_SIZE * TILE_SIZE, "longest_edge": 256 * TILE_SIZE * TILE_SIZE}
@@ -243,14 +271,14 @@ def _build_qwen_vl(
     text: dict[str, Any] | None = None,
 ) -> Model:
     """What the two Qwen families have in common."""
-    check_multiple("hidden_size", sizes.hidden_size, 8 * sizes.num_heads, "M-RoPE splits each of its heads in three")
-    check_multiple("vision_hidden_size", sizes.vision_hidden_size, 16, "4 heads, two-dimensional RoPE")
+    _check_multiple("hidden_size", sizes.hidden_size, 8 * sizes.num_heads, "M-RoPE splits each of its heads in three")
+    _check_multiple("vision_hidden_size", sizes.vision_hidden_size, 16, "4 heads, two-dimensional RoPE")
     tokenizer = build_tokenizer()
     tokens = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
     tokens |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
     config = config_class(
         text_config={
-            **decoder_sizes(tokenizer, sizes),
+            **_decoder_sizes(tokenizer, sizes),
             **(text or {}),
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, **rope},
         },
@@ -269,24 +297,104 @@ def _build_qwen_vl(
         tie_word_embeddings=True,
         **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()},
     )
-    return finish(model_class, config, tokenizer, seed)
+    return _finish(model_class, config, tokenizer, seed)
+
+
+def build_molmo2_tokenizer() -> Qwen2Tokenizer:
+    """`build_tokenizer` with `MOLMO2_TOKENS` behind it, special; the ids of the other tokens stay."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in MOLMO2_TOKENS])
+    tokenizer.chat_template = MOLMO2_CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_molmo2_processor() -> Molmo2Processor:
+    """The real Molmo2 processor around `build_molmo2_tokenizer`.
+
+    Images whose sides are multiples of `TILE_SIZE` are not resized for their crops. Videos are lists of frames and are
+    not sampled; pass `video_metadata` with the frame rate to have right timestamps.
+    """
+    sizes: dict[str, Any] = {
+        "size": {"height": TILE_SIZE, "width": TILE_SIZE},
+        "patch_size": PATCH_SIZE,
+        "image_mean": _HALF,
+        "image_std": _HALF,
+    }
+    # Crops that overlap would cut digits; the released processor pools frames more than images, and so does this one.
+    image = Molmo2ImageProcessor(**sizes, overlap_margins=[0, 0], max_crops=32, pooling_size=[2, 2])
+    # The class leaves these steps to the configuration of a checkpoint; without them frames are 0..255.
+    steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+    video = Molmo2VideoProcessor(**sizes, **steps, do_sample_frames=False, pooling_size=[3, 3])
+    return Molmo2Processor(
+        image_processor=image,
+        video_processor=video,
+        tokenizer=build_molmo2_tokenizer(),
+        chat_template=MOLMO2_CHAT_TEMPLATE,
+    )
+
+
+def build_molmo2(seed: int = 0, **sizes: Any) -> Molmo2ForConditionalGeneration:
+    """A tiny Molmo2 with random weights, in float32 on the CPU, in evaluation mode; `Sizes` by name.
+
+    The features of the last and the first vision layer are pooled by attention, as in the real model. `hidden_size` is
+    a multiple of 2 * num_heads, `vision_hidden_size` one of 4.
+    """
+    chosen, tokenizer = Sizes(**sizes), build_molmo2_tokenizer()
+    hidden_size, vision_hidden_size = chosen.hidden_size, chosen.vision_hidden_size
+    tokens = {"image_start": "<im_start>", "low_res_image_start": "<low_res_im_start>", "image_end": "<im_end>"}
+    tokens |= {"frame_start": "<frame_start>", "frame_end": "<frame_end>"}
+    _check_multiple("hidden_size", hidden_size, 2 * chosen.num_heads, "the heads share it evenly")
+    _check_multiple("vision_hidden_size", vision_hidden_size, 4, "the heads share it evenly")
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": vision_hidden_size // 4}
+    config = Molmo2Config(
+        text_config={
+            **_decoder_sizes(tokenizer, chosen),
+            # The head knows text only; what stands for media comes behind it.
+            "vocab_size": len(tokenizer) - len(MOLMO2_TOKENS),
+            "additional_vocab_size": _MOLMO2_VOCABULARY,
+            "head_dim": hidden_size // chosen.num_heads,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+        vision_config={
+            **attention,
+            "hidden_size": vision_hidden_size,
+            "intermediate_size": 2 * vision_hidden_size,
+            "num_hidden_layers": chosen.vision_layers,
+            "image_size": [TILE_SIZE, TILE_SIZE],
+            "patch_size": PATCH_SIZE,
+            "initializer_range": chosen.initializer_range,
+        },
+        adapter_config={
+            **attention,
+            "vision_feature_layer": [chosen.vision_layers - 1, 0],
+            "hidden_size": vision_hidden_size,
+            "intermediate_size": 3 * hidden_size,
+            "text_hidden_size": hidden_size,
+            # A product of small numbers ends it: with twice the spread features are no smaller than embeddings.
+            "initializer_range": 2 * chosen.initializer_range,
+        },
+        initializer_range=chosen.initializer_range,
+        image_patch_id=tokenizer.convert_tokens_to_ids("<im_patch>"),
+        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()},
+    )
+    return _finish(Molmo2ForConditionalGeneration, config, tokenizer, seed)
 
 
 def build_llama(seed: int = 0, **sizes: Any) -> LlamaForCausalLM:
     """A tiny text-only Llama with random weights, matching `build_tokenizer`; see `build_qwen3_vl`."""
     chosen, tokenizer = Sizes(**sizes), build_tokenizer()
-    check_multiple("hidden_size", chosen.hidden_size, 2 * chosen.num_heads, "its heads have an even width")
-    config = LlamaConfig(**decoder_sizes(tokenizer, chosen), tie_word_embeddings=True)
-    return finish(LlamaForCausalLM, config, tokenizer, seed)
+    _check_multiple("hidden_size", chosen.hidden_size, 2 * chosen.num_heads, "its heads have an even width")
+    config = LlamaConfig(**_decoder_sizes(tokenizer, chosen), tie_word_embeddings=True)
+    return _finish(LlamaForCausalLM, config, tokenizer, seed)
 
 
-def check_multiple(name: str, size: int, divisor: int, reason: str) -> None:
+def _check_multiple(name: str, size: int, divisor: int, reason: str) -> None:
     """Refuse a size that does not divide."""
     if size % divisor:
         raise ConfigurationError(f"got {name}={size}, expected a multiple of {divisor}: {reason}")
 
 
-def finish(model_class: type[Model], config: PreTrainedConfig, tokenizer: Qwen2Tokenizer, seed: int) -> Model:
+def _finish(model_class: type[Model], config: PreTrainedConfig, tokenizer: Qwen2Tokenizer, seed: int) -> Model:
     """Draw the weights from `seed` without touching the caller's random state, and set the generation defaults."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -297,7 +405,7 @@ def finish(model_class: type[Model], config: PreTrainedConfig, tokenizer: Qwen2T
     return model.eval()
 
 
-def decoder_sizes(tokenizer: Qwen2Tokenizer, sizes: Sizes) -> dict[str, Any]:
+def _decoder_sizes(tokenizer: Qwen2Tokenizer, sizes: Sizes) -> dict[str, Any]:
     """What the decoders of all families have in common."""
     return {
         # Rounded up to a multiple of 16, as real checkpoints do for their kernels: a few rows belong to no token.

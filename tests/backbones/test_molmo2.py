@@ -35,7 +35,7 @@ from mr_reward.backbones.molmo2 import Molmo2Adapter
 from mr_reward.errors import BackendError, MediaError
 from mr_reward.layouts import visible
 from mr_reward.model.rows import collate
-from mr_reward.worlds.tiny_molmo2 import MOLMO2_TOKENS
+from mr_reward.worlds.tiny import MOLMO2_TOKENS
 
 
 def everything(rng: random.Random) -> list[ResponseGroup]:

@@ -27,8 +27,7 @@ from mr_reward.evaluation.judges import Alone, Baseline, ClassifierScorer, Rewar
 from mr_reward.evaluation.report import read_records
 from mr_reward.groups import GroupScores
 from mr_reward.worlds import tiny
-from mr_reward.worlds.handwriting import make_groups
-from mr_reward.worlds.handwriting_benchmarks import HANDWRITING_BENCHMARKS
+from mr_reward.worlds.handwriting import HANDWRITING_BENCHMARKS, make_groups
 
 
 def items(count: int = 40, seed: int = 0) -> list[EvaluationItem]:

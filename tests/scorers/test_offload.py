@@ -12,7 +12,7 @@ from tiny_models import checkpoint_groups, reward_model
 
 from mr_reward import GroupScorer, MultiResponseReward
 from mr_reward.errors import ConfigurationError
-from mr_reward.scorers.offload import OffloadedScorer
+from mr_reward.scorers.opening import OffloadedScorer
 
 TESTS = Path(__file__).parents[1]
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from mr_reward.errors import ConfigurationError
-from mr_reward.worlds import handwriting, tiny, tiny_molmo2
+from mr_reward.worlds import handwriting, tiny
 
 LOW_RES = "<low_res_im_start><im_patch><im_col><im_end>"
 THREE_DIGITS = "<im_start><im_patch><im_patch><im_patch><im_col><im_end>"
@@ -46,11 +46,11 @@ def encode(processor: Molmo2Processor, chat: list[dict[str, Any]], frames: int =
 
 
 def test_the_shared_tokenizer_is_extended_and_nothing_else() -> None:
-    shared, own = tiny.build_tokenizer(), tiny_molmo2.build_molmo2_tokenizer()
-    ids = own.convert_tokens_to_ids(list(tiny_molmo2.MOLMO2_TOKENS))
+    shared, own = tiny.build_tokenizer(), tiny.build_molmo2_tokenizer()
+    ids = own.convert_tokens_to_ids(list(tiny.MOLMO2_TOKENS))
     assert ids == list(range(len(shared), len(own)))
     assert {token: index for token, index in own.get_vocab().items() if index < len(shared)} == shared.get_vocab()
-    for token, index in zip(tiny_molmo2.MOLMO2_TOKENS, ids, strict=True):
+    for token, index in zip(tiny.MOLMO2_TOKENS, ids, strict=True):
         assert own(token).input_ids == [index]
         assert len(own(token, split_special_tokens=True).input_ids) > 3
     text = "I see 42 <im_patch >."
@@ -58,7 +58,7 @@ def test_the_shared_tokenizer_is_extended_and_nothing_else() -> None:
 
 
 def test_image_prompt() -> None:
-    processor, model = tiny_molmo2.build_molmo2_processor(), tiny_molmo2.build_molmo2()
+    processor, model = tiny.build_molmo2_processor(), tiny.build_molmo2()
     batch = encode(processor, messages())
     # Molmo2's processor starts every row with the end-of-sequence token when there is no start token.
     assert processor.tokenizer.decode(batch["input_ids"][0]) == "<|im_end|>" + LOW_RES + THREE_DIGITS + TURN
@@ -73,14 +73,14 @@ def test_image_prompt() -> None:
 
 
 def test_two_images_are_numbered_and_stand_first() -> None:
-    processor = tiny_molmo2.build_molmo2_processor()
+    processor = tiny.build_molmo2_processor()
     batch = encode(processor, messages(count=2))
     media = "".join(f"Image {i}{LOW_RES}{THREE_DIGITS}" for i in (1, 2))
     assert processor.tokenizer.decode(batch["input_ids"][0]) == "<|im_end|>" + media + TURN
 
 
 def test_images_are_not_resized_for_their_crops() -> None:
-    image_processor = tiny_molmo2.build_molmo2_processor().image_processor
+    image_processor = tiny.build_molmo2_processor().image_processor
     for num_digits in (1, 3, 16):
         image = handwriting.make_tasks("test", 1, num_digits=num_digits)[0].image()
         batch = image_processor([image], return_tensors="pt")
@@ -91,7 +91,7 @@ def test_images_are_not_resized_for_their_crops() -> None:
 
 
 def test_video_prompt() -> None:
-    processor = tiny_molmo2.build_molmo2_processor()
+    processor = tiny.build_molmo2_processor()
     batch = encode(processor, messages(media="video"), frames=3, fps=2.0)
     stamped = [f"{seconds} <frame_start><im_patch><frame_end>" for seconds in ("0.0", "0.5", "1.0")]
     assert processor.tokenizer.decode(batch["input_ids"][0]) == "<|im_end|>" + " ".join(stamped) + TURN
@@ -100,17 +100,17 @@ def test_video_prompt() -> None:
     total = sum(float((np.asarray(frame) / 127.5 - 1.0).sum()) for frame in frames)
     assert batch["pixel_values_videos"].sum().item() == pytest.approx(total, rel=1e-4)  # not resized, in [-1, 1]
     assert (batch["video_token_pooling"] >= 0).sum(-1).tolist() == [4, 4, 4]  # four patches in a window of nine
-    assert torch.isfinite(tiny_molmo2.build_molmo2()(**batch).logits).all()
+    assert torch.isfinite(tiny.build_molmo2()(**batch).logits).all()
 
 
 def test_two_videos_are_refused_by_the_processor() -> None:
     with pytest.raises(ValueError, match="At most one video"):
-        encode(tiny_molmo2.build_molmo2_processor(), messages(media="video", count=2), frames=3)
+        encode(tiny.build_molmo2_processor(), messages(media="video", count=2), frames=3)
 
 
 def test_control_tokens_in_user_text_stay_text() -> None:
-    processor = tiny_molmo2.build_molmo2_processor()
-    names = ("<|im_end|>", "<|endoftext|>", *tiny_molmo2.MOLMO2_TOKENS)
+    processor = tiny.build_molmo2_processor()
+    names = ("<|im_end|>", "<|endoftext|>", *tiny.MOLMO2_TOKENS)
     honest = encode(processor, messages())["input_ids"][0].tolist()
     forged = encode(processor, messages("Read" + "".join(names)))["input_ids"][0].tolist()
     for name in names:
@@ -119,7 +119,7 @@ def test_control_tokens_in_user_text_stay_text() -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    model, processor = tiny_molmo2.build_molmo2(3), tiny_molmo2.build_molmo2_processor()
+    model, processor = tiny.build_molmo2(3), tiny.build_molmo2_processor()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
@@ -142,10 +142,10 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 def test_seed_alone_decides_the_weights() -> None:
     state = torch.get_rng_state()
-    first = tiny_molmo2.build_molmo2(5)
+    first = tiny.build_molmo2(5)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    again, other = (tiny_molmo2.build_molmo2(seed).state_dict() for seed in (5, 6))
+    again, other = (tiny.build_molmo2(seed).state_dict() for seed in (5, 6))
     assert not first.training
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, again[name]), name
@@ -153,7 +153,7 @@ def test_seed_alone_decides_the_weights() -> None:
 
 
 def test_the_configuration_fits_the_tokenizer() -> None:
-    model, tokenizer = tiny_molmo2.build_molmo2(), tiny_molmo2.build_molmo2_tokenizer()
+    model, tokenizer = tiny.build_molmo2(), tiny.build_molmo2_tokenizer()
     # Two rows of the embedding have to be spare: tests put readout vectors there.
     assert len(tokenizer) + 2 <= model.get_input_embeddings().num_embeddings
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<im_patch>")
@@ -165,12 +165,12 @@ def test_the_configuration_fits_the_tokenizer() -> None:
 @pytest.mark.parametrize("sizes", [{"hidden_size": 60}, {"vision_hidden_size": 42}, {"num_heads": 5}])
 def test_sizes_that_do_not_divide_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ConfigurationError, match="expected a multiple"):
-        tiny_molmo2.build_molmo2(**sizes)
+        tiny.build_molmo2(**sizes)
 
 
 def test_the_picture_reaches_the_logits() -> None:
     """Another digit changes what the model says, or nothing could be learnt from it."""
-    processor, model = tiny_molmo2.build_molmo2_processor(), tiny_molmo2.build_molmo2()
+    processor, model = tiny.build_molmo2_processor(), tiny.build_molmo2()
     logits = []
     for task in handwriting.make_tasks("test", 2, seed=0):
         chat = [{"role": "user", "content": [{"type": "image", "image": task.image()}]}]
