@@ -152,8 +152,8 @@ MUTATIONS = [
     Mutation(
         "orders are not undone",
         "mr_reward.GroupScorer",
-        "truncated=row.truncated[0]).undo_order(order)",
-        "truncated=row.truncated[0])",
+        "GroupScores(scores=tuple(scores), truncated=row.truncated[0]).undo_order(order)",
+        "GroupScores(scores=tuple(scores), truncated=row.truncated[0])",
         "tests/model/test_scorer.py",
     ),
     Mutation(
