@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 from mr_reward.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from mr_reward.grpo.group_log import GroupLog
     from mr_reward.grpo.groups import plan_groups
     from mr_reward.grpo.reward import MultiResponseReward
+    from mr_reward.grpo.telemetry import GroupLog
 
 __all__ = ["GroupLog", "MultiResponseReward", "plan_groups"]
 
 __getattr__ = lazy_exports(
-    __name__, {"GroupLog": "group_log", "MultiResponseReward": "reward", "plan_groups": "groups"}
+    __name__, {"GroupLog": "telemetry", "MultiResponseReward": "reward", "plan_groups": "groups"}
 )

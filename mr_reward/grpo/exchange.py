@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -10,19 +9,6 @@ from typing import Any
 import torch.distributed as dist
 
 from mr_reward.errors import PeerRankError
-
-__all__ = ["Exchange", "Phase"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    rank: int
-    at: str | None
-    cause: str
-
-    def __str__(self) -> str:
-        where = f" at {self.at}" if self.at else ""
-        return f"rank {self.rank}{where}: {self.cause}"
 
 
 class Exchange:
@@ -107,8 +93,9 @@ class Phase:
             return  # Ctrl-C or sys.exit: this process ends now, and the others notice the closed connection
         failure = None
         if exc is not None:
+            where = f" at {self.at}" if self.at else ""
             said = " ".join([str(exc), *getattr(exc, "__notes__", [])])
-            failure = _Failure(self._exchange.rank, self.at, f"{type(exc).__name__}: {said}")
+            failure = f"rank {self._exchange.rank}{where}: {type(exc).__name__}: {said}"
             exc.add_note(f"mr_reward: failed while {self._description}, {failure}")
         records = self._exchange.all_gather_objects((failure, None if failure else self.payload))
         if exc is not None:
@@ -117,7 +104,6 @@ class Phase:
         if failures:
             raise PeerRankError(
                 f"rank {self._exchange.rank} stops because {len(failures)} of {len(records)} ranks failed while "
-                f"{self._description}; fix the cause below, this rank had none of its own.\n"
-                + "\n".join(str(other) for other in failures)
+                f"{self._description}; fix the cause below, this rank had none of its own.\n" + "\n".join(failures)
             )
         self.gathered = [payload for _, payload in records]

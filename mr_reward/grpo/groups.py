@@ -1,4 +1,5 @@
-"""Rollouts -> groups: what is read from the rows that a trainer hands over, and which rank scores which group.
+"""Rollouts -> groups: what is read from the rows that a trainer hands over, how many of them are a group, and which
+rank scores which group.
 
 Pure, no collectives. Words: a *row* is one rollout; the *owner* of a group is the rank that scores it, a *holder* one
 that holds at least one row of it; a *straddling* group has more than one holder. The owner is always a holder, because
@@ -9,15 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mr_reward.errors import GroupAssemblyError, GroupError
+from mr_reward.errors import ConfigurationError, GroupAssemblyError, GroupError
 from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import DecodedImages
-
-__all__ = ["PlannedGroup", "RolloutRow", "completion_text", "plan_groups", "prompt_fingerprint", "read_rollouts"]
 
 Completion = str | Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -84,6 +83,39 @@ def read_rollouts(
             last = prompt, _hashed(prompt)
         rows.append(RolloutRow(last[1], group.responses[0]))
     return groups, rows
+
+
+def group_size(log_metric: Callable[..., None] | None, num_generations: int, num_generations_eval: int) -> int:
+    """How many rows a group has in this call: training and evaluation may differ, and TRL does not say which it is.
+
+    The rows do not tell it apart safely (two neighbouring groups of one prompt look like one of twice the size), so
+    the trainer is asked: `log_metric`, which TRL hands to reward functions, is a method of it. What it says is also
+    held against what the reward was given, in the first call already, not only when the first evaluation comes.
+    """
+    trainer = getattr(log_metric, "__self__", None)
+    configured = tuple(getattr(trainer, name, None) for name in ("num_generations", "num_generations_eval"))
+    if any(number is None for number in configured):
+        if num_generations == num_generations_eval:
+            return num_generations
+        raise ConfigurationError(
+            f"got num_generations={num_generations} and num_generations_eval={num_generations_eval}, but the caller "
+            "is no GRPOTrainer or RLOOTrainer that could say whether this is training or evaluation; pass "
+            "the trainer's own log_metric, or make one MultiResponseReward for each size"
+        )
+    if configured != (num_generations, num_generations_eval):
+        raise ConfigurationError(
+            f"MultiResponseReward has num_generations={num_generations} and "
+            f"num_generations_eval={num_generations_eval}, but the trainer generates {configured[0]} completions per "
+            f"prompt in training and {configured[1]} in evaluation; make it with MultiResponseReward(..., "
+            f"num_generations={configured[0]}, num_generations_eval={configured[1]})"
+        )
+    return num_generations_eval if is_evaluating(log_metric) else num_generations
+
+
+def is_evaluating(log_metric: Callable[..., None] | None) -> bool:
+    """Whether the trainer that calls a reward is evaluating: its model's mode tells it. Without a trainer, no."""
+    model: Any = getattr(getattr(log_metric, "__self__", None), "model", None)
+    return model is not None and not model.training
 
 
 def plan_groups(rows_by_rank: Sequence[Sequence[RolloutRow]], num_generations: int) -> list[PlannedGroup]:

@@ -9,6 +9,7 @@ import math
 import os
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -16,13 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.data.groups_file import ScoredGroup
-from mr_reward.errors import ConfigurationError
+from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.groups import GroupScores, ResponseGroup
-from mr_reward.grpo.agreement import check_same_weights, group_size, is_evaluating
 from mr_reward.grpo.exchange import Exchange
-from mr_reward.grpo.group_log import GroupLog
-from mr_reward.grpo.groups import Completion, PlannedGroup, Prompt, plan_groups, read_rollouts
-from mr_reward.grpo.telemetry import describe_rows, measure
+from mr_reward.grpo.groups import (
+    Completion,
+    PlannedGroup,
+    Prompt,
+    group_size,
+    is_evaluating,
+    plan_groups,
+    read_rollouts,
+)
+from mr_reward.grpo.telemetry import GroupLog, describe_rows, measure
 from mr_reward.model.rows import OVER_LENGTH_POLICIES
 from mr_reward.scorers.opening import is_url, open_scorer
 
@@ -31,8 +38,6 @@ if TYPE_CHECKING:
 
     from mr_reward.groups import Scorer
     from mr_reward.model.model import MultiResponseRewardModel
-
-__all__ = ["REWARD_TRANSFORMS", "MultiResponseReward", "reward_transform"]
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +191,6 @@ class MultiResponseReward:
         self.num_generations = num_generations
         self.num_generations_eval = num_generations_eval
         self.reward = reward
-        options = {name: given[name] for name in _SCORER_OPTIONS}
         self.last_scored: list[ScoredGroup] = []
         self._group_log = group_log
         self._scorer: Scorer
@@ -194,7 +198,7 @@ class MultiResponseReward:
             if model is None or is_url(model):
                 got = "neither a model nor a server" if model is None else f"the URL {model} as the model"
                 raise ConfigurationError(f"got {got}; give the folder of a reward model, or a URL as server")
-            self._scorer = open_scorer(model, **options)
+            self._scorer = open_scorer(model, **{name: given[name] for name in _SCORER_OPTIONS})
         else:
             # What a scoring server has decided when it was started cannot be asked of it.
             defaults = inspect.signature(MultiResponseReward).parameters
@@ -237,10 +241,10 @@ class MultiResponseReward:
             MediaError: media are missing or unreadable.
             PeerRankError: another rank failed.
         """
-        state = kwargs.get("trainer_state")
-        prefix = f"step {state.global_step} " if state is not None else ""
+        state, log_metric, log_extra = (kwargs.get(name) for name in ("trainer_state", "log_metric", "log_extra"))
+        step = None if state is None else state.global_step
         with self._exchange.fail_together("reading the rollouts") as phase:
-            size = group_size(kwargs.get("log_metric"), self.num_generations, self.num_generations_eval)
+            size = group_size(log_metric, self.num_generations, self.num_generations_eval)
             local, rows = read_rollouts(prompts, completions, kwargs)
             phase.payload = rows, "" if self._ranks_agree else self._weights_digest()
         rows_by_rank = [rows for rows, _ in phase.gathered]
@@ -252,20 +256,21 @@ class MultiResponseReward:
         rank = self._exchange.rank
         with self._exchange.fail_together("scoring") as phase:
             own = [group for group in plan if group.owner == rank]
+            prefix = "" if step is None else f"step {step} "
             phase.at = _name_groups(prefix, own)
-            phase.payload = self._score(own, local, prefix, None if state is None else state.global_step)
+            phase.payload = self._score(own, local, prefix, step)
             if self._group_log is not None:
-                step, evaluating = 0 if state is None else state.global_step, is_evaluating(kwargs.get("log_metric"))
-                self._group_log.write(self.last_scored, step=step, rank=rank, evaluating=evaluating)
+                evaluating = is_evaluating(log_metric)
+                self._group_log.write(self.last_scored, step=step or 0, rank=rank, evaluating=evaluating)
         by_index = {index: result for scored, _ in phase.gathered for index, result in scored.items()}
         results = [by_index[group.index] for group in plan]
 
-        if (log_metric := kwargs.get("log_metric")) is not None:
+        if log_metric is not None:
             for key, value in measure(plan, results, math.fsum(seconds for _, seconds in phase.gathered)).items():
                 log_metric(key, value)
         start = sum(len(rows) for rows in rows_by_rank[:rank])
         mine = slice(start, start + len(local))
-        if (log_extra := kwargs.get("log_extra")) is not None:
+        if log_extra is not None:
             for name, column in describe_rows(plan, results).items():
                 log_extra(name, column[mine])
         return [value for result in results for value in self._rewards(result)][mine]
@@ -292,17 +297,13 @@ class MultiResponseReward:
         for group, result in zip(groups, results, strict=True):
             if result.scores is None:
                 logger.warning("%s gets no reward: %s", group.id, result.drop_reason)
-        self.last_scored = [
-            ScoredGroup(group=group, result=result, rewards=tuple(self._rewards(result)), step=step)
-            for group, result in zip(groups, results, strict=True)
-        ]
+            rewards = tuple(self._rewards(result))
+            self.last_scored.append(ScoredGroup(group=group, result=result, rewards=rewards, step=step))
         return {planned.index: result for planned, result in zip(own, results, strict=True)}, seconds
 
     def _rewards(self, result: GroupScores) -> list[float | None]:
         """N rewards of a group; None for each if it was dropped."""
-        if result.scores is None:
-            return [None] * len(result.truncated)
-        return [*self._transform(result.scores)]
+        return [None] * len(result.truncated) if result.scores is None else [*self._transform(result.scores)]
 
 
 def _name_groups(prefix: str, groups: Sequence[PlannedGroup]) -> str | None:
@@ -312,3 +313,23 @@ def _name_groups(prefix: str, groups: Sequence[PlannedGroup]) -> str | None:
     listed = ", ".join(str(group.index) for group in groups[:8])
     more = f" and {len(groups) - 8} more" if len(groups) > 8 else ""
     return f"{prefix}group{'s' if len(groups) > 1 else ''} {listed}{more}"
+
+
+def check_same_weights(digests: Sequence[str]) -> None:
+    """Refuse ranks with different reward models, by their checksums; every rank sees the same list, so all raise."""
+    if len(set(digests)) <= 1:
+        return
+    ranks_by_digest: defaultdict[str, list[str]] = defaultdict(list)
+    for rank, digest in enumerate(digests):
+        ranks_by_digest[digest].append(str(rank))
+    found = "; ".join(
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}: {digest}"
+        for digest, ranks in ranks_by_digest.items()
+    )
+    raise CheckpointError(
+        f"the ranks hold different reward models (checksums of the weights: {found}), expected the same weights "
+        "everywhere. Either the folder differs from machine to machine, or the model was loaded while a DeepSpeed "
+        "ZeRO-3 configuration was alive (set_zero3_state gives random weights on every rank but 0), or a new head was "
+        "drawn with a different seed on each rank; give MultiResponseReward the folder itself and it keeps out of "
+        "ZeRO-3's way, or load the model inside mr_reward.checkpoint.zero3.outside_zero3()"
+    )

@@ -1,6 +1,6 @@
-"""Metrics and table columns of one reward call.
+"""What a reward call leaves to look at: metrics, columns of the completions table, and its groups as files.
 
-Every rank computes them from the same gathered data, so all ranks log the same.
+Every rank computes metrics and columns from the same gathered data, so all ranks log the same.
 """
 
 from __future__ import annotations
@@ -8,26 +8,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from mr_reward.data.groups_file import ScoredGroup, write_scored
+from mr_reward.errors import ConfigurationError
 from mr_reward.groups import GroupScores, dense_ranks
 from mr_reward.grpo.groups import PlannedGroup
 
-__all__ = ["COLUMN_KEYS", "METRIC_KEYS", "describe_rows", "measure", "repeated_share"]
-
-METRIC_KEYS = (
-    "mr_reward/score_mean",
-    "mr_reward/score_spread",
-    "mr_reward/zero_spread_groups",
-    "mr_reward/straddling_groups",
-    "mr_reward/dropped_groups",
-    "mr_reward/truncated_responses",
-    "mr_reward/duplicate_responses",
-    "mr_reward/repeated_text",
-    "mr_reward/score_length_correlation",
-    "mr_reward/order_flip_rate",
-    "mr_reward/ms_per_group",
-)
 COLUMN_KEYS = (
     "mr_reward_group",
     "mr_reward_score",
@@ -39,7 +27,7 @@ COLUMN_KEYS = (
 
 
 def measure(plan: Sequence[PlannedGroup], results: Sequence[GroupScores], seconds: float) -> dict[str, float]:
-    """All metrics of one call, `METRIC_KEYS` -> value.
+    """All metrics of one call, by their names in TRL's log.
 
     `score_mean` is over all scored responses, before any transform. `score_spread` is the mean within-group standard
     deviation (with Bessel's correction, as TRL's `reward_std`). `zero_spread_groups` is the share of scored groups
@@ -55,20 +43,22 @@ def measure(plan: Sequence[PlannedGroup], results: Sequence[GroupScores], second
     there is nothing else.
     """
     scored = [(group, result.scores) for group, result in zip(plan, results, strict=True) if result.scores is not None]
-    values = (
-        _mean(score for _, scores in scored for score in scores),
-        _mean(statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in scored),
-        _mean(float(min(scores) == max(scores)) for _, scores in scored),
-        _mean(float(group.straddles) for group in plan),
-        float(len(plan) - len(scored)),
-        float(sum(sum(result.truncated) for result in results)),
-        _mean(1.0 - len(set(group.responses)) / len(group.responses) for group in plan),
-        _mean(repeated_share(response) for group in plan for response in group.responses),
-        _mean(_length_correlations(scored)),
-        _mean(result.order_flip_rate for result in results if result.order_flip_rate is not None),
-        1000.0 * seconds / len(plan) if plan else math.nan,
-    )
-    return dict(zip(METRIC_KEYS, values, strict=True))
+    spreads = (statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in scored)
+    duplicates = (1.0 - len(set(group.responses)) / len(group.responses) for group in plan)
+    flips = (result.order_flip_rate for result in results if result.order_flip_rate is not None)
+    return {
+        "mr_reward/score_mean": _mean(score for _, scores in scored for score in scores),
+        "mr_reward/score_spread": _mean(spreads),
+        "mr_reward/zero_spread_groups": _mean(float(min(scores) == max(scores)) for _, scores in scored),
+        "mr_reward/straddling_groups": _mean(float(group.straddles) for group in plan),
+        "mr_reward/dropped_groups": float(len(plan) - len(scored)),
+        "mr_reward/truncated_responses": float(sum(sum(result.truncated) for result in results)),
+        "mr_reward/duplicate_responses": _mean(duplicates),
+        "mr_reward/repeated_text": _mean(repeated_share(text) for group in plan for text in group.responses),
+        "mr_reward/score_length_correlation": _mean(_length_correlations(scored)),
+        "mr_reward/order_flip_rate": _mean(flips),
+        "mr_reward/ms_per_group": 1000.0 * seconds / len(plan) if plan else math.nan,
+    }
 
 
 def describe_rows(plan: Sequence[PlannedGroup], results: Sequence[GroupScores]) -> dict[str, list[Any]]:
@@ -120,3 +110,42 @@ def _length_correlations(scored: Iterable[tuple[PlannedGroup, tuple[float, ...]]
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return statistics.fmean(values) if values else math.nan
+
+
+METRIC_KEYS = tuple(measure([], [], 0.0))
+
+
+class GroupLog:
+    """Writes the groups that a rank has scored to `step_00005.rank0.jsonl`, in an evaluation `eval_step_...`.
+
+    A file holds all groups of a step, whatever the number of reward calls, and appears when it is whole. A run that is
+    resumed writes the files of the steps that it repeats again. Images lie beside a file, each once.
+
+    Args:
+        folder: where to write; `mr-reward inspect` looks for `groups` in the output folder of a run.
+        every: write the steps that are a multiple of it; an evaluation is always written.
+
+    Raises:
+        ConfigurationError: `every` is no whole number from 1 on.
+
+    Example:
+        >>> reward = MultiResponseReward("rm", 8, group_log=GroupLog("out/groups", every=20))  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: str | Path, *, every: int = 1) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ConfigurationError(f"every is {every!r}, expected a whole number from 1 on: log each so many steps")
+        self.folder = Path(folder)
+        self.every = every
+        self._path: Path | None = None
+        self._groups: list[ScoredGroup] = []
+
+    def write(self, groups: Sequence[ScoredGroup], *, step: int, rank: int, evaluating: bool) -> None:
+        """Write the groups that this rank has scored in a reward call, after `step` optimizer steps."""
+        if not groups or not (evaluating or step % self.every == 0):
+            return
+        path = self.folder / f"{'eval_' if evaluating else ''}step_{step:05d}.rank{rank}.jsonl"
+        if path != self._path:
+            self._path, self._groups = path, []
+        self._groups.extend(groups)
+        write_scored(self._groups, path)

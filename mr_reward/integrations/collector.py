@@ -12,8 +12,6 @@ from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.reward import reward_transform
 from mr_reward.serving.batcher import Batcher
 
-__all__ = ["GroupCollector", "Rollout", "group_of"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rollout:

@@ -15,8 +15,6 @@ from typing import Any
 from mr_reward.errors import GroupError
 from mr_reward.grpo.reward import MultiResponseReward
 
-__all__ = ["register", "to_prompt"]
-
 _IMAGE_TAG = "<image>"
 
 

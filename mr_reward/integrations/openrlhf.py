@@ -27,8 +27,6 @@ from mr_reward.scorers.wire import explain
 from mr_reward.serving.batcher import Batcher
 from mr_reward.serving.server import ServerLimits
 
-__all__ = ["build_collecting_app", "response_of"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -24,8 +24,6 @@ from mr_reward.grpo.reward import reward_transform
 from mr_reward.integrations.collector import Rollout, group_of
 from mr_reward.scorers.opening import open_scorer
 
-__all__ = ["compute_score", "compute_score_single"]
-
 
 def compute_score(
     data_sources: Sequence[str],

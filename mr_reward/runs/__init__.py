@@ -10,10 +10,5 @@ if TYPE_CHECKING:
 __all__ = ["PolicyValidation", "RunFigure", "WarningSigns"]
 
 __getattr__ = lazy_exports(
-    __name__,
-    {
-        "PolicyValidation": "callbacks",
-        "RunFigure": "callbacks",
-        "WarningSigns": "callbacks",
-    },
+    __name__, {"PolicyValidation": "callbacks", "RunFigure": "callbacks", "WarningSigns": "callbacks"}
 )

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rich.console import Console
 from rich.table import Table
@@ -26,8 +28,6 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.plots import plot_curves
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.reward import MultiResponseReward
-
-__all__ = ["PolicyValidation", "RunFigure", "WarningSigns", "plot_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ _VALIDATION_PANELS = {
     "within groups": ("eval_mr_reward/score_spread", "eval_mr_reward/score_length_correlation"),
     "responses": ("eval_mr_reward/duplicate_responses", "eval_mr_reward/repeated_text"),
 }
+_NOT_IN_A_LEGEND = re.compile(r"^(eval_)?(mr_reward/|rewards/)|/mean$")  # of a metric's name
 
 
 @dataclass
@@ -79,15 +80,15 @@ class WarningSigns:
     repeated_text: float = 0.5
     truths: Sequence[str] = ()
     fall: float = 0.05
-    _values: dict[str, list[float]] = field(default_factory=dict, init=False, repr=False)
+    _values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list), init=False, repr=False)
     _last_seen: dict[str, int] = field(default_factory=dict, init=False, repr=False)
     _count: int = field(default=0, init=False, repr=False)
 
     def update(self, logs: Mapping[str, object]) -> list[str]:
         """Take in one log of the trainer; the signs that are new, each a sentence that says what to look at."""
         for key, value in logs.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._values.setdefault(key, []).append(float(value))
+            if _is_number(value):
+                self._values[key].append(float(value))
         self._count += 1
         new = []
         for name, text in self._signs().items():
@@ -104,13 +105,13 @@ class WarningSigns:
                 f"scores follow length: within groups they correlate at {correlation:.2f} (limit "
                 f"{self.length_correlation}); check that longer is better here, and not only longer"
             )
-        start, now = self._start("completions/mean_length"), self._now("completions/mean_length")
+        start, now = self._start_and_now("completions/mean_length")
         if now > self.length_growth * start:
             signs["length_growth"] = (
                 f"completions have grown from {start:.0f} to {now:.0f} tokens in the mean; check that the reward "
                 "model does not pay for length"
             )
-        start, now = self._start("mr_reward/score_spread"), self._now("mr_reward/score_spread")
+        start, now = self._start_and_now("mr_reward/score_spread")
         if now < self.spread_collapse * start:
             signs["spread_collapse"] = (
                 f"the spread of the scores within groups has fallen from {start:.3g} to {now:.3g}; GRPO divides by "
@@ -125,9 +126,9 @@ class WarningSigns:
         repeated = self._now("mr_reward/repeated_text")
         if repeated > self.repeated_text:
             signs["repeated_text"] = f"{repeated:.0%} of the responses' text repeats itself; read the samples"
-        start, now = self._start("mr_reward/score_mean"), self._now("mr_reward/score_mean")
+        start, now = self._start_and_now("mr_reward/score_mean")
         for key in self.truths if now > start else ():
-            before, after = self._start(key), self._now(key)
+            before, after = self._start_and_now(key)
             if after < before - self.fall:
                 signs[key] = (
                     f"the mean score has risen from {start:.3g} to {now:.3g} while {key} has fallen from {before:.3g} "
@@ -135,13 +136,13 @@ class WarningSigns:
                 )
         return signs
 
-    def _start(self, key: str) -> float:
-        """Mean of the first window; NaN, with which no comparison holds, before a second one is full."""
-        values = self._values.get(key, [])
-        return statistics.fmean(values[: self.window]) if len(values) >= 2 * self.window else math.nan
+    def _start_and_now(self, key: str) -> tuple[float, float]:
+        """Means of the first and of the last window; NaN, with which no comparison holds, unless two are full."""
+        values = self._values[key]
+        return statistics.fmean(values[: self.window]) if len(values) >= 2 * self.window else math.nan, self._now(key)
 
     def _now(self, key: str) -> float:
-        values = self._values.get(key, [])
+        values = self._values[key]
         return statistics.fmean(values[-self.window :]) if len(values) >= self.window else math.nan
 
 
@@ -184,6 +185,7 @@ class PolicyValidation(TrainerCallback):
             raise ConfigurationError("the validation figure needs matplotlib; install mr-reward[eval]")
         self.reward = reward
         self.folder = Path(folder)
+        self._file = self.folder / "validation.jsonl"
         self.num_samples = num_samples
         self.signs = signs if signs is not None else WarningSigns()
         self.console = console if console is not None else Console()
@@ -220,30 +222,14 @@ class PolicyValidation(TrainerCallback):
         records.append({"step": state.global_step, **metrics, "warning_signs": self._pending})
         self._pending = []
         write_json_lines(self._file, records)
-        self._plot(records)
-        self._show_samples(state.global_step)
-
-    @property
-    def _file(self) -> Path:
-        return self.folder / "validation.jsonl"
-
-    def _read(self) -> list[dict[str, Any]]:
-        if not self._file.is_file():
-            return []
-        return [record for _, record in read_json_lines(self._file)]
-
-    def _plot(self, records: Sequence[Mapping[str, Any]]) -> None:
-        others = sorted(
-            {
-                key
-                for record in records
-                for key in record
-                if key.startswith("eval_rewards/") and key.endswith("/mean") and self.reward.__name__ not in key
-            }
-        )
-        panels = _panels(records, {**_VALIDATION_PANELS, "other rewards": others}, "eval_", "mr_reward/")
+        others = [key for key in _mean_rewards(records, "eval_rewards/") if self.reward.__name__ not in key]
+        panels = _panels(records, {**_VALIDATION_PANELS, "other rewards": others})
         if panels:
             plot_curves(panels, self.folder / "validation.png", title="held-out prompts")
+        self._show_samples(state.global_step)
+
+    def _read(self) -> list[dict[str, Any]]:
+        return [record for _, record in read_json_lines(self._file)] if self._file.is_file() else []
 
     def _show_samples(self, step: int) -> None:
         scored = [(found.group, found.scores) for found in self.reward.last_scored if found.scores is not None]
@@ -254,8 +240,8 @@ class PolicyValidation(TrainerCallback):
             ranked = sorted(zip(scores, group.responses, strict=True), key=lambda pair: -pair[0])
             lines += ["```text", json.dumps(_prompt_text(group), ensure_ascii=False)]
             for position, (score, response) in enumerate(ranked):
-                name = _shorten(_prompt_text(group), 60) if position == 0 else ""
-                table.add_row(_plain(name), f"{score:+.3f}", _plain(_shorten(response, 100)))
+                name = _prompt_text(group) if position == 0 else ""
+                table.add_row(_plain(name, 60), f"{score:+.3f}", _plain(response, 100))
                 lines.append(f"{score:+9.3f}  {json.dumps(response, ensure_ascii=False)}")
             lines += ["```", ""]
             table.add_section()
@@ -296,11 +282,7 @@ class RunFigure(TrainerCallback):
 
 def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> bool:
     """Draw what a run has logged (`trainer.state.log_history`) as a PNG file; False if there was nothing to draw."""
-    rewards = sorted(
-        {key for entry in log_history for key in entry if key.startswith("rewards/") and key.endswith("/mean")}
-    )
-    shown = {"rewards": rewards, **_TRAINING_PANELS}
-    panels = _panels(log_history, shown, "rewards/", "mr_reward/", suffix="/mean")
+    panels = _panels(log_history, {"rewards": _mean_rewards(log_history, "rewards/"), **_TRAINING_PANELS})
     if not panels:
         logger.warning("nothing was logged, so there is no figure %s; set logging_steps", path)
         return False
@@ -310,8 +292,12 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> bool
     return True
 
 
+def _mean_rewards(logs: Sequence[Mapping[str, Any]], prefix: str) -> list[str]:
+    return sorted({key for entry in logs for key in entry if key.startswith(prefix) and key.endswith("/mean")})
+
+
 def _panels(
-    logs: Sequence[Mapping[str, Any]], shown: Mapping[str, Sequence[str]], *prefixes: str, suffix: str = ""
+    logs: Sequence[Mapping[str, Any]], shown: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, tuple[tuple[float, ...], tuple[float, ...]]]]:
     """Title -> name of a curve -> its steps and values; what has no value is left out."""
     panels = {}
@@ -320,17 +306,14 @@ def _panels(
         for key in keys:
             points = [(entry["step"], entry[key]) for entry in logs if _is_number(entry.get(key))]
             if points:
-                name = key.removesuffix(suffix)
-                for prefix in prefixes:
-                    name = name.removeprefix(prefix)
                 steps, values = zip(*points, strict=True)
-                curves[name] = (steps, values)
+                curves[_NOT_IN_A_LEGEND.sub("", key)] = (steps, values)
         if curves:
             panels[title] = curves
     return panels
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -342,10 +325,8 @@ def _prompt_text(group: ResponseGroup) -> str:
     return " ".join(block["text"] if block["type"] == "text" else f"({block['type']})" for block in content)
 
 
-def _shorten(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _plain(text: str) -> Text:
-    """Text that the terminal shows as it is: no markup, no control characters."""
-    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text))
+def _plain(text: str, width: int) -> Text:
+    """Text that the terminal shows as it is, cut to a width: no markup, no control characters."""
+    shown = Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text))
+    shown.truncate(width, overflow="ellipsis")
+    return shown

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 from datasets import Dataset, load_dataset
@@ -17,25 +17,12 @@ from trl import GRPOConfig
 
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup
-from mr_reward.grpo.group_log import GroupLog
 from mr_reward.grpo.groups import read_rollouts
 from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
+from mr_reward.grpo.telemetry import GroupLog
 from mr_reward.model.rows import OVER_LENGTH_POLICIES
 from mr_reward.scorers.opening import DTYPES, PLACEMENTS
 from mr_reward.training.trainer import backend_for_deepspeed
-
-__all__ = [
-    "PolicyArguments",
-    "PolicyTrainingArguments",
-    "PromptSource",
-    "first_prompts",
-    "load_prompts",
-    "make_reward",
-    "other_rewards",
-    "scorer_options",
-    "truths",
-    "unread_data",
-]
 
 
 @dataclass(frozen=True)
@@ -186,9 +173,8 @@ def other_rewards(arguments: PolicyArguments, args: GRPOConfig) -> list[Callable
 
 def import_reward(path: str) -> Callable[..., Any]:
     """The reward function that an import path names; with () at its end, what that makes."""
-    module, _, name = path.removesuffix("()").rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = resolve_name(path.removesuffix("()"))
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(
             f"extra_reward_funcs: {path!r} cannot be imported ({error}); give module.function"

@@ -35,14 +35,6 @@ from trl import GRPOConfig
 
 from mr_reward.errors import ConfigurationError, GroupAssemblyError
 
-__all__ = [
-    "check_vllm_server",
-    "collapse_image_tokens",
-    "prepare_vllm_on_cpu",
-    "send_single_placeholders",
-    "vllm_server_url",
-]
-
 logger = logging.getLogger(__name__)
 
 _NEVER = -100.0  # added to a logit: the smallest that vLLM takes

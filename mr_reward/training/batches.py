@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,24 +27,10 @@ from mr_reward.metrics import ranking_metrics
 from mr_reward.model.rows import Packer, Rows, collate
 from mr_reward.templates.rendering import Renderer
 
-__all__ = [
-    "CheckedGroups",
-    "EvaluationGroups",
-    "GroupCollator",
-    "TrainingGroups",
-    "check_groups",
-    "evaluation_metrics",
-]
-
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class CheckedGroups:
-    """Groups that can be trained on."""
-
-    groups: list[ResponseGroup]
-    num_tokens: list[int]  # of each group's row, the longest one if responses are subsampled or added
+# Groups that can be trained on, each with the tokens of its row: of the longest one if responses are drawn or added.
+CheckedGroups = list[tuple[ResponseGroup, int]]
 
 
 def check_groups(
@@ -62,8 +48,7 @@ def check_groups(
     Training leaves out groups whose responses are all tied, which teach nothing. What is dropped or will be truncated
     is logged with its count; a prompt that fills the row by itself drops the group under `truncate_responses` too.
     """
-    kept: list[ResponseGroup] = []
-    num_tokens: list[int] = []
+    kept: CheckedGroups = []
     num_truncated = num_tied = num_dropped = 0
     for group in tqdm(groups, desc=f"checking {name} groups", disable=not show_progress):
         if group.rankings is None or group.num_responses < 2:
@@ -84,8 +69,7 @@ def check_groups(
         if row is None:
             num_dropped += 1
             continue
-        kept.append(group)
-        num_tokens.append(row.num_tokens)
+        kept.append((group, row.num_tokens))
         num_truncated += sum(row.truncated[0])
     if num_tied:
         logger.warning("%s: dropped %d of %d groups, all their responses are tied", name, num_tied, len(groups))
@@ -103,7 +87,7 @@ def check_groups(
             f"{name}: no group is left of {len(groups)} ({num_tied} all tied, {num_dropped} too long); "
             "raise max_tokens or give more data"
         )
-    return CheckedGroups(kept, num_tokens)
+    return kept
 
 
 class TrainingGroups(Dataset):
@@ -132,15 +116,12 @@ class TrainingGroups(Dataset):
             raise ConfigurationError(
                 f"got degenerate_negatives={degenerate_negatives}, expected a probability from 0 to 1"
             )
-        sizes = [len(source.groups) for source in sources]
-        counts = sizes
+        counts = sizes = [len(source) for source in sources]
         if weights is not None:
             per_weight = max(size / weight for size, weight in zip(sizes, weights, strict=True))
             counts = [round(per_weight * weight) for weight in weights]
         self._items = [
-            (source.groups[i % size], source.num_tokens[i % size])
-            for source, size, count in zip(sources, sizes, counts, strict=True)
-            for i in range(count)
+            source[i % len(source)] for source, count in zip(sources, counts, strict=True) for i in range(count)
         ]
         self.max_responses = max_responses
         self.degenerate_negatives = degenerate_negatives

@@ -19,16 +19,6 @@ from torch import Tensor
 
 from mr_reward.errors import ConfigurationError
 
-__all__ = [
-    "LOSSES",
-    "LossFunction",
-    "best_of_n_cross_entropy",
-    "centring_penalty",
-    "get_loss",
-    "pairwise_bradley_terry",
-    "plackett_luce",
-]
-
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(scores, rankings, mask) -> scalar loss."""
 

@@ -13,8 +13,6 @@ from safetensors import SafetensorError, safe_open
 
 from mr_reward.checkpoint.checksums import changed_file
 
-__all__ = ["incomplete_reason", "last_complete_checkpoint", "naming_a_full_disk", "which_checkpoint"]
-
 logger = logging.getLogger(__name__)
 
 _TORCH_SUFFIXES = {".bin", ".pt", ".pth"}

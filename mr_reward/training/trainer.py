@@ -39,8 +39,6 @@ from mr_reward.training.batches import (
 from mr_reward.training.losses import LossFunction, get_loss
 from mr_reward.training.saving import naming_a_full_disk, which_checkpoint
 
-__all__ = ["RewardTrainer", "RewardTrainingArguments", "backend_for_deepspeed"]
-
 logger = logging.getLogger(__name__)
 
 # Trained in full beside a LoRA adapter: both are new, an adapter on top of random weights could not learn them.
@@ -196,7 +194,7 @@ class RewardTrainer(Trainer):
 
         def evaluation_set(groups: Groups, name: str) -> EvaluationGroups:
             checked = check_groups(groups, eval_packer, name, training=False, show_progress=show_progress)
-            return EvaluationGroups(checked.groups, num_orders=args.eval_orders, seed=args.seed)
+            return EvaluationGroups([group for group, _ in checked], num_orders=args.eval_orders, seed=args.seed)
 
         evaluation: Any = None
         if isinstance(eval_dataset, Mapping):

@@ -15,7 +15,8 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from mr_reward import MultiResponseReward, MultiResponseRewardModel
 from mr_reward.checkpoint.digest import weights_digest
 from mr_reward.errors import CheckpointError, ConfigurationError
-from mr_reward.grpo.agreement import check_same_weights, group_size
+from mr_reward.grpo.groups import group_size
+from mr_reward.grpo.reward import check_same_weights
 from mr_reward.scorers.opening import open_scorer
 from mr_reward.worlds import tiny
 

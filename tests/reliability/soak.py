@@ -34,7 +34,7 @@ from tiny_models import random_image, random_text, reward_model
 
 from mr_reward import GroupScorer, MultiResponseReward
 from mr_reward.data.groups_file import read_scored
-from mr_reward.grpo.group_log import GroupLog
+from mr_reward.grpo.telemetry import GroupLog
 from mr_reward.scorers.remote import RemoteScorer
 
 SAME = 1e-5

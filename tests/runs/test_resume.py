@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from trl import GRPOConfig
 
 from mr_reward import MultiResponseRewardModel
-from mr_reward.runs.resume import checkpoint_to_resume, updates_per_generation
+from mr_reward.runs.launch import checkpoint_to_resume, updates_per_generation
 from mr_reward.training.saving import last_complete_checkpoint
 from mr_reward.worlds import tiny
 

@@ -18,8 +18,7 @@ from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel
 from mr_reward.data.groups_file import ScoredGroup, read_scored
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import GroupScores
-from mr_reward.grpo.group_log import GroupLog
-from mr_reward.grpo.telemetry import COLUMN_KEYS
+from mr_reward.grpo.telemetry import COLUMN_KEYS, GroupLog
 from mr_reward.runs.callbacks import RunFigure, plot_run
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import make_policy_rows, make_tasks

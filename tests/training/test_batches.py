@@ -30,7 +30,7 @@ def group(n: int, name: str = "g", ranks: list[int] | None = None, words: int = 
 
 
 def checked(*groups: ResponseGroup) -> CheckedGroups:
-    return CheckedGroups(list(groups), [10] * len(groups))
+    return [(group, 10) for group in groups]
 
 
 def packer(max_tokens: int = 4096, over_length: str = "error") -> Packer:
@@ -118,7 +118,7 @@ def test_mixture_has_the_asked_shares_and_loses_no_group() -> None:
     data = TrainingGroups([small, large], weights=[1, 3])
     names = Counter((item.id or "")[0] for item in data)
     assert names == {"s": 20, "l": 60}
-    assert {item.id for item in data} == {g.id for g in [*small.groups, *large.groups]}
+    assert {item.id for item in data} == {g.id for g, _ in [*small, *large]}
     repeats = {tuple(item.responses) for item in data if item.id == "s0"}
     assert len(repeats) == 2, "a repeated group comes in other orders"
     assert len(TrainingGroups([small, large])) == 65
@@ -144,9 +144,9 @@ def test_all_tied_groups_are_dropped_from_training_and_counted(caplog: pytest.Lo
     tied = group(3, ranks=[1, 1, 1])
     with caplog.at_level(logging.WARNING):
         kept = check_groups([group(3), tied], packer(), "training", show_progress=False)
-    assert len(kept.groups) == 1
+    assert len(kept) == 1
     assert "dropped 1 of 2 groups, all their responses are tied" in caplog.text
-    assert len(check_groups([tied], packer(), "val", training=False, show_progress=False).groups) == 1
+    assert len(check_groups([tied], packer(), "val", training=False, show_progress=False)) == 1
     with pytest.raises(GroupError, match="1 all tied"):
         check_groups([tied], packer(), "training", show_progress=False)
 
@@ -159,7 +159,8 @@ def test_a_subset_is_measured_by_its_longest_responses() -> None:
     limit = packer(whole.num_tokens - 1)
     with pytest.raises(OverLengthError):
         check_groups([wide], limit, "training", show_progress=False)
-    assert check_groups([wide], limit, "training", max_responses=5, show_progress=False).groups == [wide]
+    kept = check_groups([wide], limit, "training", max_responses=5, show_progress=False)
+    assert [g for g, _ in kept] == [wide]
 
 
 @pytest.mark.parametrize("max_responses", [None, 2])
@@ -195,7 +196,7 @@ def test_a_prompt_that_fills_the_row_is_dropped_or_refused(caplog: pytest.LogCap
     long = ResponseGroup(prompt="p" * 500, responses=["a", "b"], rankings=[1, 2], id="long")
     with caplog.at_level(logging.WARNING):
         kept = check_groups([group(2), long], packer(200, "truncate_responses"), "training", show_progress=False)
-    assert [g.id for g in kept.groups] == ["g"]
+    assert [g.id for g, _ in kept] == ["g"]
     assert "dropped 1 of 2 groups" in caplog.text
     with pytest.raises(OverLengthError, match="long"):
         check_groups([group(2), long], packer(200), "training", show_progress=False)
