@@ -236,7 +236,7 @@ MUTATIONS = [
     Mutation(
         "non-finite scores go on",
         "mr_reward.GroupScorer",
-        "not all(map(math.isfinite, scores))",
+        "not all(math.isfinite(score) for scores in by_order for score in scores)",
         "False",
         "tests/model/test_scorer.py",
     ),
