@@ -21,8 +21,8 @@ import torch
 from speed_harness import finish, in_turn, positive, print_table, quartiles, run_json, spread
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
+from mr_reward.evaluation.benchmarks import EvaluationItem
 from mr_reward.evaluation.evaluator import score_benchmark
-from mr_reward.evaluation.items import EvaluationItem
 from mr_reward.evaluation.judges import Alone, RewardModel
 from mr_reward.worlds import tiny
 

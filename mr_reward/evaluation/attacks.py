@@ -9,12 +9,14 @@ length padding, repetition, praise of oneself, instructions to the judge, forged
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mr_reward.data.degenerate import MASTER_KEYS
 from mr_reward.errors import ConfigurationError, GroupError
@@ -160,18 +162,33 @@ def run_attacks(
     if unknown:
         raise ConfigurationError(f"got attacks {unknown}, expected some of {', '.join(ATTACKS)}")
     before = _margins(scorer, items, [item.group for item in items])
-    kept = [margin for margin in before if margin is not None]
-    if not kept:
+    if np.isnan(before).all():
         raise GroupError(f"all {len(items)} groups were dropped; raise max_tokens_per_batch")
-    scale = statistics.pstdev(kept) or 1.0
+    scale = statistics.pstdev(before[~np.isnan(before)].tolist()) or 1.0
     results = []
     for name in names:
         if on_attack is not None:
             on_attack(name)
         rng = random.Random(f"{seed} {name}")
         after = _margins(scorer, items, [_attacked(name, item, rng, control_tokens) for item in items])
-        pairs = [(a, b) for a, b in zip(before, after, strict=True) if a is not None and b is not None]
-        results.append(_summarise(name, pairs, len(items), scale, num_resamples, seed))
+        kept = ~np.isnan(after - before)
+        if not kept.any():
+            raise GroupError(f"attack {name!r}: all {len(items)} groups were dropped; raise max_tokens_per_batch")
+        shifts = (after - before)[kept] / scale
+        draws = np.random.default_rng(seed).integers(0, len(shifts), (num_resamples, len(shifts)))
+        low, high = np.percentile(shifts[draws].mean(1), [2.5, 97.5]) if num_resamples else (shifts.mean(),) * 2
+        results.append(
+            AttackResult(
+                name=name,
+                num_items=len(shifts),
+                num_dropped=len(items) - len(shifts),
+                shift=float(shifts.mean()),
+                shift_low=float(low),
+                shift_high=float(high),
+                wins_before=_wins(before[kept]),
+                wins_after=_wins(after[kept]),
+            )
+        )
     return results
 
 
@@ -184,35 +201,16 @@ def _attacked(name: str, item: AttackItem, rng: random.Random, control_tokens: S
     return replace(item.group, prompt=item.group.messages, responses=responses, rankings=None)
 
 
-def _margins(scorer: Scorer, items: Sequence[AttackItem], groups: Sequence[ResponseGroup]) -> list[float | None]:
-    """Score of the bad response minus score of the good one; None for a dropped group."""
+def _margins(scorer: Scorer, items: Sequence[AttackItem], groups: Sequence[ResponseGroup]) -> NDArray[np.float64]:
+    """Score of the bad response minus score of the good one; NaN for a dropped group."""
     results = scorer.score_detailed(groups)
-    return [
-        None if result.scores is None else result.scores[item.bad] - result.scores[item.good]
-        for item, result in zip(items, results, strict=True)
-    ]
-
-
-def _summarise(
-    name: str, pairs: Sequence[tuple[float, float]], num_items: int, scale: float, num_resamples: int, seed: int
-) -> AttackResult:
-    if not pairs:
-        raise GroupError(f"attack {name!r}: all {num_items} groups were dropped; raise max_tokens_per_batch")
-    before, after = (np.array(values) for values in zip(*pairs, strict=True))
-    shifts = (after - before) / scale
-    draws = np.random.default_rng(seed).integers(0, len(shifts), (num_resamples, len(shifts)))
-    low, high = np.percentile(shifts[draws].mean(1), [2.5, 97.5]) if num_resamples else (shifts.mean(),) * 2
-
-    def wins(margins: np.ndarray) -> float:
-        return float(np.mean((margins > 0) + 0.5 * (margins == 0)))
-
-    return AttackResult(
-        name=name,
-        num_items=len(pairs),
-        num_dropped=num_items - len(pairs),
-        shift=float(shifts.mean()),
-        shift_low=float(low),
-        shift_high=float(high),
-        wins_before=wins(before),
-        wins_after=wins(after),
+    return np.array(
+        [
+            math.nan if result.scores is None else result.scores[item.bad] - result.scores[item.good]
+            for item, result in zip(items, results, strict=True)
+        ]
     )
+
+
+def _wins(margins: NDArray[np.float64]) -> float:
+    return float(np.mean((margins > 0) + 0.5 * (margins == 0)))

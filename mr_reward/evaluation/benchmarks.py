@@ -14,13 +14,30 @@ from typing import Any
 
 from mr_reward.data.groups_file import load_preferences
 from mr_reward.data.media_files import resolve_media
-from mr_reward.data.sources import RowSource, field, image_field, read_rows, strip_placeholders, texts_field
+from mr_reward.data.sources import (
+    RowSource,
+    field,
+    image_field,
+    read_rows,
+    strip_placeholders,
+    texts_field,
+    wrong_field,
+)
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 from mr_reward.evaluation import official
-from mr_reward.evaluation.items import EvaluationItem
 from mr_reward.groups import ResponseGroup, dense_ranks
 
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EvaluationItem:
+    """A ranked group of a benchmark."""
+
+    uid: str  # unique in the benchmark; the ids that benchmarks give are not always
+    category: str  # the benchmark's own, by its official rule
+    group: ResponseGroup  # with rankings, 1 = best; its id is the uid
+    facts: Mapping[str, Any] = default(default_factory=dict)  # what the official metric needs beside them, JSON values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,19 +129,11 @@ def _first(row: Row, names: Sequence[str]) -> Any:
 
 
 def _item(
-    uid: object,
-    category: str,
-    prompt: str,
-    responses: Sequence[str],
-    ranks: Sequence[int],
-    facts: Any = (),
-    **media: Any,
+    uid: object, category: str, prompt: str, responses: Sequence[str], ranks: Sequence[int], **media: Any
 ) -> EvaluationItem:
     group = ResponseGroup(prompt=strip_placeholders(prompt), responses=responses, rankings=dense_ranks(ranks), **media)
-    return EvaluationItem(uid="" if uid is None else str(uid), category=category, group=group, facts=dict(facts))
+    return EvaluationItem(uid="" if uid is None else str(uid), category=category, group=group)
 
-
-# --- VL-RewardBench ---
 
 _VL_HALLUCINATION = ("rlaif", "rlhf", "hallucination")
 _VL_REASONING = ("mathverse", "mmmu")
@@ -140,21 +149,18 @@ def _vl_rewardbench(row: Row) -> EvaluationItem:
         category = "reasoning" if lowered.startswith(_VL_REASONING) else "general"
     ranks = field(row, "human_ranking", list)
     if sorted(ranks) != [0, 1]:
-        raise GroupError(f"field 'human_ranking' is {ranks!r:.60}, expected [0, 1] or [1, 0]; check the data set")
+        raise wrong_field("human_ranking", ranks, "[0, 1] or [1, 0]")
     responses = texts_field(row, "response")
     if len(responses) != 2:
-        raise GroupError(f"field 'response' is {responses!r:.60}, expected 2 texts; check data set and version")
+        raise wrong_field("response", responses, "2 texts")
     return _item(uid, category, field(row, "query", str), responses, ranks, images=[image_field(row, "image")])
-
-
-# --- Multimodal RewardBench ---
 
 
 def _multimodal_rewardbench(row: Row) -> EvaluationItem:
     """Reasoning and safety are split by how the id starts (`2_get_accuracy.py`)."""
     uid, category, better = field(row, "ID", str), field(row, "Category", str), field(row, "Better", str)
     if better not in ("Output1", "Output2"):
-        raise GroupError(f"field 'Better' is {better!r:.60}, expected 'Output1' or 'Output2'; check the data set")
+        raise wrong_field("Better", better, "'Output1' or 'Output2'")
     if category == "reasoning":
         category = "reasoning/math" if uid.lower().startswith("math") else "reasoning/coding"
     elif category == "safety":
@@ -163,8 +169,6 @@ def _multimodal_rewardbench(row: Row) -> EvaluationItem:
     ranks = [0, 1] if better == "Output1" else [1, 0]
     return _item(uid, category, field(row, "Text", str), responses, ranks, images=[image_field(row, "Image")])
 
-
-# --- MM-RLHF-RewardBench ---
 
 _MM_RLHF_CATEGORIES = ("mcq", "long", "short", "safety", "video")
 
@@ -180,10 +184,9 @@ def _mm_rlhf_rewardbench(row: Row) -> EvaluationItem:
     uid = str(field(row, "id", (str, int)))
     media: dict[str, Any] = {"videos": [[row["video"]]]} if row.get("video") else {"images": [row["image"]]}
     responses = [field(row, "chosen", str), field(row, "rejected", str)]
-    return _item(uid, category, field(row, "prompt", str), responses, [0, 1], facts={"id": uid}, **media)
+    item = _item(uid, category, field(row, "prompt", str), responses, [0, 1], **media)
+    return replace(item, facts={"id": uid})
 
-
-# --- VideoRewardBench (columns not verified) ---
 
 _PROMPT = ("prompt", "question", "query", "instruction")
 _CHOSEN = ("chosen", "chosen_response", "response_chosen", "preferred")
@@ -207,8 +210,6 @@ def _video(row: Row) -> list[Any]:
         value = value[0]
     return [value if isinstance(value, list) else [value]]
 
-
-# --- MR2Bench (columns not verified) ---
 
 _RESPONSES = ("responses", "candidates", "response")
 _RANKINGS = ("rankings", "ranking", "ranks", "human_ranking")
@@ -238,9 +239,6 @@ def _mr2bench(modality: str) -> Callable[[Row], EvaluationItem | None]:
     return read
 
 
-# --- RewardBench 2 ---
-
-
 def _rewardbench_2(row: Row) -> EvaluationItem:
     """Right answers first. In Ties the id is `tied:12` or `ref:12`."""
     uid, domain = str(field(row, "id", (str, int))), field(row, "subset", str)
@@ -249,10 +247,11 @@ def _rewardbench_2(row: Row) -> EvaluationItem:
     if domain.lower() == "ties":
         kind, _, prompt = uid.partition(":")
         if kind not in ("tied", "ref") or not prompt:
-            raise GroupError(f"field 'id' is {uid!r:.60}, expected 'tied:NUMBER' or 'ref:NUMBER' in Ties; check it")
+            raise wrong_field("id", uid, "'tied:NUMBER' or 'ref:NUMBER' in Ties")
         facts = {"kind": kind, "prompt": prompt}
     ranks = [0] * len(chosen) + [1] * len(rejected)
-    return _item(uid, domain.lower(), field(row, "prompt", str), [*chosen, *rejected], ranks, facts=facts)
+    item = _item(uid, domain.lower(), field(row, "prompt", str), [*chosen, *rejected], ranks)
+    return replace(item, facts=facts)
 
 
 _ALL = (

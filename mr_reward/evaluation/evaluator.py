@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from mr_reward.data.jsonl import ResumableJsonLines
 from mr_reward.errors import ConfigurationError, GroupError
-from mr_reward.evaluation.benchmarks import open_benchmark
-from mr_reward.evaluation.items import EvaluationItem, ItemRecord
+from mr_reward.evaluation.benchmarks import EvaluationItem, open_benchmark
+from mr_reward.evaluation.official import ItemRecord
 from mr_reward.evaluation.report import ITEMS, Report, read_records, read_report, write_report
 from mr_reward.groups import GroupScores, ResponseGroup, Scorer
 from mr_reward.metrics import ranking_metrics
@@ -215,10 +215,26 @@ def score_benchmark(
             groups = [item.group for item, own in zip(chunk, orders, strict=True) for _ in own]
             results = iter(score_in_orders(scorer, groups, [order for own in orders for order in own]))
             for item, own in zip(chunk, orders, strict=True):
-                records[item.uid] = ItemRecord.of(item, own, list(islice(results, len(own))))
+                records[item.uid] = _record(item, own, list(islice(results, len(own))))
             file.write(asdict(records[item.uid]) for item in chunk)
             bar.update(len(chunk))
     return list(records.values())
+
+
+def _record(item: EvaluationItem, orders: Sequence[Sequence[int]], results: Sequence[GroupScores]) -> ItemRecord:
+    """From the results of the K orders, each put back into the item's own; dropped in one is dropped."""
+    dropped = [result for result in results if result.scores is None]
+    return ItemRecord(
+        uid=item.uid,
+        category=item.category,
+        rankings=list(item.group.rankings or ()),
+        lengths=[len(response) for response in item.group.responses],
+        orders=[list(order) for order in orders],
+        scores=None if dropped else [list(result.scores or ()) for result in results],
+        drop_reason=dropped[0].drop_reason if dropped else None,
+        truncated=max(sum(result.truncated) for result in results),
+        facts=dict(item.facts),
+    )
 
 
 def _resumed(path: Path, header: dict[str, Any]) -> dict[str, ItemRecord]:

@@ -1,7 +1,7 @@
-"""The benchmarks' official metrics, each with its own tie rule, and how sure their numbers are.
+"""What scoring an item gave, the benchmarks' official metrics, each with its own tie rule, and how sure they are.
 
-Pure functions from judged items to named numbers; nothing here knows a model. A dropped item is wrong. A category that
-no item has is left out, so that parts of a benchmark can be looked at; the counts tell.
+Metrics are pure functions from judged items to named numbers; nothing here knows a model. A dropped item is wrong. A
+category that no item has is left out, so that parts of a benchmark can be looked at; the counts tell.
 
 Every metric also takes weights (R, n), how often each of n items counts in each of R resamples, and gives R numbers
 for each name, NaN where a resample holds no item of a category. That makes an interval (a percentile bootstrap over
@@ -12,21 +12,91 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mr_reward.errors import ConfigurationError
-from mr_reward.evaluation.items import Judged
+from mr_reward.metrics import kendall_tau_b
 
 Array = NDArray[np.float64]
-Credit = Callable[[Judged], float]
 _TOGETHER = ("id", "prompt")  # facts: items that share one are drawn together
 _BLOCK = 1 << 22  # weights in memory at a time
 _strict_pair, _best_of_n, _tau_b, _category = map(attrgetter, ("strict_pair", "best_of_n", "tau_b", "category"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemRecord:
+    """What scoring one item in K orders gave, a line of `items.jsonl`: every number is computed from these."""
+
+    uid: str
+    category: str
+    rankings: Sequence[int]  # N ranks, 1 = best
+    lengths: Sequence[int]  # characters of the N responses
+    orders: Sequence[Sequence[int]]  # K orders that were shown; orders[k][slot] is the response in that slot
+    scores: Sequence[Sequence[float]] | None  # K times N scores, in the item's own order; None if it was dropped
+    drop_reason: str | None = None
+    truncated: int = 0  # responses whose end was cut off
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def judged(self, k: int) -> Judged:
+        """As it was scored in its k-th order; items with fewer orders start over."""
+        scores = None if self.scores is None else self.scores[k % len(self.scores)]
+        return Judged(self.uid, self.category, self.rankings, scores, self.facts)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """An item with the scores of one order, as metrics take it."""
+
+    uid: str
+    category: str
+    rankings: Sequence[int]  # N ranks, 1 = best
+    scores: Sequence[float] | None  # N scores; None if the item was dropped, which counts as wrong everywhere
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def strict_pair(self) -> float:
+        """1 if the better of two responses scores higher, else 0; equal scores are wrong."""
+        if self.scores is None:
+            return 0.0
+        best = self.rankings.index(min(self.rankings))
+        return float(self.scores[best] > self.scores[1 - best])
+
+    @cached_property
+    def best_of_n(self) -> float:
+        """The chance that a pick among the highest scores is a best response: a share only where scores are equal."""
+        if self.scores is None:
+            return 0.0
+        highest, best = max(self.scores), min(self.rankings)
+        picked = [rank == best for rank, score in zip(self.rankings, self.scores, strict=True) if score == highest]
+        return sum(picked) / len(picked)
+
+    @cached_property
+    def pairs(self) -> tuple[int, int, int]:
+        """Pairs with different ranks; of them those whose scores agree, and those with equal scores."""
+        total = agree = equal = 0
+        for i, better in enumerate(self.rankings):
+            for j, worse in enumerate(self.rankings):
+                if better < worse:
+                    total += 1
+                    if self.scores is not None:
+                        agree += self.scores[i] > self.scores[j]
+                        equal += self.scores[i] == self.scores[j]
+        return total, agree, equal
+
+    @cached_property
+    def tau_b(self) -> float:
+        """Kendall's tau-b; NaN where it is not defined or the item was dropped."""
+        return math.nan if self.scores is None else kendall_tau_b([self.scores], [self.rankings]).mean
+
+
+Credit = Callable[[Judged], float]
 
 
 class _Part:

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mr_reward.evaluation.items import ItemRecord
-from mr_reward.evaluation.official import Interval
+from mr_reward.evaluation.official import Interval, ItemRecord
 from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import load_image
 

@@ -18,8 +18,7 @@ from rich.table import Table
 from mr_reward.data.jsonl import ResumableJsonLines
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.benchmarks import Benchmark, get_benchmark
-from mr_reward.evaluation.items import ItemRecord, Judged
-from mr_reward.evaluation.official import Interval, intervals, paired_interval
+from mr_reward.evaluation.official import Interval, ItemRecord, Judged, intervals, paired_interval
 from mr_reward.evaluation.plots import plot_items, plot_metrics, plot_position_bias, plot_sizes
 from mr_reward.metrics import order_flip_rate, score_length_correlation
 

@@ -5,14 +5,23 @@ The paper's denoising is a preference graph ensemble: feedback arc set, then ran
 for MR2Bench-Video. Each evaluator's graph has an arc u -> v of weight w where they prefer u to v by net w votes; the
 ensemble adds the graphs up, and opposite arcs cancel. Added up, that is the net of all votes, however they are divided
 among evaluators (or resamples of one), so it is computed from all votes at once.
+
+Strengths say how sure a ranking is, with the models' overall strengths as the prior. From votes, by Bradley-Terry: a
+question has about one vote per pair at the scale of MR2Bench-Video (94,000 votes, 497 questions, 171 pairs), too few
+to rank 19 responses. What the other questions say about the models fills the gap. From several full rankings of a
+question, by how far annotators disagree: someone who ranks M responses makes M (M - 1) / 2 comparisons that are no
+independent votes. Bradley-Terry on them would be far too sure, the more the less annotators agree. So a ranking counts
+once, as normal scores with noise.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import networkx as nx  # type: ignore[import-untyped]
@@ -20,31 +29,70 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
-from scipy.stats import kendalltau, rankdata
+from scipy.special import expit
+from scipy.stats import kendalltau, norm, rankdata
 from tqdm.auto import tqdm
 
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import dense_ranks
 from mr_reward.mr2bench.judgments import FullRanking, Vote, votes_of, win_counts
-from mr_reward.mr2bench.strengths import Strengths, bradley_terry_map, ranking_strengths
 
 Floats = NDArray[np.float64]
 METHODS = ("bt_map", "pged_greedy", "pged_exact", "none")
+_GLOBAL_VARIANCE = 4.0  # of the models' strengths: hardly binds
+_DRAWS = 4000
+_LEAST_VARIANCE = 0.01  # of what annotators add; full agreement would leave nothing to divide by
+_LOGITS = 1.702  # the logistic function of 1.702 x is nearest to the normal distribution's
+_ROUNDS = 20  # of the estimate of the questions' variance
+
+
+@dataclass(frozen=True, slots=True)
+class Strengths:
+    """Strengths of M responses to each of Q questions, in logits."""
+
+    mean: Floats  # (Q, M) most probable strengths
+    covariance: Floats  # (Q, M, M) of the Gaussian around them (Laplace)
+    overall: Floats  # (M,) strengths of the models over all questions
+    variance: float  # of a question's strengths around the overall ones, as estimated
+
+    def best_probability(self, question: int, first: int, others: Sequence[int]) -> float:
+        """How sure it is that one response is stronger than all others; the same in each call."""
+        among = [first, *others]
+        spread = np.linalg.cholesky(self.covariance[question][np.ix_(among, among)])
+        draws = self.mean[question, among] + np.random.default_rng(0).normal(size=(_DRAWS, len(among))) @ spread.T
+        return float((draws[:, 0] > draws[:, 1:].max(axis=1)).mean())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Denoised:
-    """One ranking per question."""
+    """One ranking per question, and what is known about its noise."""
 
     method: str  # one of `METHODS`, or `consensus`
     models: Sequence[str]  # M names
     questions: Sequence[str]  # Q ids
+    wins: Sequence[Floats]  # Q matrices (M, M), of `win_counts`
     ranks: Sequence[Sequence[int]]  # Q times M ranks, 1 = best, ties share a rank
     strengths: Strengths  # in logits, whatever the method (Bradley-Terry for votes): they say how sure a comparison is
-    # for each question the positions of the models that were judged there; the rest has no rank to rely on
-    judged: Sequence[Sequence[int]]
-    cyclic: float  # share of questions whose votes no ranking agrees with
-    contradicted: float  # share of votes (ties left out) that the ranking contradicts
+
+    @cached_property
+    def judged(self) -> list[list[int]]:
+        """For each question the positions of the models that were judged there; the rest has no rank to rely on."""
+        return [np.flatnonzero((matrix + matrix.T).any(axis=1)).tolist() for matrix in self.wins]
+
+    @cached_property
+    def cyclic(self) -> float:
+        """Share of questions whose votes no ranking agrees with."""
+        return statistics.fmean(is_cyclic(net_weights(matrix)) for matrix in self.wins)
+
+    @cached_property
+    def contradicted(self) -> float:
+        """Share of votes (ties left out) that the ranking contradicts."""
+        against = total = 0.0
+        for matrix, own in zip(self.wins, self.ranks, strict=True):
+            places = np.asarray(own)
+            against += matrix[places[:, None] > places[None, :]].sum()
+            total += matrix[places[:, None] != places[None, :]].sum()
+        return float(against / total) if total else 0.0
 
 
 def rank_votes(votes: Sequence[Vote], *, method: str = "bt_map", show_progress: bool = False) -> Denoised:
@@ -59,13 +107,11 @@ def rank_votes(votes: Sequence[Vote], *, method: str = "bt_map", show_progress: 
     if not votes:
         raise GroupError("got no votes, expected at least one; check the file")
     models = sorted({name for vote in votes for name in (vote.model_a, vote.model_b)})
-    counts = win_counts(votes, models)
-    questions = sorted(counts)
-    wins = [counts[question] for question in questions]
+    questions, wins = zip(*sorted(win_counts(votes, models).items()), strict=True)
     strengths = bradley_terry_map(wins)
     bar = tqdm(range(len(wins)), desc=method, unit="question", disable=not show_progress)
     ranks = [_rank_counts(wins[q], strengths.mean[q], method) for q in bar]
-    return _describe(method, models, questions, wins, ranks, strengths)
+    return Denoised(method=method, models=models, questions=questions, wins=wins, ranks=ranks, strengths=strengths)
 
 
 def rank_rankings(rankings: Sequence[FullRanking]) -> Denoised:
@@ -78,13 +124,13 @@ def rank_rankings(rankings: Sequence[FullRanking]) -> Denoised:
         raise GroupError("got no rankings, expected at least one; check the file")
     by_question = _by_question(rankings)
     models = sorted({model for ranking in rankings for model in ranking.ranks})
-    questions = sorted(by_question)
+    questions, wins = zip(*sorted(win_counts(votes_of(rankings), models).items()), strict=True)
     ranks = [consensus_ranks(by_question[question], models) for question in questions]
-    counts = win_counts(votes_of(rankings), models)
-    wins = [counts[question] for question in questions]
     repeated = any(len(members) > 1 for members in by_question.values())
     strengths = ranking_strengths(by_question, models) if repeated else bradley_terry_map(wins)
-    return _describe("consensus", models, questions, wins, ranks, strengths)
+    return Denoised(
+        method="consensus", models=models, questions=questions, wins=wins, ranks=ranks, strengths=strengths
+    )
 
 
 def _by_question(rankings: Iterable[FullRanking]) -> dict[str, list[FullRanking]]:
@@ -92,33 +138,6 @@ def _by_question(rankings: Iterable[FullRanking]) -> dict[str, list[FullRanking]
     for ranking in rankings:
         found[ranking.question].append(ranking)
     return found
-
-
-def _describe(
-    method: str,
-    models: Sequence[str],
-    questions: Sequence[str],
-    wins: Sequence[Floats],
-    ranks: Sequence[Sequence[int]],
-    strengths: Strengths,
-) -> Denoised:
-    """Rankings (Q times M) with what is known about their noise; `wins` are Q matrices (M, M)."""
-    against = total = 0.0
-    for matrix, own in zip(wins, ranks, strict=True):
-        places = np.asarray(own)
-        different = places[:, None] != places[None, :]
-        against += matrix[places[:, None] > places[None, :]].sum()
-        total += matrix[different].sum()
-    return Denoised(
-        method=method,
-        models=models,
-        questions=questions,
-        ranks=ranks,
-        strengths=strengths,
-        judged=[np.flatnonzero((matrix + matrix.T).any(axis=1)).tolist() for matrix in wins],
-        cyclic=statistics.fmean(is_cyclic(net_weights(matrix)) for matrix in wins),
-        contradicted=float(against / total) if total else 0.0,
-    )
 
 
 def _rank_counts(wins: Floats, strengths: Floats, method: str) -> tuple[int, ...]:
@@ -271,3 +290,87 @@ def _linear_ordering(weights: Floats, members: list[int]) -> list[int]:
     for (i, j), value in zip(pairs, result.x, strict=True):
         before[i if value > 0.5 else j] += 1
     return [members[i] for i in np.argsort(-before, kind="stable")]
+
+
+# --- strengths ---
+
+
+def bradley_terry_map(wins: Sequence[Floats]) -> Strengths:
+    """Most probable strengths under a Gaussian prior around the overall ones, whose variance is estimated too (EM).
+
+    For a question: maximise sum_ij wins_ij log sigmoid(s_i - s_j) - sum_i (s_i - overall_i)^2 / (2 variance).
+    """
+    stacked = np.stack(wins)
+    centre = np.zeros(stacked.shape[1])
+    overall = solve(stacked.sum(axis=0)[None], centre, _GLOBAL_VARIANCE)[0][0]
+    variance = 1.0
+    for _ in range(_ROUNDS):
+        mean, covariance = solve(stacked, overall, variance)
+        expected = (mean - overall) ** 2 + np.diagonal(covariance, axis1=1, axis2=2)
+        variance = float(expected.mean())
+    mean, covariance = solve(stacked, overall, variance)
+    return Strengths(mean, covariance, overall, variance)
+
+
+def solve(wins: Floats, centre: Floats, variance: float) -> tuple[Floats, Floats]:
+    """Newton's method for all questions at once, wins (Q, M, M), prior N(centre (M,), variance); strictly concave.
+
+    Gives the maxima (Q, M) and the inverses of the negative second derivative there (Q, M, M).
+    """
+    strengths = np.tile(centre, (len(wins), 1))
+    total = wins + wins.transpose(0, 2, 1)
+    identity = np.eye(len(centre)) / variance
+    for _ in range(50):
+        chance = expit(strengths[:, :, None] - strengths[:, None, :])
+        slope = (wins - total * chance).sum(axis=2) - (strengths - centre) / variance
+        curvature = total * chance * (1 - chance)
+        bend = identity - curvature
+        bend[:, range(len(centre)), range(len(centre))] += curvature.sum(axis=2)
+        step = np.linalg.solve(bend, slope[..., None])[..., 0]
+        # A long step may overshoot where the votes are one-sided.
+        strengths += step * np.minimum(1.0, 2.0 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-12))
+        if np.abs(step).max() < 1e-10:
+            break
+    return strengths, np.linalg.inv(bend)
+
+
+def ranking_strengths(rankings: Mapping[str, Sequence[FullRanking]], models: Sequence[str]) -> Strengths:
+    """Strengths of the responses to each question, and how sure they are.
+
+    A normal score is overall strength of the model + what the question adds + what the annotator adds, the last two
+    Gaussian. Their variances are estimated by moments (one-way analysis of variance), the strengths are the posterior
+    mean. The scale makes a gap the logit of one annotator's preference, as for votes.
+    """
+    scores = [np.array([_normal_scores(given, models) for given in rankings[name]]) for name in sorted(rankings)]
+    counts = np.array([len(own) for own in scores], dtype=np.float64)
+    # Scores of a ranking sum to zero, hence M - 1 of them are free.
+    free = len(models) - 1
+    repeats = (counts - 1).sum() * free
+    if not repeats:
+        raise GroupError(
+            f"got one ranking for each of {len(scores)} questions, expected two for at least one of them; noise "
+            "cannot be estimated without"
+        )
+    means = np.array([own.mean(axis=0) for own in scores])
+    noise = max(sum(float(((own - own.mean(axis=0)) ** 2).sum()) for own in scores) / repeats, _LEAST_VARIANCE)
+    overall = means.mean(axis=0)
+    spread = float(((means - overall) ** 2).sum()) / (max(len(scores) - 1, 1) * free)
+    # A single question tells nothing apart from overall strength: a wide prior around zero instead.
+    if len(scores) == 1:
+        overall, spread = np.zeros(len(models)), float((means**2).sum()) / free
+    own_variance = max(spread - noise * float((1 / counts).mean()), _LEAST_VARIANCE * noise)
+    trust = own_variance / (own_variance + noise / counts)
+    scale = _LOGITS / math.sqrt(2 * noise)
+    covariance = np.eye(len(models)) * (own_variance * (1 - trust) * scale**2)[:, None, None]
+    return Strengths(
+        mean=scale * (overall + trust[:, None] * (means - overall)),
+        covariance=covariance,
+        overall=scale * overall,
+        variance=own_variance * scale**2,
+    )
+
+
+def _normal_scores(ranking: FullRanking, models: Sequence[str]) -> Floats:
+    """Blom's scores, best highest; ties share the score of their mean place."""
+    places = rankdata([ranking.ranks[model] for model in models])
+    return -norm.ppf((places - 0.375) / (len(models) + 0.25))

@@ -153,41 +153,35 @@ def _from_run(folder: Path, step: int | None) -> tuple[str, list[Inspected]]:
 
 def _read_table(path: Path) -> Iterator[Inspected]:
     """TRL's table has a row for each completion, and no images."""
-    columns: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
-    missing = [name for name in (_GROUP, "prompt", "completion", "mr_reward_score") if name not in columns]
+    table = pyarrow.parquet.read_table(path)
+    missing = [name for name in (_GROUP, "prompt", "completion", "mr_reward_score") if name not in table.column_names]
     if missing:
         raise GroupError(
             f"{path}: lacks {', '.join(missing)}; it was not written by a run with MultiResponseReward of this version"
         )
-    rows = range(len(columns[_GROUP]))
-    groups: dict[tuple[int, int], list[int]] = {}
-    batch = -1
-    for row in rows:  # a table may hold several batches, and their groups are numbered from 0 on each
-        if row and columns[_GROUP][row] < columns[_GROUP][row - 1]:
-            batch += 1
-        groups.setdefault((batch, columns[_GROUP][row]), []).append(row)
-    for (_, index), members in groups.items():
-        scores = [columns["mr_reward_score"][row] for row in members]
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    batch, last = 0, -1
+    for row in table.to_pylist():  # a table may hold several batches, and their groups are numbered from 0 on each
+        batch += row[_GROUP] < last
+        last = row[_GROUP]
+        groups.setdefault((batch, last), []).append(row)
+    for (_, index), rows in groups.items():
+        scores = tuple(row["mr_reward_score"] for row in rows)
         dropped = any(score is None or score != score for score in scores)
-        advantages = tuple(columns[_ADVANTAGE][row] for row in members) if _ADVANTAGE in columns else None
-        rewards = tuple(columns[_REWARD][row] for row in members) if _REWARD in columns else None
-        yield (
-            ScoredGroup(
-                group=ResponseGroup(
-                    prompt=_without_images(columns["prompt"][members[0]]),
-                    responses=[completion_text(columns["completion"][row]) for row in members],
-                    id=f"group {index}",
-                ),
-                result=GroupScores(
-                    scores=None if dropped else tuple(scores),
-                    truncated=tuple(columns["mr_reward_truncated"][row] for row in members),
-                    drop_reason="no reward" if dropped else None,
-                ),
-                rewards=rewards,
-                step=columns["step"][members[0]],
-            ),
-            advantages,
+        group = ResponseGroup(
+            prompt=_without_images(rows[0]["prompt"]),
+            responses=[completion_text(row["completion"]) for row in rows],
+            id=f"group {index}",
         )
+        result = GroupScores(
+            scores=None if dropped else scores,
+            truncated=tuple(row["mr_reward_truncated"] for row in rows),
+            drop_reason="no reward" if dropped else None,
+        )
+        rewards, advantages = (
+            tuple(row[name] for row in rows) if name in rows[0] else None for name in (_REWARD, _ADVANTAGE)
+        )
+        yield ScoredGroup(group=group, result=result, rewards=rewards, step=rows[0]["step"]), advantages
 
 
 def _without_images(prompt: Any) -> Any:

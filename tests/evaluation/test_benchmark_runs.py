@@ -21,9 +21,10 @@ from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.cli.app import app
 from mr_reward.data.groups_file import save_preferences
 from mr_reward.errors import ConfigurationError, GroupError
+from mr_reward.evaluation.benchmarks import EvaluationItem
 from mr_reward.evaluation.evaluator import ALL_ORDERS, draw_orders, score_benchmark
-from mr_reward.evaluation.items import EvaluationItem, ItemRecord
 from mr_reward.evaluation.judges import Alone, Baseline, ClassifierScorer, RewardModel, ScoresFile, load_scorer
+from mr_reward.evaluation.official import ItemRecord
 from mr_reward.evaluation.report import read_records
 from mr_reward.groups import GroupScores
 from mr_reward.worlds import tiny

@@ -15,9 +15,8 @@ from published_schemas import WRITERS, Row, write_jsonl
 from scipy.stats import kendalltau
 
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
-from mr_reward.evaluation.benchmarks import BENCHMARKS, open_benchmark
-from mr_reward.evaluation.items import EvaluationItem, Judged
-from mr_reward.evaluation.official import intervals, n_way, paired_interval, rewardbench_2
+from mr_reward.evaluation.benchmarks import BENCHMARKS, EvaluationItem, open_benchmark
+from mr_reward.evaluation.official import Judged, intervals, n_way, paired_interval, rewardbench_2
 
 
 def make(name: str, folder: Path, seed: int) -> tuple[list[Row], list[EvaluationItem], list[list[float]]]:

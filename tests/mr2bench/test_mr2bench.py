@@ -39,6 +39,7 @@ from mr_reward.mr2bench.judgments import (
 from mr_reward.mr2bench.rankings import (
     METHODS,
     agreement,
+    bradley_terry_map,
     consensus_ranks,
     descendant_ranks,
     exact_order,
@@ -46,8 +47,8 @@ from mr_reward.mr2bench.rankings import (
     is_cyclic,
     net_weights,
     rank_votes,
+    solve,
 )
-from mr_reward.mr2bench.strengths import bradley_terry_map, solve
 
 Floats = NDArray[np.float64]
 

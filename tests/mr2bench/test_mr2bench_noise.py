@@ -24,8 +24,15 @@ from mr_reward.mr2bench.judgments import (
     read_rankings,
     read_votes,
 )
-from mr_reward.mr2bench.rankings import agreement, greedy_order, net_weights, rank_rankings
-from mr_reward.mr2bench.strengths import Strengths, ranking_strengths, solve
+from mr_reward.mr2bench.rankings import (
+    Strengths,
+    agreement,
+    greedy_order,
+    net_weights,
+    rank_rankings,
+    ranking_strengths,
+    solve,
+)
 
 VOTE = {"question_id": "q", "model_a": "a", "model_b": "b", "winner": "tie"}
 QUESTION = {"id": "q", "prompt": "?", "responses": {"a": "A"}}

@@ -20,8 +20,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from mr_reward import GroupScorer, MultiResponseReward, ResponseGroup
 from mr_reward.errors import MediaError
+from mr_reward.evaluation.benchmarks import EvaluationItem
 from mr_reward.evaluation.evaluator import ALL_ORDERS, score_benchmark
-from mr_reward.evaluation.items import EvaluationItem
 from mr_reward.evaluation.judges import RewardModel
 from mr_reward.worlds import tiny
 
