@@ -4,20 +4,6 @@ A message says what was got, what was expected and what to do. Errors that a wro
 `ValueError`, so callers that catch the builtin keep working.
 """
 
-__all__ = [
-    "BackendError",
-    "CheckpointError",
-    "ConfigurationError",
-    "GroupAssemblyError",
-    "GroupError",
-    "MediaError",
-    "MRRewardError",
-    "NonFiniteScoreError",
-    "OverLengthError",
-    "PeerRankError",
-    "ScoringServerError",
-]
-
 
 class MRRewardError(Exception):
     """Base of every error that this package raises on purpose."""

@@ -9,8 +9,6 @@ from typing import Any
 from mr_reward.errors import ConfigurationError
 from mr_reward.moved import moved_name
 
-__all__ = ["lazy_exports"]
-
 # Packages that come with an extra of the wheel -> the extra.
 _EXTRAS = {
     "fastapi": "serve",

@@ -15,8 +15,6 @@ from pkgutil import resolve_name
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "Finder", "moved_name"]
-
 # Old -> new, both below `mr_reward`: a module, or (with a colon) one name that went elsewhere than its module did.
 MOVED = MappingProxyType(
     {

@@ -3,19 +3,29 @@
 `docs/add-a-backbone.md` says how to add one.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from mr_reward.layouts import PADDING_SEGMENT, PROMPT_SEGMENT
 
-__all__ = ["BackboneAdapter", "TextAdapter", "concatenate_media", "continue_positions", "different_pictures"]
+__all__ = [
+    "BackboneAdapter",
+    "TextAdapter",
+    "concatenate_media",
+    "continue_positions",
+    "different_pictures",
+    "tiny_config",
+]
 
 logger = logging.getLogger(__name__)
 
+_HEADS, _LAYERS, _VISION_WIDTH = 2, 2, 64  # of a tiny copy
 _SAMPLE = 64  # values of a picture that are looked at before all of them are
 
 
@@ -143,3 +153,35 @@ class TextAdapter:
     def forward_arguments(self, backbone: nn.Module, input_ids: Tensor, media: dict[str, Tensor]) -> dict[str, Any]:
         """Nothing: there are no media."""
         return {}
+
+
+def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """A copy of a backbone's configuration with few layers and heads; token ids, vocabulary and patches as they are.
+
+    None for a family that this was not written for.
+    """
+    small: Any = copy.deepcopy(config)
+    text = small.get_text_config()
+    if getattr(text, "num_experts", None) or not hasattr(text, "num_attention_heads"):
+        return None
+    width = _HEADS * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    sizes = {"num_hidden_layers": _LAYERS, "num_attention_heads": _HEADS, "num_key_value_heads": _HEADS}
+    text.update({**sizes, "hidden_size": width, "intermediate_size": 2 * width})
+    if getattr(text, "layer_types", None):
+        text.layer_types = list(text.layer_types)[:_LAYERS]
+    vision_sizes = {  # by whatever name a family has them
+        **sizes,
+        "head_dim": _VISION_WIDTH // _HEADS,
+        "hidden_size": _VISION_WIDTH,
+        "intermediate_size": _VISION_WIDTH,
+        "out_hidden_size": width,
+        "text_hidden_size": width,
+        "deepstack_visual_indexes": [0],
+        "fullatt_block_indexes": [_LAYERS - 1],
+        "vision_feature_layer": [_LAYERS - 1, 0],
+    }
+    for name in ("vision_config", "adapter_config"):
+        part = getattr(small, name, None)
+        if part is not None:
+            part.update({size: value for size, value in vision_sizes.items() if hasattr(part, size)})
+    return small

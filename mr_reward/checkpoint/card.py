@@ -18,8 +18,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mr_reward.checkpoint.verify import find_file
 from mr_reward.errors import CheckpointError, ConfigurationError
 
-__all__ = ["CARD_FILE", "name_in_card", "read_card", "write_model_card"]
-
 CARD_FILE = "README.md"
 _LOADING = 'GroupScorer.from_pretrained("{}")'
 

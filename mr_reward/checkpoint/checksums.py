@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["CHECKSUM_FILE", "changed_file", "listed_files", "write_checksums", "written_whole", "written_whole_file"]
-
 CHECKSUM_FILE = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` reads it too
 # For people, who may edit it.
 _CARD = "README.md"

@@ -14,8 +14,6 @@ from mr_reward.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["weights_digest"]
-
 # Besides the weights, what decides the scores.
 _CONFIG_KEYS = ("layout", "template", "template_hash", "score_scale", "head_activation", "head_bias")
 _CHUNK = 1 << 22  # 64-bit words: each temporary copy takes 32 MB

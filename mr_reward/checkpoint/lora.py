@@ -8,10 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from mr_reward.checkpoint.verify import find_file, has_file, load_backbone
+from mr_reward.checkpoint.verify import check_shapes, find_file, has_file, load_backbone
 from mr_reward.errors import CheckpointError
-
-__all__ = ["is_lora", "lora_backbone", "merge_lora"]
 
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
@@ -58,15 +56,11 @@ def merge_lora(model: PreTrainedModel, name: str, revision: str | None = None) -
         raise CheckpointError(f"{name}: no {_WEIGHTS_FILE} could be read ({error})") from error
     config.base_model_name_or_path = None  # where it was trained; the caller has found the backbone
     wrapped = get_peft_model(model, config)
-    expected = get_peft_model_state_dict(wrapped)
-    shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    wanted = {key: tuple(value.shape) for key, value in expected.items()}
-    if shapes != wanted:
-        missing, unexpected = sorted(wanted.keys() - shapes.keys()), sorted(shapes.keys() - wanted.keys())
-        other = sorted(key for key in wanted.keys() & shapes.keys() if wanted[key] != shapes[key])
-        raise CheckpointError(
-            f"{name}: missing weights {missing}; unexpected weights {unexpected}; weights of another shape {other}. "
-            "The adapter belongs to another backbone or is incomplete; use the one it was trained on"
-        )
+    check_shapes(
+        name,
+        {key: tuple(value.shape) for key, value in weights.items()},
+        get_peft_model_state_dict(wrapped),
+        advice="the adapter belongs to another backbone, or a part of it is gone; use the one it was trained on",
+    )
     set_peft_model_state_dict(wrapped, weights)
     return wrapped.merge_and_unload(safe_merge=True)

@@ -23,8 +23,6 @@ from mr_reward.checkpoint.zero3 import whole_weights
 from mr_reward.errors import CheckpointError
 from mr_reward.templates.rendering import SEPARATOR
 
-__all__ = ["is_paper_format", "paper_score_scale", "read_head", "trained_separator", "with_separator", "write_head"]
-
 _CONFIG_FILE = "reward_model_config.json"
 _HEAD_FILE = "value_head.pt"
 _REQUIRED = {"value_head_type", "value_head_hidden_dim", "value_head_activation", "resp_repr_mode"}

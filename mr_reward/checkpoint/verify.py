@@ -5,6 +5,7 @@ A load refuses what it cannot vouch for. `name` is a folder or a hub id, `revisi
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,36 +13,18 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from mr_reward.checkpoint.checksums import CHECKSUM_FILE, changed_file, listed_files
 from mr_reward.errors import CheckpointError, MRRewardError
 
-__all__ = [
-    "align_weights",
-    "check_checksums",
-    "check_config_keys",
-    "check_loading_info",
-    "check_shards",
-    "check_template_hash",
-    "find_file",
-    "has_file",
-    "load_backbone",
-    "load_processor",
-    "non_finite_cause",
-    "reading",
-    "safe_options",
-    "weight_shapes",
-]
-
 logger = logging.getLogger(__name__)
 
 # Written by transformers and its Trainer beside the configuration's own fields. None of them changes a score: the
 # model passes use_cache=False itself.
 _BOOKKEEPING_KEYS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version", "use_cache"}
-
 
 # What transformers, tokenizers and peft raise for files that are damaged: they check little before they use it.
 _READER_ERRORS = (
@@ -164,7 +147,9 @@ def check_config_keys(name: str, revision: str | None, config_class: type[PreTra
         )
 
 
-def check_loading_info(name: str, info: dict[str, Any]) -> None:
+def check_loading_info(
+    name: str, info: Mapping[str, Any], advice: str = "save it again with save_pretrained from the trained model"
+) -> None:
     """Refuse weights that do not fit the model exactly; a random head scores as confidently as a trained one."""
     problems = [
         f"{problem} {sorted(str(key) for key in info[kind])}"
@@ -177,10 +162,18 @@ def check_loading_info(name: str, info: dict[str, Any]) -> None:
         if info.get(kind)
     ]
     if problems:
-        raise CheckpointError(
-            f"{name}: {'; '.join(problems)}. A reward model must be complete; save it again with save_pretrained "
-            "from the trained model"
-        )
+        raise CheckpointError(f"{name}: {'; '.join(problems)}. A reward model must be complete; {advice}")
+
+
+def check_shapes(name: str, found: Mapping[str, Sequence[int]], model: Mapping[str, Tensor], **advice: str) -> None:
+    """The same for weights that are not loaded: `found` is name -> shape, `model` what takes them."""
+    expected = {key: tuple(tensor.shape) for key, tensor in model.items()}
+    info = {
+        "missing_keys": expected.keys() - found.keys(),
+        "unexpected_keys": found.keys() - expected.keys(),
+        "mismatched_keys": [key for key in expected.keys() & found.keys() if expected[key] != found[key]],
+    }
+    check_loading_info(name, info, **advice)
 
 
 def check_template_hash(name: str, trained_with: str | None, found: str) -> None:

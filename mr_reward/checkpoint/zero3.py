@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch import nn
 from transformers.integrations import deepspeed as hf_deepspeed
 
-__all__ = ["match_partitioned_dtype", "outside_zero3", "partitioned_weights", "whole_weights"]
-
 
 def whole_weights(module: nn.Module) -> AbstractContextManager[None]:
     """Inside the block the weights of a module are whole on every rank; what rank 0 has changed is kept.

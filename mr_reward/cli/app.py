@@ -19,8 +19,6 @@ from mr_reward.cli.score import score
 from mr_reward.cli.serve import serve
 from mr_reward.errors import MRRewardError
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     help="Multi-response reward models: score, look at groups, check a run, evaluate, train on data, serve.",
     no_args_is_help=True,

@@ -14,8 +14,6 @@ from tqdm.auto import tqdm
 
 from mr_reward.cli.options import Device, Dtype, MaxTokens, Model, torch_dtype
 
-__all__ = ["attack"]
-
 
 def attack(
     model: Model,

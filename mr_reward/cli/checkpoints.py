@@ -12,8 +12,6 @@ import typer
 from mr_reward.cli.options import Model
 from mr_reward.errors import CheckpointError, ConfigurationError
 
-__all__ = ["card", "export", "merge", "verify"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -19,8 +19,6 @@ from mr_reward.errors import ConfigurationError
 if TYPE_CHECKING:
     from mr_reward.groups import ResponseGroup
 
-__all__ = ["data"]
-
 data = typer.Typer(help="Ranked groups: convert public data sets, look at them, clean them.", no_args_is_help=True)
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,6 @@ from rich.console import Console
 
 from mr_reward.errors import ConfigurationError
 
-__all__ = ["doctor"]
-
 
 def doctor(
     context: typer.Context,

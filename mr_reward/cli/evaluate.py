@@ -11,8 +11,6 @@ from rich.console import Console
 from mr_reward.cli.options import Device, Dtype, MaxTokens, OverLength, torch_dtype
 from mr_reward.errors import ConfigurationError
 
-__all__ = ["compare", "evaluate"]
-
 
 def evaluate(
     benchmark: Annotated[str, typer.Argument(help="vl_rewardbench, ..., or groups for ranked groups of your own")],

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from mr_reward.templates.rendering import Renderer
     from mr_reward.viewer.views import Inspected
 
-__all__ = ["inspect"]
-
 logger = logging.getLogger(__name__)
 
 

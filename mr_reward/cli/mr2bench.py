@@ -12,8 +12,6 @@ from rich.table import Table
 
 from mr_reward.errors import ConfigurationError
 
-__all__ = ["mr2bench"]
-
 mr2bench = typer.Typer(help="N-way benchmarks from raw human judgments.", no_args_is_help=True)
 
 

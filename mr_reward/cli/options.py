@@ -11,8 +11,6 @@ from mr_reward.errors import ConfigurationError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Device", "Dtype", "MaxTokens", "Model", "NumOrders", "OverLength", "torch_dtype"]
-
 Model = Annotated[str, typer.Argument(help="Reward model: a folder or hub id")]
 Device = Annotated[str | None, typer.Option(help="As torch spells it; else cuda if there is one")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the checkpoint's")]

@@ -27,8 +27,6 @@ from mr_reward.groups import GroupScores
 if TYPE_CHECKING:
     from mr_reward.groups import ResponseGroup, Scorer
 
-__all__ = ["score"]
-
 logger = logging.getLogger(__name__)
 
 _RESULT_KEYS = {*GroupScores.__slots__, "error", "scored_with"}

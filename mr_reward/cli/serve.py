@@ -11,8 +11,6 @@ import typer
 from mr_reward.cli.options import Device, Dtype, MaxTokens, Model, NumOrders, OverLength, torch_dtype
 from mr_reward.errors import ConfigurationError
 
-__all__ = ["serve"]
-
 _TOKEN_VARIABLE = "MR_REWARD_TOKEN"
 
 

@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["Finding", "may_start", "show_findings"]
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:

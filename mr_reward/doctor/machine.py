@@ -14,9 +14,7 @@ import torch
 from packaging.requirements import Requirement
 
 from mr_reward.doctor.findings import Finding
-from mr_reward.training.saving import incomplete_reason
-
-__all__ = ["check_devices", "check_needed", "check_output_folder", "check_versions", "device_memory"]
+from mr_reward.training.saving import incomplete_reason, saved_checkpoints
 
 _PACKAGE = "mr-reward"
 _MAIN_PACKAGES = (_PACKAGE, "torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -103,35 +101,25 @@ def check_output_folder(folder: str | Path, *, resume: bool | str, num_processes
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         yield Finding("red", what, f"{folder} cannot be written ({parent} is no folder that one may write to)")
         return
-    if isinstance(resume, str):
-        reason = incomplete_reason(Path(resume), num_processes)
-        if reason is None:
-            yield Finding("green", what, f"resumes from {resume}")
-        else:
-            text = f"resume_from_checkpoint: {resume} is not whole ({reason}); name another, or say true for the"
-            yield Finding("red", what, f"{text} newest whole one")
+    tried = [Path(resume)] if isinstance(resume, str) else saved_checkpoints(folder)
+    if not tried:
+        yield Finding("green", what, f"{folder}: can be written")
+    elif not resume:
+        text = f"{folder} holds {tried[0].name} of an earlier run, which will be written over; say"
+        yield Finding("yellow", what, f"{text} resume_from_checkpoint: true to resume it, or name another folder")
+    elif whole := next((path for path in tried if incomplete_reason(path, num_processes) is None), None):
+        yield Finding("green", what, f"{whole.parent}: resumes from {whole.name}")
     else:
-        yield _newest_checkpoint(folder, resume, num_processes)
+        problem = f"not whole ({incomplete_reason(tried[0], num_processes)})"
+        if isinstance(resume, str):
+            text = f"resume_from_checkpoint: {resume} is {problem}; name another, or say true for the newest whole one"
+            yield Finding("red", what, text)
+        else:
+            text = f"{folder} holds {tried[0].name}, which is {problem}; the run starts from the beginning"
+            yield Finding("yellow", what, text)
     free = shutil.disk_usage(parent).free
     if free < _LITTLE_DISK:
         yield Finding("yellow", "disk", f"{free / _GB:.1f} GB free at {parent}; a checkpoint may not fit")
-
-
-def _newest_checkpoint(folder: Path, resume: bool, num_processes: int) -> Finding:
-    what = "output folder"
-    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    newest_first = sorted(found, key=lambda path: -int(path.name.split("-")[-1]))
-    if not newest_first:
-        return Finding("green", what, f"{folder}: can be written")
-    if not resume:
-        text = f"{folder} holds {newest_first[0].name} of an earlier run, which will be written over; say"
-        return Finding("yellow", what, f"{text} resume_from_checkpoint: true to resume it, or name another folder")
-    whole = next((path.name for path in newest_first if incomplete_reason(path, num_processes) is None), None)
-    if whole is not None:
-        return Finding("green", what, f"{folder}: resumes from {whole}")
-    reason = incomplete_reason(newest_first[0], num_processes)
-    text = f"{folder} holds {newest_first[0].name}, which is not whole ({reason}); the run starts from the beginning"
-    return Finding("yellow", what, text)
 
 
 def _host_memory() -> int:

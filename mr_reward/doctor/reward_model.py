@@ -6,6 +6,7 @@ The model is built without weights from the checkpoint's configuration, and aske
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from mr_reward.backbones.base import tiny_config
 from mr_reward.checkpoint.verify import (
     check_checksums,
     check_config_keys,
-    check_loading_info,
+    check_shapes,
     check_template_hash,
     has_file,
     load_processor,
@@ -30,7 +32,6 @@ from mr_reward.doctor.machine import device_memory
 from mr_reward.errors import (
     BackendError,
     CheckpointError,
-    ConfigurationError,
     MRRewardError,
     OverLengthError,
     ScoringServerError,
@@ -41,16 +42,13 @@ from mr_reward.model.memory import RewardMemory
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.scorer import GroupScorer
 from mr_reward.runs.recipe import scorer_options
+from mr_reward.scorers.opening import open_scorer, require_local
 from mr_reward.templates.rendering import template_hash
 
 if TYPE_CHECKING:
-    from mr_reward.doctor.planned_run import PlannedRun
+    from mr_reward.doctor.examine import PlannedRun
 
-__all__ = ["check_reward_folder", "check_reward_of_run", "check_weights", "score_tiny", "score_whole", "shrink"]
-
-_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 _SERVER_SECONDS = 2.0  # a scoring server that runs answers at once
-_HEADS, _LAYERS, _VISION_WIDTH = 2, 2, 64
 _ROUNDING = 1e-4  # of float32 scores of a tiny model; scores of different texts differ by more
 _GB = 1e9
 _WASTE = 0.9  # allocators lose some of a device
@@ -114,8 +112,6 @@ def _read_folder(
         text = f"{name} is no folder, and no hub within reach has it; give the folder that pretrain_rm.py wrote"
         return None, [Finding("red", what, text)]
     try:
-        if not any(has_file(name, file) for file in _WEIGHT_FILES):
-            raise ConfigurationError(f"{name} holds no weights ({', '.join(_WEIGHT_FILES)}); copy them too")
         if has_file(name, "adapter_config.json") or has_file(name, "reward_model_config.json"):
             return None, [Finding("yellow", what, f"{name}: LoRA or the paper's format; merge it to check it")]
         check_config_keys(name, None, MultiResponseRewardConfig)
@@ -134,19 +130,13 @@ def _read_folder(
 
 def check_weights(folder: Path, model: MultiResponseRewardModel, *, verify: bool = False) -> Finding:
     """Whether the files are those that were saved, and their headers have what the model has; no weight is loaded."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         found = weight_shapes(folder)
-        problems = {
-            "missing_keys": expected.keys() - found.keys(),
-            "unexpected_keys": found.keys() - expected.keys(),
-            "mismatched_keys": {key for key in expected.keys() & found.keys() if expected[key] != found[key]},
-        }
-        check_loading_info(str(folder), problems)
+        check_shapes(str(folder), found, model.state_dict())
         check_checksums(str(folder), verify=verify)
     except CheckpointError as error:
         return Finding("red", "weights", str(error))
-    count = sum(torch.Size(shape).numel() for shape in found.values()) / 1e6
+    count = sum(math.prod(shape) for shape in found.values()) / 1e6
     text = f"{len(found)} tensors, {count:,.1f} million numbers, names and shapes as expected"
     return Finding("green", "weights", text)
 
@@ -210,10 +200,11 @@ def score_tiny(
 
     Green: finite scores, equal for equal texts, and of the order what the layout promises.
     """
-    small, what, started = shrink(config), "tiny score", time.perf_counter()
-    if small is None:
+    what, small, backbone = "tiny score", copy.deepcopy(config), tiny_config(config.backbone_config)
+    if backbone is None:
         kind = getattr(config.backbone_config, "model_type", "?")
         return Finding("yellow", what, f"no tiny copy of a {kind} can be made; try --score, which loads the weights")
+    small.backbone_config, small.head_hidden_size = backbone, None
     if attention is not None:
         small._attn_implementation = attention
     try:
@@ -222,7 +213,7 @@ def score_tiny(
             model = MultiResponseRewardModel(small).eval()
             model.processor = load_processor(name)
             scorer = GroupScorer(model, device="cpu", dtype=torch.float32)
-            return _check_scores(scorer, prompts, what, "random weights, tiny", started)
+            return _check_scores(scorer, prompts, what, "random weights, tiny")
     except ImportError as error:
         text = f"attention {attention} cannot run here: {str(error).splitlines()[0]}"
         return Finding("red" if torch.cuda.is_available() else "yellow", what, text)
@@ -230,61 +221,24 @@ def score_tiny(
         return Finding("red", what, str(error))
 
 
-def score_whole(scorer: GroupScorer, prompts: Sequence[ResponseGroup]) -> Finding:
-    """The same with the model itself."""
-    return _check_scores(scorer, prompts, "score", "the model itself", time.perf_counter())
+def score_whole(model: str | MultiResponseRewardModel, prompts: Sequence[ResponseGroup], **options: Any) -> Finding:
+    """The same with the model itself, opened as a run does."""
+    try:
+        scorer = require_local(open_scorer(model, **options), "--score")
+        return _check_scores(scorer, prompts, "score", "the model itself")
+    except MRRewardError as error:
+        return Finding("red", "score", str(error))
 
 
-def _check_scores(
-    scorer: GroupScorer, prompts: Sequence[ResponseGroup], what: str, how: str, started: float
-) -> Finding:
+def _check_scores(scorer: GroupScorer, prompts: Sequence[ResponseGroup], what: str, how: str) -> Finding:
+    started = time.perf_counter()
     first, texts = (prompts or [ResponseGroup(prompt="Is it?", responses=["?"])])[0], ["Yes.", "No.", "Yes."]
     group = replace(first, responses=texts, rankings=None, id="tiny")
-    try:
-        scores, turned = (scorer.score([one])[0] or [] for one in (group, group.select([1, 0, 2])))
-    except MRRewardError as error:
-        return Finding("red", what, str(error))
+    scores, turned = (scorer.score([one])[0] or [] for one in (group, group.select([1, 0, 2])))
     shown = ", ".join(f"{score:+.3f}" for score in scores)
     if scores[0] != scores[2]:
         return Finding("red", what, f"equal responses have the scores {shown}; this is an error of mr_reward")
     if scorer.packer.layout != "causal" and abs(scores[0] - turned[1]) > _ROUNDING * max(1.0, abs(scores[0])):
         return Finding("red", what, f"a score depends on the order: {scores[0]} and {turned[1]}; take another backend")
-    prompt = "a prompt of the run" if prompts else "a made-up prompt"
-    seconds = time.perf_counter() - started
+    prompt, seconds = "a prompt of the run" if prompts else "a made-up prompt", time.perf_counter() - started
     return Finding("green", what, f"{prompt}, 3 responses, {how}: {shown}; {seconds:.1f} s")
-
-
-def shrink(config: MultiResponseRewardConfig) -> MultiResponseRewardConfig | None:
-    """The same architecture with few layers and heads; token ids, vocabulary and patches as they are.
-
-    None for a family that this was not written for.
-    """
-    small = copy.deepcopy(config)
-    backbone: Any = small.backbone_config
-    text, vision = backbone.get_text_config(), getattr(backbone, "vision_config", None)
-    if getattr(text, "num_experts", None) or not hasattr(text, "num_attention_heads"):
-        return None
-    if vision is not None and backbone.model_type not in ("qwen3_vl", "qwen2_5_vl", "molmo2"):
-        return None
-    width = _HEADS * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    layers, heads = {"num_hidden_layers": _LAYERS}, {"num_attention_heads": _HEADS, "num_key_value_heads": _HEADS}
-    text.update({**layers, **heads, "hidden_size": width, "intermediate_size": 2 * width})
-    if getattr(text, "layer_types", None):
-        text.layer_types = list(text.layer_types)[:_LAYERS]
-    small.head_hidden_size = None
-    vision_sizes = {  # by whatever name a family has them
-        **layers,
-        **heads,
-        "head_dim": _VISION_WIDTH // _HEADS,
-        "hidden_size": _VISION_WIDTH,
-        "intermediate_size": _VISION_WIDTH,
-        "out_hidden_size": width,
-        "text_hidden_size": width,
-        "deepstack_visual_indexes": [0],
-        "fullatt_block_indexes": [_LAYERS - 1],
-        "vision_feature_layer": [_LAYERS - 1, 0],
-    }
-    for part in (vision, getattr(backbone, "adapter_config", None)):
-        if part is not None:
-            part.update({name: value for name, value in vision_sizes.items() if hasattr(part, name)})
-    return small

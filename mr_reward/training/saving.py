@@ -52,8 +52,7 @@ def last_complete_checkpoint(output_dir: str | Path, num_ranks: int = 1) -> str 
 
     Each of `num_ranks` processes of the run needs its random state.
     """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    for folder in sorted(folders, key=lambda path: -int(path.name.split("-")[-1])):
+    for folder in saved_checkpoints(output_dir):
         reason = incomplete_reason(folder, num_ranks)
         if reason is None:
             logger.info("resuming from %s", folder)
@@ -61,6 +60,12 @@ def last_complete_checkpoint(output_dir: str | Path, num_ranks: int = 1) -> str 
         logger.warning("%s is not whole (%s), looking for an older checkpoint", folder, reason)
     logger.info("%s holds no whole checkpoint, training starts from the beginning", output_dir)
     return None
+
+
+def saved_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The `checkpoint-*` folders of a run, the newest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(folders, key=lambda path: -int(path.name.split("-")[-1]))
 
 
 def incomplete_reason(folder: Path, num_ranks: int = 1) -> str | None:

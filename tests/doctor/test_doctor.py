@@ -187,7 +187,7 @@ def test_memory_of_a_dense_mask_only_where_there_is_one(check: Check) -> None:
 def test_broken_reward_models(check: Check, folder: Path, tmp_path: Path) -> None:
     source = folder / "outputs" / "rm"
     for name, spoil, message in (
-        ("weights", lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
+        ("weights", lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
         ("template", lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"), "template"),
         ("config", lambda f: (f / "config.json").write_text("{"), "config.json"),
     ):
@@ -246,7 +246,7 @@ def test_prompts_that_cannot_be_read(content: str, message: str, check: Check, f
 
 def test_policies_that_cannot_be_loaded(check: Check, folder: Path, tmp_path: Path) -> None:
     for name, spoil, message in (
-        ("missing", lambda f: (f / "model.safetensors").unlink(), "no weights (model.safetensors"),
+        ("missing", lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
         ("cut", lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors is cut off"),
         ("config", lambda f: (f / "config.json").write_text("{"), "not a valid JSON file"),
         ("kind", lambda f: (f / "config.json").write_text('{"model_type": "other"}'), "model type `other`"),
