@@ -10,14 +10,7 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.moved import moved_name
 
 # Packages that come with an extra of the wheel -> the extra.
-_EXTRAS = {
-    "fastapi": "serve",
-    "httpx2": "serve",
-    "matplotlib": "eval",
-    "pydantic": "serve",
-    "starlette": "serve",
-    "uvicorn": "serve",
-}
+_EXTRAS = {"matplotlib": "eval"} | dict.fromkeys(("fastapi", "httpx2", "pydantic", "starlette", "uvicorn"), "serve")
 
 
 def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:

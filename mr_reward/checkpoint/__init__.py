@@ -6,12 +6,12 @@ from mr_reward.exports import lazy_exports
 
 if TYPE_CHECKING:
     from mr_reward.checkpoint.card import write_model_card
-    from mr_reward.checkpoint.digest import weights_digest
+    from mr_reward.checkpoint.verify import weights_digest
     from mr_reward.checkpoint.zero3 import outside_zero3
 
 __all__ = ["outside_zero3", "weights_digest", "write_model_card"]
 
 __getattr__ = lazy_exports(
     __name__,
-    {"outside_zero3": "zero3", "weights_digest": "digest", "write_model_card": "card"},
+    {"outside_zero3": "zero3", "weights_digest": "verify", "write_model_card": "card"},
 )

@@ -42,7 +42,7 @@ def doctor(
             raise ConfigurationError("--model goes without --config; a recipe names its own, or say --reward_model")
         findings = examine_recipe(
             ["--config", str(config), *context.args],
-            accelerate_config=None if accelerate_config is None else str(accelerate_config),
+            accelerate_config=accelerate_config,
             num_processes=num_processes,
             score=score,
             recipe_type=HandwritingArguments,

@@ -81,7 +81,7 @@ def planned_arguments(num_processes: int) -> type[PolicyTrainingArguments]:
 def examine_recipe(
     arguments: Sequence[str],
     *,
-    accelerate_config: str | None = None,
+    accelerate_config: str | Path | None = None,
     num_processes: int | None = None,
     score: bool = False,
     recipe_type: type[PolicyArguments] = PolicyArguments,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mr_reward.checkpoint.digest import weights_digest
+from mr_reward.checkpoint.verify import weights_digest
 from mr_reward.data.jsonl import read_json_lines
 from mr_reward.errors import ConfigurationError, GroupError, NonFiniteScoreError
 from mr_reward.evaluation.evaluator import BenchmarkScorer

@@ -15,7 +15,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from mr_reward.checkpoint.digest import weights_digest
+from mr_reward.checkpoint.verify import weights_digest
 from mr_reward.data.groups_file import ScoredGroup
 from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.groups import GroupScores, ResponseGroup

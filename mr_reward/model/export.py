@@ -8,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mr_reward.checkpoint.checksums import written_whole
-from mr_reward.checkpoint.lora import is_lora
-from mr_reward.checkpoint.paper_format import write_head
+from mr_reward.checkpoint.formats import is_lora, write_head
 from mr_reward.errors import CheckpointError
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.templates.rendering import JOINED_TEMPLATES

@@ -20,9 +20,11 @@ from mr_reward.attention.backends import check_backend, choose_attention, load_a
 from mr_reward.backbones.base import BackboneAdapter
 from mr_reward.checkpoint.card import CARD_FILE, name_in_card, read_card, write_model_card
 from mr_reward.checkpoint.checksums import written_whole
-from mr_reward.checkpoint.lora import is_lora, lora_backbone, merge_lora
-from mr_reward.checkpoint.paper_format import (
+from mr_reward.checkpoint.formats import (
+    is_lora,
     is_paper_format,
+    lora_backbone,
+    merge_lora,
     paper_score_scale,
     read_head,
     trained_separator,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mr_reward.checkpoint.digest import weights_digest
+from mr_reward.checkpoint.verify import weights_digest
 from mr_reward.checkpoint.zero3 import outside_zero3, partitioned_weights
 from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.groups import GroupScores, ResponseGroup, Scorer

@@ -24,7 +24,7 @@ from transformers import Qwen3VLConfig
 from trl import ModelConfig
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
-from mr_reward.checkpoint.digest import weights_digest
+from mr_reward.checkpoint import weights_digest
 from mr_reward.doctor import check_before_start
 from mr_reward.errors import ConfigurationError
 from mr_reward.runs.launch import Launch, read_environment, read_launch

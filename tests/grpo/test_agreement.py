@@ -13,7 +13,7 @@ from torch import nn
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from mr_reward import MultiResponseReward, MultiResponseRewardModel
-from mr_reward.checkpoint.digest import weights_digest
+from mr_reward.checkpoint import weights_digest
 from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.grpo.groups import group_size
 from mr_reward.grpo.reward import check_same_weights

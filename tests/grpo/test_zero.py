@@ -19,7 +19,7 @@ import yaml
 from launching import DEEPSPEED_CONFIGS, environment, needs_deepspeed, two_processes
 
 from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel
-from mr_reward.checkpoint.digest import weights_digest
+from mr_reward.checkpoint import weights_digest
 from mr_reward.groups import ResponseGroup
 from mr_reward.worlds import tiny
 

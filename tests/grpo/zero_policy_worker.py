@@ -18,7 +18,7 @@ from transformers.modeling_utils import set_zero3_state
 from trl import GRPOConfig, GRPOTrainer
 
 from mr_reward import MultiResponseReward, MultiResponseRewardModel
-from mr_reward.checkpoint.digest import weights_digest
+from mr_reward.checkpoint import weights_digest
 from mr_reward.errors import MRRewardError
 
 NUM_GENERATIONS, NUM_GENERATIONS_EVAL = 4, 2

@@ -12,7 +12,7 @@ from http_server import running
 from tiny_models import checkpoint_groups, reward_model
 
 from mr_reward import GroupScorer
-from mr_reward.checkpoint.digest import weights_digest
+from mr_reward.checkpoint import weights_digest
 from mr_reward.errors import CheckpointError, ConfigurationError, ScoringServerError
 from mr_reward.scorers import OffloadedScorer, RemoteScorer, open_scorer
 from mr_reward.scorers.opening import require_local, scored_by

@@ -16,7 +16,7 @@ import pytest
 from http_server import Faulty, running
 
 from mr_reward import GroupScorer, ResponseGroup
-from mr_reward.checkpoint.digest import weights_digest
+from mr_reward.checkpoint import weights_digest
 from mr_reward.errors import (
     CheckpointError,
     ConfigurationError,

@@ -24,7 +24,7 @@ from tiny_models import random_image, reward_model
 from typer.testing import CliRunner
 
 from mr_reward import GroupScorer, MultiResponseReward, ResponseGroup
-from mr_reward.checkpoint.digest import weights_digest
+from mr_reward.checkpoint import weights_digest
 from mr_reward.cli.app import app
 from mr_reward.errors import CheckpointError, ConfigurationError, ScoringServerError
 from mr_reward.scorers import RemoteScorer

@@ -21,7 +21,7 @@ from http_server import running
 from PIL import Image
 
 from mr_reward import GroupScorer, ResponseGroup
-from mr_reward.checkpoint.digest import weights_digest
+from mr_reward.checkpoint import weights_digest
 from mr_reward.errors import ConfigurationError
 from mr_reward.serving import ServerLimits, build_app, serve
 from mr_reward.serving.server import check_access

@@ -1,7 +1,8 @@
-"""The public checkpoint format of arXiv 2604.10966: a merged backbone, `value_head.pt`, `reward_model_config.json`.
+"""Checkpoints in other forms than our own: LoRA adapters, and the public format of arXiv 2604.10966.
 
-Its separator is a real token, `<|resp_sep|>`, and the score of a response is read at the token before it, see the
-templates `mr2rm-*` of `mr_reward.templates.rendering`.
+A LoRA checkpoint holds an adapter, the reward model's configuration and the processor. The public format is a merged
+backbone, `value_head.pt` and `reward_model_config.json`; its separator is a real token, `<|resp_sep|>`, and the score
+of a response is read at the token before it, see the templates `mr2rm-*` of `mr_reward.templates.rendering`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mr_reward.checkpoint.verify import find_file, has_file
+from mr_reward.checkpoint.verify import check_shapes, find_file, has_file, load_backbone
 from mr_reward.checkpoint.zero3 import whole_weights
 from mr_reward.errors import CheckpointError
 from mr_reward.templates.rendering import SEPARATOR
 
-_CONFIG_FILE = "reward_model_config.json"
+_LORA_CONFIG_FILE = "adapter_config.json"
+_LORA_WEIGHTS_FILE = "adapter_model.safetensors"
+_PAPER_CONFIG_FILE = "reward_model_config.json"
 _HEAD_FILE = "value_head.pt"
 _REQUIRED = {"value_head_type", "value_head_hidden_dim", "value_head_activation", "resp_repr_mode"}
 _OPTIONAL = {"value_head_input_dim"}
@@ -33,9 +38,60 @@ _MLP = {"0.weight": "dense.weight", "0.bias": "dense.bias", "2.weight": "out.wei
 _LINEAR = {"weight": "dense.weight", "bias": "dense.bias"}
 
 
+def is_lora(name: str, revision: str | None = None) -> bool:
+    """Whether a checkpoint holds a LoRA adapter instead of whole weights."""
+    return has_file(name, _LORA_CONFIG_FILE, revision)
+
+
+def lora_backbone(name: str, config: Any, **options: Any) -> tuple[PreTrainedModel, str, str | None]:
+    """Load the backbone that an adapter was trained on."""
+    source, revision = config.backbone_name_or_path, config.backbone_revision
+    if source is None:
+        raise CheckpointError(
+            f"{name}: holds a LoRA adapter, but its configuration does not say which backbone it belongs to; put "
+            "the folder or hub id into backbone_name_or_path of its config.json"
+        )
+    backbone = load_backbone(source, revision=revision, **options)
+    if backbone.config.model_type != config.backbone_config.model_type:
+        raise CheckpointError(
+            f"{source}: holds a {backbone.config.model_type!r} backbone, but {name} was trained on a "
+            f"{config.backbone_config.model_type!r} one; correct backbone_name_or_path in its config.json"
+        )
+    return backbone, source, revision
+
+
+def merge_lora(model: PreTrainedModel, name: str, revision: str | None = None) -> Any:
+    """Put a saved adapter on a reward model and merge it into the weights."""
+    # peft is loaded where it is needed: scoring a merged model must not depend on it.
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(name, revision=revision)
+    in_full = {key for key, _ in model.named_children()} - {"backbone"}
+    if not in_full <= set(getattr(config, "modules_to_save", None) or ()):
+        raise CheckpointError(
+            f"{name}: the adapter saves {getattr(config, 'modules_to_save', None)} in full, expected "
+            f"{sorted(in_full)}; without them scores come from random weights. Train with "
+            "RewardTrainer(peft_config=...), or set modules_to_save"
+        )
+    try:
+        weights = load_file(str(find_file(name, _LORA_WEIGHTS_FILE, revision)))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{name}: no {_LORA_WEIGHTS_FILE} could be read ({error})") from error
+    config.base_model_name_or_path = None  # where it was trained; the caller has found the backbone
+    wrapped = get_peft_model(model, config)
+    check_shapes(
+        name,
+        {key: tuple(value.shape) for key, value in weights.items()},
+        get_peft_model_state_dict(wrapped),
+        advice="the adapter belongs to another backbone, or a part of it is gone; use the one it was trained on",
+    )
+    set_peft_model_state_dict(wrapped, weights)
+    return wrapped.merge_and_unload(safe_merge=True)
+
+
 def is_paper_format(name: str, revision: str | None = None) -> bool:
     """Whether a checkpoint is in this format."""
-    return has_file(name, _CONFIG_FILE, revision)
+    return has_file(name, _PAPER_CONFIG_FILE, revision)
 
 
 def paper_score_scale(hidden_size: int) -> float:
@@ -54,19 +110,13 @@ def read_head(name: str, hidden_size: int, revision: str | None = None) -> tuple
     else:
         names, width = _MLP, settings["value_head_hidden_dim"] or hidden_size
         activation = settings["value_head_activation"].lower()
-    expected = {
-        "dense.weight": (width, hidden_size),
-        "dense.bias": (width,),
-        "out.weight": (1, width),
-        "out.bias": (1,),
-    }
     found = _read_tensors(name, revision)
     shapes = {key: tuple(value.shape) for key, value in found.items()}
-    wanted = {theirs: expected[ours] for theirs, ours in names.items()}
+    wanted = dict(zip(names, [(width, hidden_size), (width,), (1, width), (1,)], strict=False))  # linear: two of them
     if shapes != wanted:
         raise CheckpointError(
             f"{name}: {_HEAD_FILE} holds {shapes}, but a {settings['value_head_type']} head of a backbone of width "
-            f"{hidden_size} has {wanted}; save the state dict of the value head that {_CONFIG_FILE} describes"
+            f"{hidden_size} has {wanted}; save the state dict of the value head that {_PAPER_CONFIG_FILE} describes"
         )
     weights = {ours: found[theirs].float() for theirs, ours in names.items()}
     if activation == "linear":
@@ -99,7 +149,7 @@ def write_head(folder: Path, weights: dict[str, Tensor], activation: str) -> Non
         }
         settings |= {"value_head_type": "linear", "value_head_hidden_dim": None, "value_head_activation": "selu"}
     torch.save(tensors, folder / _HEAD_FILE)
-    (folder / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / _PAPER_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def with_separator(backbone: PreTrainedModel, processor: Any) -> Any:
@@ -165,13 +215,13 @@ def _separator_id(processor: Any) -> int | None:
 
 def _read_settings(name: str, hidden_size: int, revision: str | None) -> dict[str, Any]:
     try:
-        settings = json.loads(Path(str(find_file(name, _CONFIG_FILE, revision))).read_text())
+        settings = json.loads(Path(str(find_file(name, _PAPER_CONFIG_FILE, revision))).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name}: {_CONFIG_FILE} cannot be read ({error})") from error
+        raise CheckpointError(f"{name}: {_PAPER_CONFIG_FILE} cannot be read ({error})") from error
     keys = set(settings) if isinstance(settings, dict) else set()
     if keys - _OPTIONAL != _REQUIRED:
         raise CheckpointError(
-            f"{name}: {_CONFIG_FILE} lacks {sorted(_REQUIRED - keys)} and has the unknown keys "
+            f"{name}: {_PAPER_CONFIG_FILE} lacks {sorted(_REQUIRED - keys)} and has the unknown keys "
             f"{sorted(keys - _REQUIRED - _OPTIONAL)}, expected {sorted(_REQUIRED)}; each of them changes the scores"
         )
     mode, kind = settings["resp_repr_mode"], settings["value_head_type"]
