@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,14 +48,11 @@ _SCORING_KEYS = ("layout", "template", "template_hash", "score_scale", "head_act
 _CHUNK = 1 << 22  # 64-bit words: each temporary copy takes 32 MB
 
 
-class reading:  # used as a verb, like `contextlib.suppress`
+class reading(AbstractContextManager[Any]):  # used as a verb, like `contextlib.suppress`
     """A block that reads a checkpoint: what a damaged file makes the readers raise becomes a `CheckpointError`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None

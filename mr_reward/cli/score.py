@@ -151,18 +151,18 @@ def _parse(stream: BinaryIO, name: str, root: Path, target: Path | None) -> Iter
     from mr_reward.data.media_files import resolve_media
 
     for number, value in read_json_lines(stream):
-        where = f"{name}, line {number}"
-        if isinstance(value, GroupError) or not isinstance(value, dict):
-            error = value if isinstance(value, GroupError) else GroupError(f"the row is no object: {value!r:.60}")
-            yield _Line(where, {"line": number}, error)
-            continue
-        row = _without_results(value)
+        row: dict[str, Any] = {"line": number}
         group: ResponseGroup | MRRewardError
         try:
+            if isinstance(value, GroupError):
+                raise value
+            if not isinstance(value, dict):
+                raise GroupError(f"the row is no object: {value!r:.60}")
+            row = _without_results(value)
             group = resolve_media(group_from_row(row, f"line {number}", ranked=False), root)
         except MRRewardError as error:
             group = error
-        yield _Line(where, row if target is None else _rebase(row, root, target.parent), group)
+        yield _Line(f"{name}, line {number}", row if target is None else _rebase(row, root, target.parent), group)
 
 
 def _without_results(row: Mapping[str, Any]) -> dict[str, Any]:
