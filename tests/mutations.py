@@ -89,8 +89,8 @@ MUTATIONS = [
     Mutation(
         "exchange: the groups of a batch see each other's place",
         "mr_reward.attention.plan._exchange",
-        "summaries + cached.prompt",
-        "summaries.roll(1, 0) + cached.prompt",
+        "summaries + cache.prompt",
+        "summaries.roll(1, 0) + cache.prompt",
         "tests/attention/test_group_attention.py",
     ),
     Mutation(

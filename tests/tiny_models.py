@@ -20,8 +20,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from mr_reward import MultiResponseRewardModel, ResponseGroup
-from mr_reward.attention.backends import choose_attention
-from mr_reward.attention.group import GROUP_ATTENTION
+from mr_reward.attention.backends import GROUP_ATTENTION, choose_attention
 from mr_reward.backbones import BackboneAdapter, get_adapter
 from mr_reward.model.rows import Packer, Rows, collate
 from mr_reward.templates.rendering import TEMPLATE, Renderer

@@ -1,4 +1,7 @@
-"""Who computes which of the visible pairs: the backends, and ours, which computes no others."""
+"""Who computes which of the visible pairs: the backends, and ours, which computes no others.
+
+Nothing is exported: a user names a backend, as everywhere in transformers, by `attn_implementation`.
+"""
 
 from mr_reward.exports import lazy_exports
 

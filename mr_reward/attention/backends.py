@@ -1,34 +1,54 @@
-"""Layout -> what the attention backend is given, and which backend can express which layout.
+"""Attention backends: which can express which layout, what each is told, and our own, `mr_group`.
 
 The model hands the row's segments to this file, not a mask, so that a backend which uses the row's structure can be
 added here without touching the model.
+
+A dense mask computes every pair of tokens and throws most of them away. In `mr_group` the rows lie end to end in one
+row without padding, and its parts are taken one by one: each prompt and each response attends to itself causally, all
+responses of a prompt to the prompt, the comparison tokens of `set` to the summaries of the other responses. The parts
+are merged by the log-sum-exp of each query's logits, which is exact. The `GroupPlan` travels to the layers as a
+keyword argument of the backbone's forward. Without one, `mr_group` is transformers' `sdpa`.
+
+Legend: B rows (one group each), N responses, L tokens of the longest row, T tokens of all rows, S sequences, h heads,
+d width of a head.
 """
 
+from __future__ import annotations
+
 import logging
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import PreTrainedModel
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from mr_reward.attention.group import GROUP_ATTENTION
-from mr_reward.attention.plan import GroupPlan
+from mr_reward.attention.plan import Block, Exchange, GroupPlan, KernelCall, Ragged
 from mr_reward.errors import BackendError
 from mr_reward.layouts import PADDING_SEGMENT, Layout, TokenKind, check_layout, visible
 
 __all__ = [
     "BACKENDS",
+    "GROUP_ATTENTION",
     "attention_mask",
     "check_backend",
     "choose_attention",
     "flat_arguments",
+    "group_attention",
     "is_flat",
     "load_attention",
 ]
 
 logger = logging.getLogger(__name__)
 
+GROUP_ATTENTION = "mr_group"
 # An isolating mask needs a backend that takes a 4-D mask as it is. Flash attention takes none and would ignore it.
 _DENSE = ("sdpa", "eager")
 _FLASH = ("flash_attention_2", "flash_attention_3")
@@ -38,6 +58,10 @@ BACKENDS = {
     "isolated": (GROUP_ATTENTION, *_DENSE, _FLEX),
     "set": (GROUP_ATTENTION, *_DENSE, _FLEX),
 }
+# What some families add to attention and this one has not: the scores would be wrong without an error.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+_States = tuple[Tensor, Tensor, Tensor]
 
 
 def check_backend(layout: Layout, backend: str | None, media_blocks: bool = False) -> None:
@@ -144,3 +168,296 @@ def attention_mask(
     if backend != "eager":
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What some queries found among some keys."""
+
+    sites: slice | Tensor  # of the queries in the row
+    out: Tensor  # (n, h, d)
+    lse: Tensor  # (n, h) float32 or float64
+
+
+# Compiled layers break their graph here: the parts are many calls of one kernel, whose number changes with the rows.
+@torch.compiler.disable
+def group_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    group_plan: GroupPlan | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """As transformers' attention functions."""
+    # A vision tower is handed the plan of the row too, which does not concern it.
+    if group_plan is None or not getattr(module, "is_causal", True):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    wanted = [name for name in _UNSUPPORTED if options.get(name) is not None] + ["dropout"] * (dropout > 0)
+    if wanted:
+        raise BackendError(
+            f"{type(module).__name__} uses {', '.join(wanted)} in attention, which {GROUP_ATTENTION!r} cannot do; use "
+            "attn_implementation='sdpa' or 'eager'"
+        )
+    states = _each(lambda tensor: tensor[0].transpose(0, 1), (query, key, value))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states):
+        out = _MergedAttention.apply(*states, group_plan, scaling)
+    else:
+        out, _ = _merge_parts(states, group_plan, scaling)
+    return out[None], None
+
+
+AttentionInterface.register(GROUP_ATTENTION, group_attention)
+AttentionMaskInterface.register(GROUP_ATTENTION, sdpa_mask)
+
+
+def _each(function: Callable[[Tensor], Tensor], states: Sequence[Tensor]) -> _States:
+    """Apply to query, key and value."""
+    query, key, value = states
+    return function(query), function(key), function(value)
+
+
+class _MergedAttention(torch.autograd.Function):
+    """`_merge_parts` with the gradients of its parts."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: GroupPlan, scale: float | None) -> Tensor:
+        out, lse = _merge_parts((query, key, value), plan, scale)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.plan, ctx.scale = plan, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        states = _each(lambda tensor: tensor, inputs)
+        grads = _each(lambda tensor: torch.zeros_like(tensor, memory_format=torch.contiguous_format), states)
+        grad = grad.contiguous()
+        for ragged in (ctx.plan.own, ctx.plan.prompts):
+            _gradients(grad, states, out, lse, ragged, ctx.scale, grads)
+        for block in ctx.plan.blocks:
+            _block_gradients(grad, states, block, ctx.scale, grads)
+        if ctx.plan.exchange is not None:
+            _exchange_gradients(grad, states, out, lse, ctx.plan.exchange, ctx.scale, grads)
+        return (*grads, None, None)
+
+
+def _merge_parts(states: _States, plan: GroupPlan, scale: float | None) -> tuple[Tensor, Tensor]:
+    """(T, h, d) and the log-sum-exp (T, h) of all that each query sees; not set where a prompt has media blocks."""
+    query, key, value = states
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    lse = torch.zeros(query.shape[:2], dtype=wide, device=query.device)
+    for part in _attend(query, key, value, plan.own, scale):
+        out[part.sites], lse[part.sites] = part.out, part.lse
+    for block in plan.blocks:
+        site = slice(block.start, block.start + len(block.mask))
+        out[site] = _attend_block(_each(operator.itemgetter(site), states), block.mask, scale)
+    for part in _attend(query, key, value, plan.prompts, scale):
+        _merge(out, lse, part)
+    if plan.exchange is not None:
+        _merge(out, lse, _attend_summaries(states, plan.exchange, scale))
+    return out, lse
+
+
+def _merge(out: Tensor, lse: Tensor, part: Part) -> None:
+    """Merge what more keys gave into what was found before."""
+    sites = part.sites
+    if isinstance(sites, slice):
+        before = lse[sites]
+        torch.lerp(out[sites], part.out, _weight(part.lse, before, out.dtype), out=out[sites])
+        lse[sites] = torch.logaddexp(before, part.lse)
+    else:
+        before = lse.index_select(0, sites)
+        weight = _weight(part.lse, before, out.dtype)
+        out.index_copy_(0, sites, torch.lerp(out.index_select(0, sites), part.out, weight))
+        lse.index_copy_(0, sites, torch.logaddexp(before, part.lse))
+
+
+def _weight(lse: Tensor, before: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, h, 1), the share of what was found last."""
+    return torch.sigmoid(lse - before)[..., None].to(dtype)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, ragged: Ragged, scale: float | None) -> Iterator[Part]:
+    """Attention of each sequence."""
+    for piece in ragged.pieces:
+        parts = [_take(states, piece, is_query=i == 0) for i, states in enumerate((query, key, value))]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, ragged.causal, scale=scale)
+        out, lse = out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+        if piece.sites is None:
+            yield Part(_query_slice(piece), out, lse)
+        else:
+            yield Part(piece.sites, out.index_select(0, piece.real), lse.index_select(0, piece.real))
+    if ragged.lengths is not None:
+        sizes = ragged.lengths
+        out, lse = varlen_attn(
+            query.index_select(0, sizes.queries),
+            key.index_select(0, sizes.keys),
+            value.index_select(0, sizes.keys),
+            sizes.query_starts,
+            sizes.key_starts,
+            sizes.max_queries,
+            sizes.max_keys,
+            return_aux=AuxRequest(lse=True),
+            scale=scale,
+            window_size=(-1, 0) if ragged.causal else (-1, -1),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        yield Part(sizes.queries, out, lse.transpose(0, 1))  # the kernel gives (h, n)
+
+
+def _gradients(
+    grad: Tensor,
+    states: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    lse: Tensor,
+    ragged: Ragged,
+    scale: float | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Add the gradients of this part of a merged softmax.
+
+    Given the merged output and its log-sum-exp, the kernel's backward gives what this part contributes: its
+    probabilities are exp(logit - lse), whichever keys the sum ran over (as in ring attention, arXiv 2310.01889).
+    """
+    if ragged.lengths is not None:
+        raise BackendError(
+            f"group attention has gradients on the CPU only, the tensors are on {grad.device}; train with "
+            "attn_implementation='sdpa' or 'flex_attention'"
+        )
+    for piece in ragged.pieces:
+        parts = [_take(tensor, piece, is_query=i == 0) for i, tensor in enumerate(states)]
+        upstream = _take(grad, piece, is_query=True)
+        if piece.real is not None:  # padding repeats a real query, whose gradient must count once
+            upstream = upstream.transpose(1, 2).flatten(0, 1)
+            cleared = torch.zeros_like(upstream).index_copy_(0, piece.real, upstream.index_select(0, piece.real))
+            upstream = cleared.unflatten(0, (piece.count, -1)).transpose(1, 2)
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            upstream,
+            *parts,
+            _take(out, piece, is_query=True),
+            _take(lse[..., None], piece, is_query=True)[..., 0],
+            0.0,
+            ragged.causal,
+            scale=scale,
+        )
+        for i, (total, part) in enumerate(zip(grads, found, strict=True)):
+            _add(total, part.transpose(1, 2).flatten(0, 1), piece, is_query=i == 0)
+
+
+def _query_slice(piece: KernelCall) -> slice:
+    return slice(piece.first.query, piece.first.query + piece.count * piece.first.num_queries)
+
+
+def _key_slice(piece: KernelCall) -> slice:
+    return slice(piece.first.key, piece.first.key + piece.count * piece.first.num_keys)
+
+
+def _take(states: Tensor, piece: KernelCall, is_query: bool) -> Tensor:
+    """(T, h, d) -> (S, h, longest, d); a view of the row where the sequences lie side by side."""
+    if piece.gather is None:
+        chosen = states[_query_slice(piece) if is_query else _key_slice(piece)]
+    else:
+        chosen = states.index_select(0, piece.gather if is_query else piece.gather + piece.shift)
+    return chosen.unflatten(0, (piece.count, -1)).transpose(1, 2)
+
+
+def _add(total: Tensor, part: Tensor, piece: KernelCall, is_query: bool) -> None:
+    """Add (S * longest, h, d) where `_take` took it from; what padding got goes to the token that it repeats."""
+    if piece.gather is None:
+        total[_query_slice(piece) if is_query else _key_slice(piece)] += part
+    else:
+        total.index_add_(0, piece.gather if is_query else piece.gather + piece.shift, part)
+
+
+def _attend_block(states: _States, mask: Tensor, scale: float | None) -> Tensor:
+    """A prompt with a mask, (P, h, d) -> (P, h, d)."""
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in states)
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:  # with a mask, not every kernel takes fewer heads of keys
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out[0].transpose(0, 1)
+
+
+def _block_gradients(grad: Tensor, states: _States, block: Block, scale: float | None, grads: _States) -> None:
+    site = slice(block.start, block.start + len(block.mask))
+    with torch.enable_grad():
+        leaves = _each(lambda tensor: tensor[site].detach().requires_grad_(), states)
+        found = torch.autograd.grad(_attend_block(leaves, block.mask, scale), leaves, grad[site])
+    for total, part in zip(grads, found, strict=True):
+        total[site] += part
+
+
+def _exchange_states(states: _States, exchange: Exchange) -> _States:
+    """(G, N, h', r, d), (G, S, h', d), (G, S, h', d) in float32 or wider, where r query heads share a key head."""
+    query, key, value = states
+    wide = torch.promote_types(query.dtype, torch.float32)
+    groups, _, _, num_queries, num_keys = exchange.bias.shape
+    shape = (groups, num_queries, key.shape[1], query.shape[1] // key.shape[1], query.shape[2])
+    return (
+        query.index_select(0, exchange.comparisons).to(wide).view(shape),
+        key.index_select(0, exchange.summaries).to(wide).unflatten(0, (groups, num_keys)),
+        value.index_select(0, exchange.summaries).to(wide).unflatten(0, (groups, num_keys)),
+    )
+
+
+def _exchange_logits(query: Tensor, key: Tensor, exchange: Exchange, scale: float | None) -> Tensor:
+    """(G, h', r, N, S)."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.einsum("gnhrd,gshd->ghrns", query * scale, key) + exchange.bias
+
+
+def _flat_slots(tensor: Tensor, exchange: Exchange) -> Tensor:
+    """(G, N, h', r, ...) -> (comparison tokens, h, ...)."""
+    tensor = tensor.flatten(2, 3).flatten(0, 1)
+    return tensor if exchange.real is None else tensor.index_select(0, exchange.real)
+
+
+def _attend_summaries(states: _States, exchange: Exchange, scale: float | None) -> Part:
+    query, key, value = _exchange_states(states, exchange)
+    logits = _exchange_logits(query, key, exchange, scale)
+    # A comparison token of a group of one sees nothing here: its log-sum-exp is -inf, and merging leaves it alone.
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp()
+    out = torch.einsum("ghrns,gshd->gnhrd", weights, value)
+    lse = _flat_slots(lse.permute(0, 3, 1, 2), exchange)
+    return Part(exchange.sites, _flat_slots(out, exchange).to(states[0].dtype), lse)
+
+
+def _exchange_gradients(
+    grad: Tensor,
+    states: _States,
+    out: Tensor,
+    lse: Tensor,
+    exchange: Exchange,
+    scale: float | None,
+    grads: _States,
+) -> None:
+    """Of the merged softmax: probabilities are exp(logit - lse) with the merged lse, as in `_gradients`."""
+    query, key, value = _exchange_states(states, exchange)
+    shared = query.shape[2:4]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    slots = exchange.comparisons.view(query.shape[:2])
+    upstream = grad[slots].to(query.dtype).unflatten(2, shared)
+    total = lse[slots].unflatten(2, shared).permute(0, 2, 3, 1)[..., None]
+    weights = (_exchange_logits(query, key, exchange, scale) - total).exp()  # (G, h', r, N, S), 0 where unseen
+    along = torch.einsum("gnhrd,gnhrd->ghrn", upstream, out[slots].to(query.dtype).unflatten(2, shared))
+    slope = weights * (torch.einsum("gnhrd,gshd->ghrns", upstream, value) - along[..., None]) * scale
+    of_query = _flat_slots(torch.einsum("ghrns,gshd->gnhrd", slope, key), exchange)
+    of_key = torch.einsum("ghrns,gnhrd->gshd", slope, query)
+    of_value = torch.einsum("ghrns,gnhrd->gshd", weights, upstream)
+    found = (
+        (exchange.sites, of_query),
+        (exchange.summaries, of_key),
+        (exchange.summaries, of_value),
+    )
+    for total_grad, (sites, part) in zip(grads, found, strict=True):
+        part = part if part.ndim == 3 else part.flatten(0, 1)
+        total_grad.index_add_(0, sites, part.to(total_grad.dtype))

@@ -4,21 +4,24 @@ On a CPU the sequences of one length run as one batch of torch's flash kernel, o
 are one call of the variable-length kernel.
 
 Legend: B rows (one group each), N responses, L tokens of the longest row, T tokens of all rows, P tokens of a prompt,
-G groups, S sequences or summaries.
+G groups, S sequences or summaries, h' heads of keys, d width of a head.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from mr_reward.errors import BackendError, ConfigurationError
 from mr_reward.layouts import PADDING_SEGMENT, PROMPT_SEGMENT, Layout, TokenKind
 
-__all__ = ["Block", "Cached", "Exchange", "GroupPlan", "KernelCall", "Ragged", "RaggedSequence"]
+__all__ = ["Block", "Exchange", "GroupPlan", "KernelCall", "PromptCache", "Ragged", "RaggedSequence"]
 
 # Below this length a call of the kernel costs more than the work in it, so sequences are padded to a common length.
 _BUCKETED = 256
@@ -103,13 +106,65 @@ class Block:
     mask: Tensor  # (P, P) bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cached:
-    """Keys that stand before those of the row: a prompt that all its responses see, and summaries of other chunks."""
+class PromptCache(DynamicCache):
+    """Keys and values of a prompt that was read once, shown to every pass over its responses without growing."""
 
-    prompt: int = 0  # P, tokens of the prompt; the rows themselves have none
-    summaries: int = 0  # S, summaries of all responses of the group that the row is a chunk of; 0 if it is no chunk
-    first: int = 0  # place of the row's first response in that group
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = False
+        # What stands before the keys of the rows that are read over it
+        self.prompt = 0  # P, tokens of the prompt; the rows themselves have none
+        self.summaries = 0  # S, summaries of all responses of the group that the row is a chunk of; 0 if it is none
+        self.first = 0  # place of the row's first response in that group
+        self._axes: tuple[int, ...] = ()
+        self._end: Tensor | None = None
+        self._sites: Tensor | None = None
+        self._summaries: list[list[tuple[Tensor, Tensor]]] = []
+
+    def freeze(self, positions: Tensor) -> None:
+        """The prompt is complete; its tokens had these positions (..., 1, P) in the family's form."""
+        self.frozen, self._axes, self._end = True, positions.shape[:-2], positions.amax() + 1
+        self.prompt = positions.shape[-1]
+
+    def positions(self, offsets: Tensor) -> Tensor:
+        """Positions (..., B, L) of responses with offsets (B, L): they run on from the end of the prompt."""
+        assert self._end is not None
+        return (self._end + offsets).expand(*self._axes, *offsets.shape)
+
+    def collect(self, sites: Tensor) -> None:
+        """Keep the keys and values at some of the T tokens of the next pass."""
+        self._sites = sites
+        self._summaries = self._summaries or [[] for _ in self.layers]
+
+    def with_collected(self) -> PromptCache:
+        """A cache that shows what was collected behind the prompt, in the order of the passes; this one forgets it."""
+        cache = copy.copy(self)
+        cache.layers = [copy.copy(layer) for layer in self.layers]
+        for layer, pieces in zip(cache.layers, self._summaries, strict=True):
+            layer.keys = torch.cat([layer.keys, *(key for key, _ in pieces)], 2)
+            layer.values = torch.cat([layer.values, *(value for _, value in pieces)], 2)
+        cache.summaries = sum(key.shape[2] for key, _ in self._summaries[0])
+        for either in (self, cache):
+            either._sites, either._summaries = None, []
+        return cache
+
+    def starting_at(self, first: int) -> PromptCache:
+        """For the rows whose first response has that place among the responses with collected summaries."""
+        cache = copy.copy(self)
+        cache.first = first
+        return cache
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As transformers' caches: what the layer's attention sees, (1, h', P + S + T, d)."""
+        if not self.frozen:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._sites is not None:
+            kept = key_states[:, :, self._sites], value_states[:, :, self._sites]
+            self._summaries[layer_idx].append(kept)
+        layer = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], 2), torch.cat([layer.values, value_states], 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,15 +186,16 @@ class GroupPlan:
         kinds: Tensor,
         blocks: Tensor | None = None,
         device: torch.device | None = None,
-        cached: Cached = Cached(),
+        cache: PromptCache | None = None,
     ) -> GroupPlan:
         """Read the structure off a batch. On a GPU that waits for it, so give tensors that are still on the CPU."""
         device = segments.device if device is None else device
+        cache = PromptCache() if cache is None else cache
         segments, kinds = segments.cpu(), kinds.cpu()
         tokens = (segments != PADDING_SEGMENT).flatten().nonzero()[:, 0]
         rows = _read_rows(segments, tokens)
         masks = {} if blocks is None else _block_masks(rows, blocks.cpu().flatten()[tokens])
-        shift = cached.prompt + cached.summaries
+        shift = cache.prompt + cache.summaries
         own, prompts = [], []
         for (start, length), *responses in rows:
             if layout == "causal":  # one sequence, or two if media blocks give the prompt a mask
@@ -150,11 +206,11 @@ class GroupPlan:
                 own.append(RaggedSequence(start, length, start + shift, length))
             own += [RaggedSequence(site, size, site + shift, size) for site, size in responses]
             prompts.append(RaggedSequence(start + length, sum(size for _, size in responses), start, length))
-        if cached.prompt:
-            prompts = [RaggedSequence(0, len(tokens), 0, cached.prompt)]
+        if cache.prompt:
+            prompts = [RaggedSequence(0, len(tokens), 0, cache.prompt)]
         exchange = None
         if layout == "set" and (kinds == TokenKind.COMPARISON).any():
-            exchange = _exchange(rows, kinds.flatten()[tokens], cached, device)
+            exchange = _exchange(rows, kinds.flatten()[tokens], cache, device)
         return cls(
             tokens=tokens.to(device, non_blocking=True),
             row_lengths=tuple(sum(size for _, size in row) for row in rows),
@@ -198,7 +254,9 @@ def _block_masks(rows: Sequence[list[tuple[int, int]]], blocks: Tensor) -> dict[
     return masks
 
 
-def _exchange(rows: Sequence[list[tuple[int, int]]], kinds: Tensor, cached: Cached, device: torch.device) -> Exchange:
+def _exchange(
+    rows: Sequence[list[tuple[int, int]]], kinds: Tensor, cache: PromptCache, device: torch.device
+) -> Exchange:
     """Both sites of each response; they follow its text."""
     counts = torch.tensor([len(row) - 1 for row in rows])
     real = torch.arange(int(counts.max())) < counts[:, None]
@@ -208,12 +266,12 @@ def _exchange(rows: Sequence[list[tuple[int, int]]], kinds: Tensor, cached: Cach
         padded[real] = (kinds == kind).nonzero()[:, 0]
         sites.append(padded)
     comparisons, summaries = sites
-    if cached.summaries:  # the row is a chunk of one group: all summaries are there already
-        own = cached.first + torch.arange(real.shape[1])[:, None]
-        summaries = cached.prompt + torch.arange(cached.summaries)[None]
-        seen = (torch.arange(cached.summaries) != own)[None]
+    if cache.summaries:  # the row is a chunk of one group: all summaries are there already
+        own = cache.first + torch.arange(real.shape[1])[:, None]
+        summaries = cache.prompt + torch.arange(cache.summaries)[None]
+        seen = (torch.arange(cache.summaries) != own)[None]
     else:
-        summaries = summaries + cached.prompt
+        summaries = summaries + cache.prompt
         seen = real[:, None] & real[:, :, None] & ~torch.eye(real.shape[1], dtype=torch.bool)
     bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None, None]
     places = real.flatten().nonzero()[:, 0]

@@ -37,8 +37,7 @@ from mr_reward.errors import (
     ScoringServerError,
 )
 from mr_reward.groups import ResponseGroup
-from mr_reward.model.configuration import MultiResponseRewardConfig
-from mr_reward.model.memory import RewardMemory
+from mr_reward.model.configuration import MultiResponseRewardConfig, RewardMemory
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.scorer import GroupScorer
 from mr_reward.runs.recipe import scorer_options

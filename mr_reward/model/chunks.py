@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mr_reward.attention.prompt_cache import PromptCache
+from mr_reward.attention.plan import PromptCache
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.rows import Packer, Rows, build_row, collate
 from mr_reward.templates.rendering import RenderedGroup

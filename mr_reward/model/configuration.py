@@ -1,16 +1,18 @@
-"""`MultiResponseRewardConfig`: everything that says how to score, saved beside the weights."""
+"""`MultiResponseRewardConfig`: everything that says how to score, and what follows from it without weights."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from mr_reward.errors import BackendError
 from mr_reward.templates.rendering import TEMPLATE
 
-__all__ = ["MultiResponseRewardConfig", "check_layers", "context_tokens"]
+__all__ = ["MultiResponseRewardConfig", "RewardMemory", "activation_bytes", "check_layers", "context_tokens"]
 
 # Layers that a 4-D mask can isolate. A recurrent layer carries one response into the next whatever the mask says.
 _ISOLATING_LAYERS = {"full_attention", "sliding_attention"}
@@ -92,6 +94,25 @@ def context_tokens(backbone_config: PreTrainedConfig) -> int | None:
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         limits.append(text.sliding_window)
     return min((limit for limit in limits if limit), default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardMemory:
+    """What a reward model needs, in bytes; what allocators waste and CUDA's own share are left out."""
+
+    weights: int
+    activations: int  # on top of the weights at the peak of a forward pass
+
+
+def activation_bytes(text: PreTrainedConfig, dtype: torch.dtype, max_tokens: int, dense_mask: bool) -> int:
+    """An estimate for a forward pass without gradients, of which one layer at a time is kept.
+
+    For L = `max_tokens` in one row, width H and MLP width I: L * (6 H + 3 I) numbers (residual, normed input, query,
+    key, value, output; gate, up and their product), and with a dense mask 3 L^2 bytes for it and for what it is made
+    of. Attention is taken to store no L x L scores, as sdpa's fused kernels; eager does.
+    """
+    layer = max_tokens * (6 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
+    return layer + (3 * max_tokens**2 if dense_mask else 0)
 
 
 AutoConfig.register(MultiResponseRewardConfig.model_type, MultiResponseRewardConfig)

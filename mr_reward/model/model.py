@@ -21,17 +21,20 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
-from mr_reward.attention.backends import attention_mask, check_backend, flat_arguments, is_flat
-from mr_reward.attention.group import GROUP_ATTENTION
-from mr_reward.attention.plan import Cached, GroupPlan
-from mr_reward.attention.prompt_cache import PromptCache
+from mr_reward.attention.backends import GROUP_ATTENTION, attention_mask, check_backend, flat_arguments, is_flat
+from mr_reward.attention.plan import GroupPlan, PromptCache
 from mr_reward.backbones import get_adapter
 from mr_reward.checkpoint.zero3 import whole_weights
 from mr_reward.errors import BackendError, ConfigurationError
 from mr_reward.layouts import TokenKind, check_layout
-from mr_reward.model.configuration import MultiResponseRewardConfig, check_layers, context_tokens
+from mr_reward.model.configuration import (
+    MultiResponseRewardConfig,
+    RewardMemory,
+    activation_bytes,
+    check_layers,
+    context_tokens,
+)
 from mr_reward.model.loading import LoadedModel
-from mr_reward.model.memory import RewardMemory, activation_bytes
 from mr_reward.model.rows import Rows, build_row, collate
 from mr_reward.templates.rendering import JOINED_TEMPLATES, RenderedGroup, check_template
 
@@ -271,8 +274,7 @@ class MultiResponseRewardModel(LoadedModel):
 
     def _plan(self, rows: Rows, prompt: PromptCache | None, device: torch.device | None = None) -> GroupPlan:
         blocks = self.adapter.media_block_ids(rows.media)
-        cached = Cached() if prompt is None else prompt.cached
-        return GroupPlan.of(self.config.layout, rows.segments, rows.kinds, blocks, device, cached)
+        return GroupPlan.of(self.config.layout, rows.segments, rows.kinds, blocks, device, prompt)
 
     def _embed(self, input_ids: Tensor, kinds: Tensor) -> Tensor:
         embeds = self.backbone.get_input_embeddings()(input_ids)

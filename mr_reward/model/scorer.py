@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from mr_reward.attention.group import GROUP_ATTENTION
+from mr_reward.attention.backends import GROUP_ATTENTION
 from mr_reward.checkpoint.verify import non_finite_cause
 from mr_reward.errors import ConfigurationError, NonFiniteScoreError
 from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.layouts import readout_kinds
 from mr_reward.metrics import order_flip_rate
 from mr_reward.model.chunks import score_over_prompt
-from mr_reward.model.memory import RewardMemory
+from mr_reward.model.configuration import RewardMemory
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.rows import Packer, Rows, collate, plan_batches
 from mr_reward.templates.rendering import RenderedGroup

@@ -14,9 +14,9 @@ from tiny_models import LAYOUTS, ROUNDING, assert_close, mixed_batch, random_gro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mr_reward.attention import group as module
+from mr_reward.attention import backends as module
 from mr_reward.attention import plan as planning
-from mr_reward.attention.group import group_attention
+from mr_reward.attention.backends import group_attention
 from mr_reward.attention.plan import GroupPlan
 from mr_reward.errors import BackendError, ConfigurationError
 from mr_reward.layouts import plan_row, visible
