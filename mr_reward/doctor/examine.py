@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _REPORT_MODULES = ("wandb", "trackio", "tensorboard", "mlflow", "swanlab")
 _OTHER_WEIGHTS = ("adapter_model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_SHOWN_RANKS, _SHOWN_GROUPS = 8, 6
+_SHOWN_RANKS, _SHOWN_GROUPS = 4, 6  # of the ranks as many at either end
 
 
 @dataclass
@@ -219,19 +219,21 @@ def group_map(num_ranks: int, rows_per_rank: int, num_generations: int) -> tuple
     """
     size = num_generations
     rows = [[rank * rows_per_rank + i for i in range(rows_per_rank)] for rank in range(num_ranks)]
-    groups = plan_groups([[RolloutRow(str(row // size), "") for row in own] for own in rows], size)
+    # The text of a response is the rank that holds it.
+    groups = plan_groups(
+        [[RolloutRow(str(row // size), str(rank)) for row in own] for rank, own in enumerate(rows)], size
+    )
     lines = []
-    for rank, own in enumerate(rows):
+    for rank in range(num_ranks):
         held = []
-        for index in range(own[0] // size, own[-1] // size + 1):
-            first, last = max(1, own[0] + 1 - index * size), min(size, own[-1] + 1 - index * size)
-            held.append(f"{index} (all)" if last - first + 1 == size else f"{index} ({first}-{last})")
+        for group in (group for group in groups if rank in group.holders):
+            slots = [i for i, holder in enumerate(group.responses, start=1) if holder == str(rank)]
+            held.append(f"{group.index} ({'all' if len(slots) == size else f'{slots[0]}-{slots[-1]}'})")
         scored = [str(group.index) for group in groups if group.owner == rank]
         word = "group" if len(held) == 1 else "groups"
         lines.append(f"rank {rank}: {word} {_listed(held)}, scores {_listed(scored) or 'none'}")
-    if len(lines) > _SHOWN_RANKS:
-        half = _SHOWN_RANKS // 2
-        lines = [*lines[:half], f"... {len(lines) - 2 * half} more ranks ...", *lines[-half:]]
+    if num_ranks > 2 * _SHOWN_RANKS:
+        lines[_SHOWN_RANKS:-_SHOWN_RANKS] = [f"... {num_ranks - 2 * _SHOWN_RANKS} more ranks ..."]
     return groups, lines
 
 

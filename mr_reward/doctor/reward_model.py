@@ -75,10 +75,7 @@ def check_reward_of_run(run: PlannedRun, *, try_it: bool) -> list[Finding]:
     device, dtype = "cpu" if run.use_cpu else "cuda", options["dtype"] or model.config.dtype or torch.float32
     scorer = GroupScorer(model, max_tokens_per_batch=options["max_tokens_per_batch"])
     findings.append(_check_attention(model, device, dtype))
-    try:
-        findings.append(_check_row(run, scorer, device, dtype))
-    except (MRRewardError, OSError, ValueError) as error:
-        findings.append(Finding("red", "row of a group", str(error)))
+    findings.append(_check_row(run, scorer, device, dtype))
     findings.append(_check_memory(run, scorer.memory(device=device, dtype=dtype)))
     if try_it and may_start(findings):
         findings.append(score_tiny(recipe.reward_model, model.config, attention, run.prompts))
@@ -156,19 +153,23 @@ def _check_row(run: PlannedRun, scorer: GroupScorer, device: str, dtype: torch.d
     longest = run.args.max_completion_length or 0
     prompts = run.prompts or [ResponseGroup(prompt="?", responses=["?"])]
     groups = [replace(group, responses=texts, rankings=None, id="of the longest prompt") for group in prompts]
-    rendered = packer.renderer.render_all(groups)
-    index = max(range(len(groups)), key=lambda i: len(rendered[i].prompt_ids))
-    prompt = f"prompt {len(rendered[index].prompt_ids)}" if run.prompts else "an unknown prompt"
-    shown = f"{prompt} + {len(texts)} completions of {longest}"
     try:
-        if scorer.would_chunk(groups[index], response_tokens=longest, device=device, dtype=dtype):
-            shown += f" are more than reward_max_tokens={packer.max_tokens}: scored in chunks over the prompt, exact"
-            return Finding("yellow", what, f"{shown} but slower; raise it if the memory is there")
+        rendered, group = max(
+            zip(packer.renderer.render_all(groups), groups, strict=True), key=lambda pair: len(pair[0].prompt_ids)
+        )
+        chunks = scorer.would_chunk(group, response_tokens=longest, device=device, dtype=dtype)
     except OverLengthError as error:
         policy = run.recipe.reward_over_length
         level: Literal["yellow", "red"] = "yellow" if policy == "truncate_responses" else "red"
         return Finding(level, what, f"{error}. This run has over_length={policy!r}")
-    tokens = packer.num_tokens(rendered[index]) + sum(longest - len(ids) for ids in rendered[index].response_ids)
+    except (MRRewardError, OSError, ValueError) as error:
+        return Finding("red", what, str(error))
+    prompt = f"prompt {len(rendered.prompt_ids)}" if run.prompts else "an unknown prompt"
+    shown = f"{prompt} + {len(texts)} completions of {longest}"
+    if chunks:
+        shown += f" are more than reward_max_tokens={packer.max_tokens}: scored in chunks over the prompt, exact"
+        return Finding("yellow", what, f"{shown} but slower; raise it if the memory is there")
+    tokens = packer.num_tokens(rendered) + sum(longest - len(ids) for ids in rendered.response_ids)
     shown += f" = {tokens} tokens at most, budget {packer.max_tokens}, context {packer.context_tokens}"
     return Finding("green", what, shown)
 
