@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mr_reward.attention.plan import Block, Exchange, GroupPlan, KernelCall, Ragged
+from mr_reward.attention.plan import Block, ComparisonPlan, GroupPlan, KernelCall, Ragged
 from mr_reward.errors import BackendError
 from mr_reward.layouts import PADDING_SEGMENT, Layout, TokenKind, check_layout, visible
 
@@ -395,7 +395,7 @@ def _block_gradients(grad: Tensor, states: _States, block: Block, scale: float |
         total[site] += part
 
 
-def _exchange_states(states: _States, exchange: Exchange) -> _States:
+def _exchange_states(states: _States, exchange: ComparisonPlan) -> _States:
     """(G, N, h', r, d), (G, S, h', d), (G, S, h', d) in float32 or wider, where r query heads share a key head."""
     query, key, value = states
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -408,19 +408,19 @@ def _exchange_states(states: _States, exchange: Exchange) -> _States:
     )
 
 
-def _exchange_logits(query: Tensor, key: Tensor, exchange: Exchange, scale: float | None) -> Tensor:
+def _exchange_logits(query: Tensor, key: Tensor, exchange: ComparisonPlan, scale: float | None) -> Tensor:
     """(G, h', r, N, S)."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return torch.einsum("gnhrd,gshd->ghrns", query * scale, key) + exchange.bias
 
 
-def _flat_slots(tensor: Tensor, exchange: Exchange) -> Tensor:
+def _flat_slots(tensor: Tensor, exchange: ComparisonPlan) -> Tensor:
     """(G, N, h', r, ...) -> (comparison tokens, h, ...)."""
     tensor = tensor.flatten(2, 3).flatten(0, 1)
     return tensor if exchange.real is None else tensor.index_select(0, exchange.real)
 
 
-def _attend_summaries(states: _States, exchange: Exchange, scale: float | None) -> Part:
+def _attend_summaries(states: _States, exchange: ComparisonPlan, scale: float | None) -> Part:
     query, key, value = _exchange_states(states, exchange)
     logits = _exchange_logits(query, key, exchange, scale)
     # A comparison token of a group of one sees nothing here: its log-sum-exp is -inf, and merging leaves it alone.
@@ -436,7 +436,7 @@ def _exchange_gradients(
     states: _States,
     out: Tensor,
     lse: Tensor,
-    exchange: Exchange,
+    exchange: ComparisonPlan,
     scale: float | None,
     grads: _States,
 ) -> None:

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from mr_reward.errors import BackendError, ConfigurationError
 from mr_reward.layouts import PADDING_SEGMENT, PROMPT_SEGMENT, Layout, TokenKind
 
-__all__ = ["Block", "Exchange", "GroupPlan", "KernelCall", "PromptCache", "Ragged", "RaggedSequence"]
+__all__ = ["Block", "ComparisonPlan", "GroupPlan", "KernelCall", "PromptCache", "Ragged", "RaggedSequence"]
 
 # Below this length a call of the kernel costs more than the work in it, so sequences are padded to a common length.
 _BUCKETED = 256
@@ -88,7 +88,7 @@ class Ragged:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Exchange:
+class ComparisonPlan:
     """The comparison tokens and the summaries they see beside their own."""
 
     comparisons: Tensor  # (G * N,) int64 sites of queries; any site in empty slots
@@ -175,7 +175,7 @@ class GroupPlan:
     row_lengths: tuple[int, ...]  # B numbers of tokens
     own: Ragged  # each prompt and each response, causally
     prompts: Ragged  # the responses of each prompt and the prompt they see
-    exchange: Exchange | None  # for `set`
+    exchange: ComparisonPlan | None  # for `set`
     blocks: tuple[Block, ...]  # prompts with media blocks
 
     @classmethod
@@ -256,7 +256,7 @@ def _block_masks(rows: Sequence[list[tuple[int, int]]], blocks: Tensor) -> dict[
 
 def _exchange(
     rows: Sequence[list[tuple[int, int]]], kinds: Tensor, cache: PromptCache, device: torch.device
-) -> Exchange:
+) -> ComparisonPlan:
     """Both sites of each response; they follow its text."""
     counts = torch.tensor([len(row) - 1 for row in rows])
     real = torch.arange(int(counts.max())) < counts[:, None]
@@ -278,7 +278,7 @@ def _exchange(
     comparisons, summaries = comparisons.flatten(), summaries.flatten()
     tensors = (comparisons, summaries, bias, places, comparisons[places])
     comparisons, summaries, bias, places, found = (tensor.to(device, non_blocking=True) for tensor in tensors)
-    return Exchange(comparisons, summaries, bias, None if bool(real.all()) else places, found)
+    return ComparisonPlan(comparisons, summaries, bias, None if bool(real.all()) else places, found)
 
 
 def _make_pieces(sequences: list[RaggedSequence], causal: bool) -> list[KernelCall]:
