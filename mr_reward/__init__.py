@@ -28,10 +28,10 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     {
-        "GroupScorer": "model.scorer",
-        "MultiResponseReward": "grpo.reward",
-        "MultiResponseRewardConfig": "model.configuration",
-        "MultiResponseRewardModel": "model.model",
+        "grpo.reward": ["MultiResponseReward"],
+        "model.configuration": ["MultiResponseRewardConfig"],
+        "model.model": ["MultiResponseRewardModel"],
+        "model.scorer": ["GroupScorer"],
     },
 )
 

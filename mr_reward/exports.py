@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,11 +13,12 @@ from mr_reward.moved import moved_name
 _EXTRAS = {"matplotlib": "eval"} | dict.fromkeys(("fastapi", "httpx2", "pydantic", "starlette", "uvicorn"), "serve")
 
 
-def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a folder's `__init__`; `homes`: exported name -> module below the folder that defines it.
+def lazy_exports(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """The `__getattr__` of a folder's `__init__`; `names`: module below the folder -> what it gives to the folder.
 
     Where a package of an extra is missing the error names the extra.
     """
+    homes = {name: module for module, own in names.items() for name in own}
 
     def load(name: str) -> Any:
         if name not in homes:

@@ -12,6 +12,5 @@ if TYPE_CHECKING:
 __all__ = ["outside_zero3", "weights_digest", "write_model_card"]
 
 __getattr__ = lazy_exports(
-    __name__,
-    {"outside_zero3": "zero3", "weights_digest": "verify", "write_model_card": "card"},
+    __name__, {"card": ["write_model_card"], "verify": ["weights_digest"], "zero3": ["outside_zero3"]}
 )

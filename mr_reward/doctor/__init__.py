@@ -14,11 +14,5 @@ if TYPE_CHECKING:
 __all__ = ["Finding", "check_before_start", "examine_machine", "examine_recipe"]
 
 __getattr__ = lazy_exports(
-    __name__,
-    {
-        "Finding": "findings",
-        "check_before_start": "examine",
-        "examine_machine": "examine",
-        "examine_recipe": "examine",
-    },
+    __name__, {"examine": ["check_before_start", "examine_machine", "examine_recipe"], "findings": ["Finding"]}
 )

@@ -9,21 +9,13 @@ if TYPE_CHECKING:
     from mr_reward.evaluation.evaluator import evaluate_benchmark, evaluate_groups
     from mr_reward.evaluation.judges import load_scorer
 
-__all__ = [
-    "attack_items",
-    "evaluate_benchmark",
-    "evaluate_groups",
-    "load_scorer",
-    "run_attacks",
-]
+__all__ = ["attack_items", "evaluate_benchmark", "evaluate_groups", "load_scorer", "run_attacks"]
 
 __getattr__ = lazy_exports(
     __name__,
     {
-        "attack_items": "attacks",
-        "evaluate_benchmark": "evaluator",
-        "evaluate_groups": "evaluator",
-        "load_scorer": "judges",
-        "run_attacks": "attacks",
+        "attacks": ["attack_items", "run_attacks"],
+        "evaluator": ["evaluate_benchmark", "evaluate_groups"],
+        "judges": ["load_scorer"],
     },
 )

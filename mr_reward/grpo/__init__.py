@@ -12,5 +12,5 @@ if TYPE_CHECKING:
 __all__ = ["GroupLog", "MultiResponseReward", "plan_groups"]
 
 __getattr__ = lazy_exports(
-    __name__, {"GroupLog": "telemetry", "MultiResponseReward": "reward", "plan_groups": "groups"}
+    __name__, {"groups": ["plan_groups"], "reward": ["MultiResponseReward"], "telemetry": ["GroupLog"]}
 )

@@ -10,4 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["compute_score", "compute_score_single", "register"]
 
-__getattr__ = lazy_exports(__name__, {"compute_score": "verl", "compute_score_single": "verl", "register": "ms_swift"})
+__getattr__ = lazy_exports(__name__, {"ms_swift": ["register"], "verl": ["compute_score", "compute_score_single"]})

@@ -13,9 +13,5 @@ __all__ = ["GroupScorer", "MultiResponseRewardConfig", "MultiResponseRewardModel
 
 __getattr__ = lazy_exports(
     __name__,
-    {
-        "GroupScorer": "scorer",
-        "MultiResponseRewardConfig": "configuration",
-        "MultiResponseRewardModel": "model",
-    },
+    {"configuration": ["MultiResponseRewardConfig"], "model": ["MultiResponseRewardModel"], "scorer": ["GroupScorer"]},
 )

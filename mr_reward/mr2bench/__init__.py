@@ -9,4 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["build_benchmark", "write_benchmark"]
 
-__getattr__ = lazy_exports(__name__, {"build_benchmark": "build", "write_benchmark": "build"})
+__getattr__ = lazy_exports(__name__, {"build": __all__})

@@ -9,6 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["PolicyValidation", "RunFigure", "WarningSigns"]
 
-__getattr__ = lazy_exports(
-    __name__, {"PolicyValidation": "callbacks", "RunFigure": "callbacks", "WarningSigns": "callbacks"}
-)
+__getattr__ = lazy_exports(__name__, {"callbacks": __all__})

@@ -10,6 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["OffloadedScorer", "RemoteScorer", "open_scorer"]
 
-__getattr__ = lazy_exports(
-    __name__, {"OffloadedScorer": "opening", "RemoteScorer": "remote", "open_scorer": "opening"}
-)
+__getattr__ = lazy_exports(__name__, {"opening": ["OffloadedScorer", "open_scorer"], "remote": ["RemoteScorer"]})

@@ -9,4 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["ServerLimits", "build_app", "serve"]
 
-__getattr__ = lazy_exports(__name__, {name: "server" for name in __all__})
+__getattr__ = lazy_exports(__name__, {"server": __all__})

@@ -9,4 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["load_image"]
 
-__getattr__ = lazy_exports(__name__, {"load_image": "images"})
+__getattr__ = lazy_exports(__name__, {"images": __all__})

@@ -19,10 +19,7 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     {
-        "RewardTrainer": "trainer",
-        "RewardTrainingArguments": "trainer",
-        "best_of_n_cross_entropy": "losses",
-        "pairwise_bradley_terry": "losses",
-        "plackett_luce": "losses",
+        "losses": ["best_of_n_cross_entropy", "pairwise_bradley_terry", "plackett_luce"],
+        "trainer": ["RewardTrainer", "RewardTrainingArguments"],
     },
 )
