@@ -27,13 +27,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bands import plot_bands
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mr_reward import GroupScorer
 from mr_reward.evaluation.evaluator import evaluate_groups
-from mr_reward.evaluation.plots import plot_bands
 from mr_reward.worlds.handwriting import is_correct, make_groups, make_tasks
 from mr_reward.worlds.handwriting_policy import policy_answers
 

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bands import plot_bands
 from crowd import Crowd, draw_strengths, draw_votes
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau
 
-from mr_reward.evaluation.plots import plot_bands
 from mr_reward.mr2bench.rankings import METHODS, Denoised, rank_votes
 
 NOISE = {"Bradley-Terry": None, "27 % flipped": 0.27}

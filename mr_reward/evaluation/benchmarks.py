@@ -135,18 +135,14 @@ def _item(
     return EvaluationItem(uid="" if uid is None else str(uid), category=category, group=group)
 
 
-_VL_HALLUCINATION = ("rlaif", "rlhf", "hallucination")
-_VL_REASONING = ("mathverse", "mmmu")
-
-
 def _vl_rewardbench(row: Row) -> EvaluationItem:
     """The rank of a response counts from 0; the category follows from how the id starts (`cal.py`)."""
     uid = str(field(row, "id", (str, int)))
-    lowered = uid.lower()
-    if lowered.startswith(_VL_HALLUCINATION):
+    category = "general"
+    if uid.lower().startswith(("rlaif", "rlhf", "hallucination")):
         category = "hallucination"
-    else:
-        category = "reasoning" if lowered.startswith(_VL_REASONING) else "general"
+    elif uid.lower().startswith(("mathverse", "mmmu")):
+        category = "reasoning"
     ranks = field(row, "human_ranking", list)
     if sorted(ranks) != [0, 1]:
         raise wrong_field("human_ranking", ranks, "[0, 1] or [1, 0]")
@@ -254,7 +250,7 @@ def _rewardbench_2(row: Row) -> EvaluationItem:
     return replace(item, facts=facts)
 
 
-_ALL = (
+_BENCHMARKS = (
     Benchmark(
         name="vl_rewardbench",
         title="VL-RewardBench",
@@ -323,4 +319,4 @@ _ALL = (
         headline=("best_of_n", "pairwise", "tau_b"),
     ),
 )
-BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
+BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in _BENCHMARKS}

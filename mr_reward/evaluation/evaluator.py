@@ -189,6 +189,7 @@ def score_benchmark(
     """
     path = Path(path)
     header = {"scorer": scorer.name, "num_orders": num_orders, "seed": seed, **settings}
+    stored = scorer.order_free and num_orders in (None, 1)
     records: dict[str, ItemRecord] = {}
     with ResumableJsonLines(path) as file, tqdm(total=total, desc=path.stem, unit="item") as bar:
         known: dict[str, ItemRecord] = {}
@@ -211,7 +212,12 @@ def score_benchmark(
 
         left = missing()
         while chunk := list(islice(left, _CHUNK)):
-            orders = [_orders(scorer, item, num_orders, seed) for item in chunk]
+            orders = [
+                [tuple(range(item.group.num_responses))]
+                if stored
+                else draw_orders(item.uid, item.group.num_responses, 8 if num_orders is None else num_orders, seed)
+                for item in chunk
+            ]
             groups = [item.group for item, own in zip(chunk, orders, strict=True) for _ in own]
             results = iter(score_in_orders(scorer, groups, [order for own in orders for order in own]))
             for item, own in zip(chunk, orders, strict=True):
@@ -242,16 +248,8 @@ def _resumed(path: Path, header: dict[str, Any]) -> dict[str, ItemRecord]:
     found, records = read_records(path)
     if found != header:
         differing = sorted(key for key in found.keys() | header.keys() if found.get(key) != header.get(key))
-        there = ", ".join(f"{key}: {found.get(key)!r:.100}" for key in differing)
-        here = ", ".join(f"{key}: {header.get(key)!r:.100}" for key in differing)
+        there, here = (", ".join(f"{key}: {run.get(key)!r:.100}" for key in differing) for run in (found, header))
         raise ConfigurationError(
             f"{path} holds another run ({there}), expected {here}; give another folder, or remove it"
         )
     return {record.uid: record for record in records}
-
-
-def _orders(scorer: BenchmarkScorer, item: EvaluationItem, num_orders: int | None, seed: int) -> list[tuple[int, ...]]:
-    n = item.group.num_responses
-    if scorer.order_free and num_orders in (None, 1):
-        return [tuple(range(n))]
-    return draw_orders(item.uid, n, 8 if num_orders is None else num_orders, seed)

@@ -80,15 +80,11 @@ class Judged:
     @cached_property
     def pairs(self) -> tuple[int, int, int]:
         """Pairs with different ranks; of them those whose scores agree, and those with equal scores."""
-        total = agree = equal = 0
-        for i, better in enumerate(self.rankings):
-            for j, worse in enumerate(self.rankings):
-                if better < worse:
-                    total += 1
-                    if self.scores is not None:
-                        agree += self.scores[i] > self.scores[j]
-                        equal += self.scores[i] == self.scores[j]
-        return total, agree, equal
+        better, worse = np.nonzero(np.less.outer(self.rankings, self.rankings))
+        if self.scores is None:
+            return len(better), 0, 0
+        margins = np.subtract.outer(self.scores, self.scores)[better, worse]
+        return len(better), int((margins > 0).sum()), int((margins == 0).sum())
 
     @cached_property
     def tau_b(self) -> float:
@@ -220,42 +216,42 @@ def rewardbench_2(part: _Part) -> dict[str, Array]:
 
 def _ties(part: _Part) -> Array:
     """From 0 to about 1.01."""
-    spread: dict[str, float] = {}  # between the right answers of a tied prompt
-    # Prompt -> margin from the worst right answer to the best wrong one, and the item's position.
-    margin: dict[str, dict[str, tuple[float, int]]] = {"tied": {}, "ref": {}}
+    margin, spread = np.array([_margin_and_spread(item) for item in part.items]).T
+    place: dict[str, dict[str, int]] = {"tied": {}, "ref": {}}  # of a prompt's two versions among the items
     for i, item in enumerate(part.items):
-        right, wrong = [-math.inf], [math.inf]
-        if item.scores is not None:
-            right = [s for s, rank in zip(item.scores, item.rankings, strict=True) if rank == 1]
-            wrong = [s for s, rank in zip(item.scores, item.rankings, strict=True) if rank != 1]
-        kind, prompt = item.facts["kind"], str(item.facts["prompt"])
-        margin[kind][prompt] = min(right) - max(wrong), i
-        if kind == "tied":
-            spread[prompt] = max(right) - min(right) if item.scores is not None else math.inf
+        place[item.facts["kind"]][str(item.facts["prompt"])] = i
+    both = sorted(place["tied"].keys() & place["ref"].keys())
+    tied, ref = ([place[kind][prompt] for prompt in both] for kind in ("tied", "ref"))
 
-    def share(values: Iterable[float], positions: list[int]) -> Array:
+    def share(values: NDArray[Any], positions: list[int]) -> Array:
         """Nothing counts 0: the shares are added up, and what is missing must not help."""
         weights = part.weights[:, positions]
-        return np.nan_to_num(_divide(weights @ np.array(list(values), dtype=np.float64), weights.sum(1)))
+        return np.nan_to_num(_divide(weights @ values.astype(np.float64), weights.sum(1)))
 
     def ahead(kind: str) -> Array:
-        return share((value > 0 for value, _ in margin[kind].values()), [i for _, i in margin[kind].values()])
+        positions = list(place[kind].values())
+        return share(margin[positions] > 0, positions)
 
-    both = sorted(margin["tied"].keys() & margin["ref"].keys())
-    positions = [margin["tied"][prompt][1] for prompt in both]
-    among = np.array([spread[prompt] for prompt in both])
-    tied = np.array([margin["tied"][prompt][0] for prompt in both])
-    hard = np.minimum(tied, [margin["ref"][prompt][0] for prompt in both])
+    among, hard = spread[tied], np.minimum(margin[tied], margin[ref])
     with np.errstate(divide="ignore", invalid="ignore"):
         larger = np.nan_to_num(np.tanh(hard / among - 1), nan=0.0)
     score = (
         0.3 * ahead("tied")
         + 0.3 * ahead("ref")
-        + 0.2 * share(tied > among, positions)
-        + 0.2 * share(hard > among, positions)
-        + 0.01 * share(larger, positions)
+        + 0.2 * share(margin[tied] > among, tied)
+        + 0.2 * share(hard > among, tied)
+        + 0.01 * share(larger, tied)
     )
     return np.where(part.weights.sum(1) > 0, score, np.nan)
+
+
+def _margin_and_spread(item: Judged) -> tuple[float, float]:
+    """From the worst right answer to the best wrong one, and among the right ones."""
+    if item.scores is None:
+        return -math.inf, math.inf
+    right = [score for score, rank in zip(item.scores, item.rankings, strict=True) if rank == 1]
+    wrong = [score for score, rank in zip(item.scores, item.rankings, strict=True) if rank != 1]
+    return min(right) - max(wrong), max(right) - min(right)
 
 
 def _pairwise(part: _Part, credit_of_equal: float) -> Array:

@@ -29,36 +29,14 @@ def plot_curves(
     """Draw line charts side by side; `panels`: panel title -> legend -> (steps, values)."""
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = _new_figure(rows, columns, (4.6 * columns, 3.4 * rows))
+    figure, axes = new_figure(rows, columns, (4.6 * columns, 3.4 * rows))
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (name, curves) in zip(axes.flat, panels.items(), strict=False):
         for colour, (label, (steps, values)) in zip(cycle(_COLOURS), curves.items(), strict=False):
             axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
             axis.plot(steps, _smooth(values), color=colour, linewidth=2, label=label)
-        _finish_axis(axis, name)
-    figure.suptitle(title, fontsize=12)
-    _save(figure, path)
-
-
-def plot_bands(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]]],
-    path: str | Path,
-    *,
-    title: str = "",
-    x_label: str = "step",
-) -> None:
-    """Draw line charts side by side, each line the mean of several runs in a band from smallest to largest.
-
-    `panels`: panel title -> legend -> (steps, one list of values for each run).
-    """
-    figure, axes = _new_figure(1, len(panels), (5.6 * len(panels), 3.6))
-    for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
-        for colour, (label, (steps, runs)) in zip(cycle(_COLOURS), curves.items(), strict=False):
-            points = list(zip(*runs, strict=True))
-            axis.fill_between(steps, [min(p) for p in points], [max(p) for p in points], color=colour, alpha=0.15)
-            axis.plot(steps, [sum(p) / len(p) for p in points], color=colour, linewidth=2, label=label)
-        _finish_axis(axis, name, x_label)
+        finish_axis(axis, name)
     figure.suptitle(title, fontsize=12)
     _save(figure, path)
 
@@ -70,7 +48,7 @@ def plot_scored_groups(groups: Sequence[ResponseGroup], scores: Sequence[Sequenc
     """
     rows = -(-len(groups) // 3)
     most = max(group.num_responses for group in groups)
-    figure, axes = _new_figure(rows, 3, (12.6, rows * (1.5 + 0.28 * most)))
+    figure, axes = new_figure(rows, 3, (12.6, rows * (1.5 + 0.28 * most)))
     for axis in axes.flat:
         axis.axis("off")
     for axis, group, values in zip(axes.flat, groups, scores, strict=False):
@@ -86,7 +64,7 @@ def plot_scored_groups(groups: Sequence[ResponseGroup], scores: Sequence[Sequenc
             colour = _GREEN if right else "#6b7280"
             axis.barh(y, 0.04 + 0.26 * share, height=0.36 / most, left=0.0, color=colour, alpha=0.8)
             axis.text(
-                0.34, y, f"{values[index]:+.2f}  {_printable(group.responses[index])}", va="center", fontsize=8.5
+                0.34, y, f"{values[index]:+.2f}  {one_line(group.responses[index], 34)}", va="center", fontsize=8.5
             )
         axis.set_xlim(0, 1)
         axis.set_ylim(0, 1)
@@ -146,21 +124,21 @@ def plot_position_bias(records: Sequence[ItemRecord], path: str | Path, *, title
 
 def plot_items(records: Sequence[ItemRecord], path: str | Path, *, title: str = "") -> None:
     """Draw the scores against the lengths of the responses, both as differences from their item's mean."""
-    points: dict[bool, tuple[list[float], list[float]]] = {True: ([], []), False: ([], [])}
+    points: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for record in records:
         scores = (record.scores or ([0.0],))[0]
         mean_score, mean_length = statistics.fmean(scores), statistics.fmean(record.lengths)
         for rank, length, score in zip(record.rankings, record.lengths, scores, strict=True):
-            lengths, values = points[rank == min(record.rankings)]
-            lengths.append(length - mean_length)
-            values.append(score - mean_score)
+            points[rank == min(record.rankings)].append((length - mean_length, score - mean_score))
     figure, axis = _single((5.0, 3.6), title)
     for is_best, colour, label in ((False, _GREY, "others"), (True, _GREEN, "best")):
-        axis.scatter(*points[is_best], s=9, alpha=0.5, color=colour, label=label, linewidths=0)
+        x, y = np.reshape(points[is_best], (-1, 2)).T
+        axis.scatter(x, y, s=9, alpha=0.5, color=colour, label=label, linewidths=0)
     _save_labelled(figure, axis, path, "characters, minus the item's mean", "score, minus the item's mean")
 
 
-def _new_figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
+    """A figure and its grid of axes."""
     # The object interface: no global state of pyplot, no window, no display needed.
     from matplotlib.figure import Figure
 
@@ -169,7 +147,7 @@ def _new_figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
 
 
 def _single(size: tuple[float, float], title: str) -> tuple[Any, Any]:
-    figure, axes = _new_figure(1, 1, size)
+    figure, axes = new_figure(1, 1, size)
     axis = axes[0, 0]
     axis.set_title(title.replace("$", r"\$"), fontsize=11, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
@@ -188,7 +166,8 @@ def _save_labelled(figure: Any, axis: Any, path: str | Path, x_label: str, y_lab
     _save(figure, path)
 
 
-def _finish_axis(axis: Any, title: str, x_label: str = "step") -> None:
+def finish_axis(axis: Any, title: str, x_label: str = "step") -> None:
+    """Title, grid and legend of a line chart."""
     axis.set_title(title, fontsize=11, loc="left")
     axis.set_xlabel(x_label)
     axis.spines[["top", "right"]].set_visible(False)
@@ -203,6 +182,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _printable(text: str) -> str:
-    shown = text if text.strip() else "(nothing)"
-    return (shown if len(shown) <= 34 else shown[:33] + "…").replace("$", r"\$")
+def one_line(text: str, length: int) -> str:
+    """The start of a text, so that a figure shows it as it is."""
+    text = " ".join(text.split()) or "(nothing)"
+    return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")

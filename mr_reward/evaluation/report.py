@@ -49,11 +49,6 @@ class Report:
         """Items by category."""
         return dict(Counter(record.category for record in self.records))
 
-    @property
-    def dropped(self) -> list[ItemRecord]:
-        """Items that were not scored and count as wrong."""
-        return [record for record in self.records if record.scores is None]
-
 
 def make_report(
     benchmark: Benchmark, header: dict[str, Any], records: Sequence[ItemRecord], *, num_resamples: int = 1000
@@ -94,7 +89,7 @@ def write_report(report: Report, folder: str | Path) -> None:
         "items": len(report.records),
         "items_by_category": report.counts,
         "published_items_by_category": dict(report.benchmark.counts),
-        "dropped": {record.uid: record.drop_reason for record in report.dropped},
+        "dropped": {record.uid: record.drop_reason for record in report.records if record.scores is None},
         "truncated_items": sum(record.truncated > 0 for record in report.records),
         "equal_scores": report.equal_scores,
         "score_length_correlation": score_length_correlation(
@@ -147,9 +142,9 @@ def show_report(report: Report, console: Console) -> None:
         table.add_row(*cells, "" if count is None else str(count))
     console.print(table)
     console.print(
-        f"{len(report.records)} items, {len(report.dropped)} dropped (counted as wrong), {report.equal_scores} with "
-        f"equal highest scores; in {num_orders} orders the winner changes for {report.order['flip_rate']:.1%}, a "
-        f"score by {report.order['score_spread']:.3g}"
+        f"{len(report.records)} items, {len(report.records) - len(report.kept)} dropped (counted as wrong), "
+        f"{report.equal_scores} with equal highest scores; in {num_orders} orders the winner changes for "
+        f"{report.order['flip_rate']:.1%}, a score by {report.order['score_spread']:.3g}"
     )
     for name, published in report.benchmark.counts.items():
         if counts.get(name, published) != published:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from mr_reward.data.groups_file import save_preferences
 from mr_reward.data.media_files import resolve_media
 from mr_reward.errors import ConfigurationError, GroupError
@@ -115,8 +117,7 @@ def _right_labels(ranking: Denoised, variants: Sequence[Variant]) -> float:
     """How often the best of an item should be its strongest; ahead of the runner-up alone would be too easy."""
     chances = []
     for variant in variants:
-        ranks = ranking.ranks[variant.question]
-        best, *others = sorted(variant.positions, key=lambda i, own=ranks: own[i])  # type: ignore[misc]
+        best, *others = sorted(variant.positions, key=ranking.ranks[variant.question].__getitem__)
         chances.append(ranking.strengths.best_probability(variant.question, best, others))
     return statistics.fmean(chances)
 
@@ -139,37 +140,13 @@ def write_benchmark(built: Built, folder: str | Path, media: str | Path = ".") -
     folder.mkdir(parents=True, exist_ok=True)
     for name, groups in (("benchmark", built.items), ("full_rankings", built.full)):
         save_preferences((resolve_media(group, Path(media)) for group in groups), folder / f"{name}.jsonl")
-    (folder / "README.md").write_text(_card(built), encoding="utf-8")
-
-
-def _card(built: Built) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in built.facts.items())
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     strengths = zip(built.ranking.models, built.ranking.strengths.overall, strict=True)
-    models = "\n".join(f"| {name} | {own:+.2f} |" for name, own in sorted(strengths, key=lambda pair: -pair[1]))
-    return f"""---
-tags: [reward-modeling, preference-learning, N-way-ranking]
----
-
-# An N-way reward-model benchmark
-
-Built from human judgments by `mr-reward mr2bench build`, {date.today().isoformat()}.
-
-| | |
-|---|---|
-{rows}
-
-`benchmark.jsonl` has one item a line: `prompt`, `responses` in random order, `rankings` (1 = best, ties share a rank)
-and media. Responses are drawn from equal parts of the question's ranking; the best one is always single.
-`full_rankings.jsonl` has all responses to each question. No line says which model wrote what.
-
-    mr-reward evaluate groups MODEL --source benchmark.jsonl --out results
-
-Overall strength of the models, in logits (over all questions):
-
-| model | strength |
-|---|---|
-{models}
-"""
+    card = environment.get_template("card.md.j2").render(
+        facts=built.facts, strengths=sorted(strengths, key=lambda pair: -pair[1]), date=date.today().isoformat()
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _draw_variant(

@@ -21,6 +21,7 @@ from PIL import Image
 
 from mr_reward import __version__
 from mr_reward.errors import ConfigurationError
+from mr_reward.evaluation.plots import new_figure, one_line
 from mr_reward.viewer.views import FILTERS, GroupView, visible_text
 
 _BLUE, _TRACK = "#0072b2", "#e3e8ed"
@@ -93,7 +94,7 @@ def _group(view: GroupView, title: str) -> Any:
     figure = Figure(figsize=(10, 1.4 + (1.6 if images else 0) + 0.34 * rows + (2.6 if view.matrix else 0)))
     heights = [1.6] * bool(images) + [0.34 * rows + 0.4] + [2.6] * bool(view.matrix)
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights, hspace=0.25)
-    figure.suptitle(_plain(f"{title}: {view.name}", 100), fontsize=11)
+    figure.suptitle(one_line(f"{title}: {view.name}", 100), fontsize=11)
     part = 0
     if images:
         cells = grid[0].subgridspec(1, max(3, len(images)))
@@ -115,7 +116,7 @@ def _group(view: GroupView, title: str) -> Any:
         axis.text(0.2, i, score, va="center", fontsize=9, family="monospace")
         axis.text(0.29, i, advantage, va="center", fontsize=9, family="monospace", color="#59636e")
         flags = "".join(f" [{flag}]" for flag in response.flags)
-        axis.text(0.38, i, _plain(f"{response.text or '(nothing)'}{flags}", _SHOWN_TEXT), va="center", fontsize=9)
+        axis.text(0.38, i, one_line(f"{response.text or '(nothing)'}{flags}", _SHOWN_TEXT), va="center", fontsize=9)
     if view.matrix:
         axis = figure.add_subplot(grid[part + 1])
         axis.imshow([[int(cell) for cell in row] for row in view.matrix.cells], cmap="Blues", vmin=0, vmax=1.3)
@@ -126,10 +127,7 @@ def _group(view: GroupView, title: str) -> Any:
 
 
 def _step(views: Sequence[GroupView], title: str) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.6))
-    left, right = figure.subplots(1, 2)
+    figure, ((left, right),) = new_figure(1, 2, (10, 3.6))
     points = [(r.length, r.score) for view in views for r in view.responses if r.score is not None]
     if points:
         left.scatter(*zip(*points, strict=True), s=9, alpha=0.5, color=_BLUE)
@@ -140,10 +138,5 @@ def _step(views: Sequence[GroupView], title: str) -> Any:
     right.set_ylabel("groups")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(_plain(f"{title}: {len(views)} groups", 100), fontsize=11)
+    figure.suptitle(one_line(f"{title}: {len(views)} groups", 100), fontsize=11)
     return figure
-
-
-def _plain(text: str, length: int) -> str:
-    text = " ".join(text.split())
-    return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")
