@@ -81,6 +81,7 @@ def write_report(report: Report, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     kept = report.kept
+    first, lengths = [(record.scores or ())[0] for record in kept], [record.lengths for record in kept]
     content = {
         **report.header,
         "metrics": {name: interval._asdict() for name, interval in report.metrics.items()},
@@ -92,9 +93,7 @@ def write_report(report: Report, folder: str | Path) -> None:
         "dropped": {record.uid: record.drop_reason for record in report.records if record.scores is None},
         "truncated_items": sum(record.truncated > 0 for record in report.records),
         "equal_scores": report.equal_scores,
-        "score_length_correlation": score_length_correlation(
-            [scores for record in kept for scores in (record.scores or ())[:1]], [record.lengths for record in kept]
-        ),
+        "score_length_correlation": score_length_correlation(first, lengths) if kept else math.nan,
         "leaderboard_row": leaderboard_row(report),
     }
     (folder / "results.json").write_text(json.dumps(_without_nan(content), indent=2) + "\n", encoding="utf-8")

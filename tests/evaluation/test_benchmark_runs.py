@@ -22,7 +22,7 @@ from mr_reward.cli.app import app
 from mr_reward.data.groups_file import save_preferences
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.benchmarks import EvaluationItem
-from mr_reward.evaluation.evaluator import ALL_ORDERS, draw_orders, score_benchmark
+from mr_reward.evaluation.evaluator import ALL_ORDERS, draw_orders, evaluate_benchmark, score_benchmark
 from mr_reward.evaluation.judges import Alone, Baseline, ClassifierScorer, RewardModel, ScoresFile, load_scorer
 from mr_reward.evaluation.official import ItemRecord
 from mr_reward.evaluation.report import read_records
@@ -194,6 +194,14 @@ def test_dropped_items_are_kept_in_the_file(tmp_path: Path) -> None:
     assert read_records(tmp_path / "items.jsonl")[1] == records
     (alone,) = Alone(scorer).score_detailed([long])
     assert alone.scores is None and "token budget" in str(alone.drop_reason)
+
+
+def test_a_run_whose_items_are_all_dropped_has_results(ranked: Path, tmp_path: Path) -> None:
+    scorer = RewardModel(GroupScorer(reward_model("llama"), max_tokens_per_batch=8, over_length="drop_group"), "tiny")
+    report = evaluate_benchmark("groups", scorer, tmp_path / "r", source=ranked, num_resamples=10)
+    assert report.metrics["best_of_n"] == (0.0, 0.0, 0.0)
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert len(results["dropped"]) == 30 and results["score_length_correlation"] is None
 
 
 def test_alone_equals_isolated() -> None:
