@@ -13,7 +13,7 @@ from speed_harness import plot_bars, print_table, quartiles
 from transformers import AutoTokenizer
 
 from mr_reward.attention.plan import GroupPlan
-from mr_reward.backbones.base import TextAdapter
+from mr_reward.backbones.base import BackboneAdapter
 from mr_reward.model.rows import Rows, build_row, collate, plan_batches
 from mr_reward.templates.rendering import RenderedGroup
 
@@ -22,7 +22,7 @@ _BYTES_PER_TOKEN = 4
 
 def tokens_computed(rows: Sequence[Rows], layout: str, *, padded: bool) -> int:
     """Tokens that go through the backbone when a batch of rows is scored."""
-    batch = collate(rows, TextAdapter())
+    batch = collate(rows, BackboneAdapter())
     return batch.input_ids.numel() if padded else len(GroupPlan.of(layout, batch.segments, batch.kinds).tokens)
 
 

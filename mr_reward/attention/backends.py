@@ -34,18 +34,6 @@ from mr_reward.attention.plan import Block, ComparisonPlan, GroupPlan, KernelCal
 from mr_reward.errors import BackendError
 from mr_reward.layouts import PADDING_SEGMENT, Layout, TokenKind, check_layout, visible
 
-__all__ = [
-    "BACKENDS",
-    "GROUP_ATTENTION",
-    "attention_mask",
-    "check_backend",
-    "choose_attention",
-    "flat_arguments",
-    "group_attention",
-    "is_flat",
-    "load_attention",
-]
-
 logger = logging.getLogger(__name__)
 
 GROUP_ATTENTION = "mr_group"

@@ -21,8 +21,6 @@ from transformers import DynamicCache
 from mr_reward.errors import BackendError, ConfigurationError
 from mr_reward.layouts import PADDING_SEGMENT, PROMPT_SEGMENT, Layout, TokenKind
 
-__all__ = ["Block", "ComparisonPlan", "GroupPlan", "KernelCall", "PromptCache", "Ragged", "RaggedSequence"]
-
 # Below this length a call of the kernel costs more than the work in it, so sequences are padded to a common length.
 _BUCKETED = 256
 # The shortest sequence of a bucket has at least this share of the longest one's tokens, unless all are very short.

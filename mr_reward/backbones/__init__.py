@@ -4,7 +4,7 @@ from types import MappingProxyType
 
 from transformers import PreTrainedConfig
 
-from mr_reward.backbones.base import BackboneAdapter, TextAdapter
+from mr_reward.backbones.base import BackboneAdapter
 from mr_reward.backbones.molmo2 import Molmo2Adapter
 from mr_reward.backbones.qwen_vl import QwenVLAdapter
 from mr_reward.errors import ConfigurationError
@@ -23,7 +23,7 @@ def get_adapter(config: PreTrainedConfig) -> BackboneAdapter:
         config: the backbone's configuration.
 
     Returns:
-        The family's adapter; `TextAdapter` for any text-only decoder.
+        The family's adapter; `BackboneAdapter` itself for any text-only decoder.
 
     Raises:
         ConfigurationError: a multimodal family without an adapter; treating it as text would ignore its media.
@@ -39,4 +39,4 @@ def get_adapter(config: PreTrainedConfig) -> BackboneAdapter:
             f"backbone family {config.model_type!r} is multimodal and has no adapter, expected one of "
             f"{', '.join(ADAPTERS)} or a text-only decoder; add one in mr_reward/backbones"
         )
-    return TextAdapter()
+    return BackboneAdapter()

@@ -6,7 +6,7 @@
 import copy
 import logging
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,59 +14,10 @@ from transformers import PreTrainedConfig
 
 from mr_reward.layouts import PADDING_SEGMENT, PROMPT_SEGMENT
 
-__all__ = [
-    "BackboneAdapter",
-    "TextAdapter",
-    "concatenate_media",
-    "continue_positions",
-    "different_pictures",
-    "tiny_config",
-]
-
 logger = logging.getLogger(__name__)
 
 _HEADS, _LAYERS, _VISION_WIDTH = 2, 2, 64  # of a tiny copy
 _SAMPLE = 64  # values of a picture that are looked at before all of them are
-
-
-class BackboneAdapter(Protocol):
-    """The differences between backbone families, and nothing else.
-
-    Args:
-        media_keys: names of the media tensors that the family's processor or `merge_media` makes.
-        lora_targets: linear layers of the language part, as `target_modules` of peft (regular expression or keyword).
-        media_blocks: some media tokens see each other in both directions, so `media_block_ids` has to be asked.
-    """
-
-    media_keys: tuple[str, ...]
-    lora_targets: str
-    media_blocks: bool
-
-    def check_media(self, media: dict[str, Tensor], name: str) -> None:
-        """Refuse the media of one prompt that the family's forward does not take, with the name of its group."""
-        ...
-
-    def merge_media(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The media tensors of the rows of a batch -> those of the batch, with the pixels of each picture once."""
-        ...
-
-    def split_media(self, media: dict[str, Tensor], num_images: Sequence[int]) -> list[dict[str, Tensor]]:
-        """The image tensors of several prompts in one call of the processor -> those of each prompt."""
-        ...
-
-    def media_block_ids(self, media: dict[str, Tensor]) -> Tensor | None:
-        """Blocks (B, L) int64 of tokens that see each other in both directions, -1 outside; None without media."""
-        ...
-
-    def position_ids(
-        self, backbone: nn.Module, input_ids: Tensor, segments: Tensor, offsets: Tensor, media: dict[str, Tensor]
-    ) -> Tensor:
-        """Positions for the backbone's forward; every response continues from the end of the prompt."""
-        ...
-
-    def forward_arguments(self, backbone: nn.Module, input_ids: Tensor, media: dict[str, Tensor]) -> dict[str, Any]:
-        """Media arguments for the backbone's forward, in which each picture is encoded once."""
-        ...
 
 
 def concatenate_media(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -121,37 +72,46 @@ def continue_positions(prompt_positions: Tensor, segments: Tensor, offsets: Tens
     return positions.masked_fill(segments == PADDING_SEGMENT, 0)
 
 
-class TextAdapter:
-    """Any text-only decoder: one position per token. What it says about media holds for most other families too."""
+class BackboneAdapter:
+    """The differences between backbone families, and nothing else; as it is, for any text-only decoder.
+
+    A family overrides what differs. `media_keys` are the names of the media tensors that its processor or
+    `merge_media` makes, `lora_targets` the linear layers of the language part as `target_modules` of peft (regular
+    expression or keyword); with `media_blocks` some media tokens see each other in both directions.
+
+    Example:
+        >>> BackboneAdapter().lora_targets
+        'all-linear'
+    """
 
     media_keys: tuple[str, ...] = ()
     lora_targets = "all-linear"
     media_blocks = False
 
     def check_media(self, media: dict[str, Tensor], name: str) -> None:
-        """Every combination is taken."""
+        """Refuse the media of one prompt that the family's forward does not take, with the name of its group."""
 
     def merge_media(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Concatenated by name."""
+        """The media tensors of the rows of a batch -> those of the batch, with the pixels of each picture once."""
         return concatenate_media(rows)
 
     def split_media(self, media: dict[str, Tensor], num_images: Sequence[int]) -> list[dict[str, Tensor]]:
-        """There are none."""
+        """The image tensors of several prompts in one call of the processor -> those of each prompt."""
         return [{} for _ in num_images]
 
     def media_block_ids(self, media: dict[str, Tensor]) -> Tensor | None:
-        """None: everything is causal."""
+        """Blocks (B, L) int64 of tokens that see each other in both directions, -1 outside; None without any."""
         return None
 
     def position_ids(
         self, backbone: nn.Module, input_ids: Tensor, segments: Tensor, offsets: Tensor, media: dict[str, Tensor]
     ) -> Tensor:
-        """Positions (B, L) int64."""
+        """Positions for the backbone's forward, here (B, L) int64; every response goes on from the prompt's end."""
         counted = (segments != PADDING_SEGMENT).long().cumsum(-1) - 1  # left padding does not count
         return continue_positions(counted, segments, offsets)
 
     def forward_arguments(self, backbone: nn.Module, input_ids: Tensor, media: dict[str, Tensor]) -> dict[str, Any]:
-        """Nothing: there are no media."""
+        """Media arguments for the backbone's forward, in which each picture is encoded once."""
         return {}
 
 

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mr_reward.backbones.base import TextAdapter, different_pictures
+from mr_reward.backbones.base import BackboneAdapter, different_pictures
 from mr_reward.errors import MediaError
-
-__all__ = ["Molmo2Adapter"]
 
 _MEDIA_TOKEN_TYPE = 1  # of image and of frame tokens alike, their start, end and column tokens included
 
 
-class Molmo2Adapter(TextAdapter):
+class Molmo2Adapter(BackboneAdapter):
     """One position per token as in text; all media tokens of a row are one block, several images and frames included.
 
     The forward takes either images or videos, for the whole batch. A video is to it a number of images that have no

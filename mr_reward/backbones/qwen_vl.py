@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mr_reward.backbones.base import TextAdapter, concatenate_media, continue_positions, different_pictures
+from mr_reward.backbones.base import BackboneAdapter, concatenate_media, continue_positions, different_pictures
 from mr_reward.layouts import PADDING_SEGMENT
-
-__all__ = ["QwenVLAdapter"]
 
 # kind -> names of its pixels, of its grids, and of what says which picture each of the grids belongs to
 _KINDS = {
@@ -18,7 +16,7 @@ _KINDS = {
 }
 
 
-class QwenVLAdapter(TextAdapter):
+class QwenVLAdapter(BackboneAdapter):
     """M-RoPE positions come from the backbone's own `get_rope_index`, so that they follow the release in use."""
 
     media_keys: tuple[str, ...] = (

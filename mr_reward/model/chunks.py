@@ -18,8 +18,6 @@ from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.rows import Packer, Rows, build_row, collate
 from mr_reward.templates.rendering import RenderedGroup
 
-__all__ = ["score_over_prompt"]
-
 
 @torch.inference_mode()
 def score_over_prompt(

@@ -13,8 +13,6 @@ from mr_reward.errors import CheckpointError
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.templates.rendering import JOINED_TEMPLATES
 
-__all__ = ["export_paper_format", "merge"]
-
 
 def merge(adapter: str | Path, folder: str | Path) -> MultiResponseRewardModel:
     """Write the folder of a LoRA checkpoint merged into its backbone; scores stay the same, to rounding."""

@@ -48,8 +48,6 @@ from mr_reward.layouts import Layout, check_layout
 from mr_reward.model.configuration import MultiResponseRewardConfig
 from mr_reward.templates.rendering import JOINED_TEMPLATES, TEMPLATE, check_template, template_hash
 
-__all__ = ["LoadedModel"]
-
 
 class LoadedModel(PreTrainedModel):
     """The part of `MultiResponseRewardModel` that makes one and writes one."""

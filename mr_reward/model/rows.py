@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ from mr_reward.templates.rendering import RenderedGroup, Renderer, check_templat
 
 if TYPE_CHECKING:
     from mr_reward.model.model import MultiResponseRewardModel
-
-__all__ = ["OVER_LENGTH_POLICIES", "Packer", "Rows", "build_row", "collate", "plan_batches"]
 
 OVER_LENGTH_POLICIES = ("error", "drop_group", "truncate_responses")
 
@@ -65,16 +63,9 @@ class Rows:
         return self._each(Tensor.pin_memory)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Rows:
-        return replace(
-            self,
-            input_ids=function(self.input_ids),
-            segments=function(self.segments),
-            kinds=function(self.kinds),
-            offsets=function(self.offsets),
-            score_sites=function(self.score_sites),
-            response_mask=function(self.response_mask),
-            media={name: function(tensor) for name, tensor in self.media.items()},
-        )
+        names = ("input_ids", "segments", "kinds", "offsets", "score_sites", "response_mask")
+        changed: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        return replace(self, media={name: function(tensor) for name, tensor in self.media.items()}, **changed)
 
 
 class Packer:
@@ -138,7 +129,10 @@ class Packer:
             if self.over_length == "error" or kept is None:
                 if rendered.framing is not None:
                     prompt_length += sum(fixed)
-                raise OverLengthError(self._explain(name, prompt_length, lengths))
+                raise OverLengthError(
+                    f"{name}: {prompt_length} prompt tokens and responses of {lengths} tokens do not fit a row of "
+                    f"{self.max_tokens} tokens{self._advice()}"
+                )
         return build_row(rendered, self.layout, kept)
 
     def trim(self, rendered: RenderedGroup, name: str) -> tuple[RenderedGroup, tuple[bool, ...]] | None:
@@ -156,9 +150,7 @@ class Packer:
             if self.over_length == "error" or limit < 0:
                 raise OverLengthError(
                     f"{name}: a response of {max(lengths)} tokens does not fit beside {prompt_length} prompt tokens "
-                    f"into a pass of {self.max_tokens} tokens and a context of {self.context_tokens} positions "
-                    f"in layout {self.layout!r}; raise max_tokens_per_batch, shorten the prompt or its media, or "
-                    "choose over_length='drop_group' or 'truncate_responses'"
+                    f"into a pass of {self.max_tokens} tokens{self._advice()}"
                 )
         cut = replace(rendered, response_ids=[ids[:limit] for ids in rendered.response_ids])
         return cut, tuple(length > limit for length in lengths)
@@ -193,12 +185,11 @@ class Packer:
             free -= min(length, limit)
         return [min(length, limit) for length in lengths]
 
-    def _explain(self, name: str, prompt_length: int, lengths: list[int]) -> str:
+    def _advice(self) -> str:
         context = "" if self.context_tokens is None else f" and a context of {self.context_tokens} positions"
         return (
-            f"{name}: {prompt_length} prompt tokens and responses of {lengths} tokens do not fit a row of "
-            f"{self.max_tokens} tokens{context} in layout {self.layout!r}; raise max_tokens_per_batch, shorten the "
-            "prompt or its media, or choose over_length='drop_group' or 'truncate_responses'"
+            f"{context} in layout {self.layout!r}; raise max_tokens_per_batch, shorten the prompt or its media, or "
+            "choose over_length='drop_group' or 'truncate_responses'"
         )
 
 

@@ -312,12 +312,7 @@ class GroupScorer:
         return passes
 
     def _score_window(self, window: _Window) -> list[GroupScores]:
-        with memory_advice(f"a pass holds up to max_tokens_per_batch={self.max_tokens_per_batch} tokens, lower that"):
-            return self._scores_of(*window)
-
-    def _scores_of(
-        self, groups: Sequence[ResponseGroup], passes: list[_Pass], sharing: list[list[_Sharing]]
-    ) -> list[GroupScores]:
+        groups, passes, sharing = window
         found: list[list[GroupScores]] = [[] for _ in groups]
         for (index, order, row), scores in zip(passes, self._score_rows([row for *_, row in passes]), strict=True):
             found[index].append(GroupScores(scores=tuple(scores), truncated=row.truncated[0]).undo_order(order))

@@ -12,8 +12,6 @@ from PIL import ExifTags, Image, ImageOps
 
 from mr_reward.errors import MediaError
 
-__all__ = ["DecodedImages", "load_image"]
-
 # What Pillow's decoders raise for damaged files; its own limits on unpacked data are ValueErrors.
 _DECODER_ERRORS = (
     EOFError,

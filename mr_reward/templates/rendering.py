@@ -27,21 +27,10 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from mr_reward.backbones.base import BackboneAdapter, TextAdapter
+from mr_reward.backbones.base import BackboneAdapter
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError
 from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import DecodedImages, load_image
-
-__all__ = [
-    "JOINED_TEMPLATES",
-    "SEPARATOR",
-    "TEMPLATE",
-    "RenderedGroup",
-    "Renderer",
-    "TextEncoder",
-    "check_template",
-    "template_hash",
-]
 
 TEMPLATE = "chat"
 JOINED_TEMPLATES = ("mr2rm-assistant", "mr2rm-user")
@@ -137,7 +126,7 @@ class Renderer:
                 f"{type(processor).__name__} reads images, whose tensors differ between families; pass the adapter "
                 "of the backbone (get_adapter(config), or a model's `adapter`)"
             )
-        self.adapter: BackboneAdapter = TextAdapter() if adapter is None else adapter
+        self.adapter: BackboneAdapter = BackboneAdapter() if adapter is None else adapter
         self.processor = copy.copy(processor)
         if self.sees_images:
             # Before it counts placeholders, it takes control tokens out of the text, and what is left of

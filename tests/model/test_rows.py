@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import LAYOUTS, family, random_group
 
 from mr_reward import ResponseGroup
-from mr_reward.backbones.base import TextAdapter
+from mr_reward.backbones.base import BackboneAdapter
 from mr_reward.errors import ConfigurationError, OverLengthError
 from mr_reward.model.rows import OVER_LENGTH_POLICIES, Packer, Rows, collate, plan_batches
 from mr_reward.templates.rendering import TEMPLATE, RenderedGroup
@@ -202,7 +202,7 @@ def packed(layout: str, prompt: int, lengths: list[int]) -> Rows:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_are_found_again_in_the_batch(layout: str, padding_side: str) -> None:
     rows = [packed(layout, 2, [1, 3, 0]), packed(layout, 5, [4]), packed(layout, 1, [0, 0])]
-    batch = collate(rows, TextAdapter(), padding_side)
+    batch = collate(rows, BackboneAdapter(), padding_side)
     longest = max(row.num_tokens for row in rows)
     assert batch.input_ids.shape == (3, longest) and batch.score_sites.shape == (3, 3)
     for i, row in enumerate(rows):
