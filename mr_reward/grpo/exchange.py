@@ -29,16 +29,12 @@ class Exchange:
         """This process's global rank; 0 without `torch.distributed`."""
         return dist.get_rank() if self._is_distributed() else 0
 
-    @property
-    def world_size(self) -> int:
-        """The number of processes; 1 without `torch.distributed`."""
-        return dist.get_world_size() if self._is_distributed() else 1
-
     def all_gather_objects(self, obj: Any) -> list[Any]:
         """The objects of all ranks, rank 0 first; anything that can be pickled. Every rank has to call this."""
-        if self.world_size == 1:
+        world_size = dist.get_world_size() if self._is_distributed() else 1
+        if world_size == 1:
             return [obj]
-        gathered: list[Any] = [None] * self.world_size
+        gathered: list[Any] = [None] * world_size
         try:
             if self._group is None:
                 self._group = dist.new_group(backend="gloo", timeout=self._timeout, group_desc="mr_reward")
@@ -47,7 +43,7 @@ class Exchange:
             dist.all_gather_object(gathered, obj, group=self._group)
         except RuntimeError as error:
             raise PeerRankError(
-                f"rank {self.rank} waited for the other {self.world_size - 1} ranks in the reward and lost one: it "
+                f"rank {self.rank} waited for the other {world_size - 1} ranks in the reward and lost one: it "
                 f"died, or did not come within {self._timeout} (ddp_timeout); read that rank's log for the first "
                 f"error (out of memory, for instance). The exchange said: {error}"
             ) from error

@@ -30,7 +30,7 @@ from mr_reward.grpo.groups import (
     read_rollouts,
 )
 from mr_reward.grpo.telemetry import GroupLog, describe_rows, measure
-from mr_reward.model.rows import OVER_LENGTH_POLICIES
+from mr_reward.model.rows import check_over_length
 from mr_reward.scorers.opening import is_url, open_scorer
 
 if TYPE_CHECKING:
@@ -92,12 +92,11 @@ class MultiResponseReward:
     number of processes and any per-device batch. Every rank has to call it at the same time, as `GRPOTrainer` does. If
     one rank fails, all raise, naming rank and group.
 
-    What GRPO does with the rewards: it subtracts the group's mean, and with `scale_rewards="group"` divides by
-    the group's standard deviation. So, as the only reward, `"centred"` and `"raw"` give the same advantages, and with
-    `"group"` the scale of the scores is cancelled too; `"rank"` and `"win_rate"` do differ, as they bend the scores.
-    The mean matters in logs, and in whatever is not centred per group (`scale_rewards="batch"`, RLOO's
-    batch normalisation): there the arbitrary offset of a group's raw scores becomes noise, which is why `"centred"` is
-    the default. The scale matters in weighting against other rewards and with `scale_rewards="none"` or `"batch"`.
+    GRPO subtracts the group's mean, and with `scale_rewards="group"` divides by the group's standard deviation. So, as
+    the only reward, `"centred"` and `"raw"` give the same advantages; `"rank"` and `"win_rate"` bend the scores. Where
+    nothing is centred per group (logs, `scale_rewards="batch"`, RLOO's batch normalisation) the arbitrary offset of a
+    group's raw scores is noise, which is why `"centred"` is the default. The scale of the scores matters beside other
+    rewards and with `scale_rewards="none"` or `"batch"`.
 
     Metrics (`METRIC_KEYS`) and columns of the completions table (`COLUMN_KEYS`), both in `mr_reward.grpo.telemetry`,
     are logged at every call. TRL tells reward functions apart by name only, so use one `MultiResponseReward` per
@@ -181,10 +180,7 @@ class MultiResponseReward:
                     f"{name} is {size!r}, expected a whole number from 1 on; pass the trainer's {name}"
                 )
         self._transform = reward_transform(reward)
-        if over_length not in OVER_LENGTH_POLICIES:  # known before the checkpoint is loaded, which takes a while
-            raise ConfigurationError(
-                f"over_length is {over_length!r}, expected one of {', '.join(OVER_LENGTH_POLICIES)}"
-            )
+        check_over_length(over_length)  # known before the checkpoint is loaded, which takes a while
         if timeout <= 0:
             raise ConfigurationError(f"timeout is {timeout} s, expected more than 0; pass the trainer's ddp_timeout")
         self.__name__ = "multi_response_reward"  # TRL names metrics after it

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from mr_reward.errors import MRRewardError
 from mr_reward.integrations.collector import GroupCollector, Rollout
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 class _Label(BaseModel):
     """What a label may hold to say more than the trainer does."""
 
-    model_config = ConfigDict(extra="ignore")
     id: str | int | None = None
     prompt: str | list[dict[str, Any]] | None = None
     images: list[str] = Field(default_factory=list)
@@ -84,7 +83,7 @@ def build_collecting_app(
         try:
             post = _Post.model_validate(json.loads(await request.body()))
             rollouts = _read(post, endings, media_root)
-        except (ValidationError, ValueError) as error:
+        except ValueError as error:  # pydantic's own is one
             return _answer({"error": f"{type(error).__name__}: {explain(error)}"}, 422)
         try:
             rewards = await _together(collector, rollouts, request)

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 OVER_LENGTH_POLICIES = ("error", "drop_group", "truncate_responses")
 
 
+def check_over_length(policy: str) -> None:
+    """Refuse a policy that does not exist."""
+    if policy not in OVER_LENGTH_POLICIES:
+        known = ", ".join(OVER_LENGTH_POLICIES)
+        raise ConfigurationError(f"unknown over-length policy {policy!r}, expected one of {known}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rows:
     """B packed rows with one group each: what the packer makes (B = 1), `collate` joins and the model reads."""
@@ -85,10 +92,7 @@ class Packer:
         context_tokens: int | None = None,
         over_length: str = "error",
     ) -> None:
-        if over_length not in OVER_LENGTH_POLICIES:
-            raise ConfigurationError(
-                f"unknown over-length policy {over_length!r}, expected one of {', '.join(OVER_LENGTH_POLICIES)}"
-            )
+        check_over_length(over_length)
         if max_tokens < 1:
             raise ConfigurationError(f"the token budget is {max_tokens}, expected at least 1")
         self.layout = check_layout(layout)

@@ -1,17 +1,14 @@
 """Rollouts by vLLM with TRL 1.16: what it needs with images, on a CPU, and as a server.
 
-Images, colocated. TRL hands vLLM token ids in which every image has its full run of image tokens already, together
-with the images; vLLM expands the first token of each run once more, and the policy sees a corrupted prompt
-(huggingface/trl issue 6294; no error, on any device). Here one placeholder for each image goes in, and what comes out
-is checked. Once TRL sends single placeholders itself, this does nothing but check.
+Images, colocated: TRL hands vLLM token ids in which every image has its full run of image tokens already; vLLM expands
+the first token of each run once more, and the policy sees a corrupted prompt (huggingface/trl issue 6294; no error, on
+any device). Here one placeholder for each image goes in, and what comes out is checked.
 
-On a CPU. vLLM packs the weights of its linear layers for its matrix kernels and throws the originals away, so the sync
-after an update fails (`'Parameter' object has no attribute 'weight_loader'`), and the output layer, whose original is
-kept, still uses the packed copy of the old weights. Here the layers keep their weights and multiply with torch.
-Nothing of this is needed, or done, on a GPU.
+On a CPU: vLLM packs the weights of its linear layers and throws the originals away, so the sync after an update fails
+(`'Parameter' object has no attribute 'weight_loader'`), and the output layer, whose original is kept, still uses the
+packed copy of the old weights. Here the layers keep their weights and multiply with torch.
 
-As a server. Rollouts come from a `trl vllm-serve` on other GPUs; TRL sends the weights over NCCL, so both sides need
-CUDA. The server is looked at before the policy is loaded.
+As a server: TRL sends the weights over NCCL, so both sides need CUDA. It is looked at before the policy is loaded.
 """
 
 from __future__ import annotations

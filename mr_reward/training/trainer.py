@@ -27,7 +27,7 @@ from mr_reward.checkpoint.zero3 import match_partitioned_dtype, outside_zero3
 from mr_reward.errors import ConfigurationError, NonFiniteScoreError
 from mr_reward.groups import ResponseGroup
 from mr_reward.model.model import MultiResponseRewardModel
-from mr_reward.model.rows import OVER_LENGTH_POLICIES, Packer
+from mr_reward.model.rows import Packer, check_over_length
 from mr_reward.model.scorer import memory_advice
 from mr_reward.training.batches import (
     EvaluationGroups,
@@ -100,10 +100,7 @@ class RewardTrainingArguments(TrainingArguments):
         self.ddp_backend = backend_for_deepspeed(self.ddp_backend, use_cpu=self.use_cpu)
         super().__post_init__()
         self.group_loss()  # known before a model is loaded
-        if self.over_length not in OVER_LENGTH_POLICIES:
-            raise ConfigurationError(
-                f"unknown over-length policy {self.over_length!r}, expected one of {', '.join(OVER_LENGTH_POLICIES)}"
-            )
+        check_over_length(self.over_length)
 
     def group_loss(self) -> LossFunction:
         """The loss that the arguments describe."""
