@@ -5,12 +5,9 @@ from typing import TYPE_CHECKING
 from mr_reward.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from mr_reward.grpo.groups import plan_groups
     from mr_reward.grpo.reward import MultiResponseReward
     from mr_reward.grpo.telemetry import GroupLog
 
-__all__ = ["GroupLog", "MultiResponseReward", "plan_groups"]
+__all__ = ["GroupLog", "MultiResponseReward"]
 
-__getattr__ = lazy_exports(
-    __name__, {"groups": ["plan_groups"], "reward": ["MultiResponseReward"], "telemetry": ["GroupLog"]}
-)
+__getattr__ = lazy_exports(__name__, {"reward": ["MultiResponseReward"], "telemetry": ["GroupLog"]})

@@ -122,19 +122,8 @@ def plan_groups(rows_by_rank: Sequence[Sequence[RolloutRow]], num_generations: i
     """Cut the global batch into groups and share them out. The same input gives the same plan on every rank.
 
     Groups are cut by count, never by content: two neighbouring groups with the same prompt stay two groups. The
-    fingerprints only prove that the count is right.
+    fingerprints only prove that the count is right. Ranks may hold different numbers of rows.
 
-    Args:
-        rows_by_rank: the rows of each rank, rank 0 first. Ranks may hold different numbers of rows.
-        num_generations: N, rows in a group.
-
-    Returns:
-        The groups in global order.
-
-    Raises:
-        GroupAssemblyError: the number of rows is not a multiple of N, or a group's rows have different prompts.
-
-    Example:
         >>> row = RolloutRow("prompt", "text")
         >>> [group.holders for group in plan_groups([[row] * 2, [row] * 2], 4)]
         [(0, 1)]

@@ -1,11 +1,14 @@
-"""Rollouts that a trainer hands over one by one -> whole groups, scored once, and the rewards back to each."""
+"""Rollouts that a trainer hands over one by one -> whole groups, scored once, and the rewards back to each.
+
+A rollout is a group of one response. Its id is equal for the rollouts of a group, and different for groups that are on
+their way at the same time.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from mr_reward.errors import ConfigurationError, GroupAssemblyError, OverLengthError
 from mr_reward.groups import ResponseGroup
@@ -13,34 +16,24 @@ from mr_reward.grpo.reward import reward_transform
 from mr_reward.serving.batcher import Batcher
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Rollout:
-    """One response and the prompt that it answers."""
-
-    key: str  # equal for the rollouts of a group, different for groups that are on their way at the same time
-    prompt: Any  # text or chat messages
-    response: str
-    images: Sequence[Any] = ()  # of the prompt: paths, encoded bytes or PIL images
-
-
-def group_of(rollouts: Sequence[Rollout]) -> ResponseGroup:
-    """The group of the rollouts of one prompt, taken from the first."""
+def join_rollouts(rollouts: Sequence[ResponseGroup]) -> ResponseGroup:
+    """The rollouts of one prompt, which is taken from the first, as one group."""
     first = rollouts[0]
-    responses = [rollout.response for rollout in rollouts]
-    return ResponseGroup(prompt=first.prompt, images=first.images, responses=responses, id=first.key[:80])
+    responses = [rollout.responses[0] for rollout in rollouts]
+    return replace(first, prompt=first.messages, responses=responses, id=str(first.id)[:80])
 
 
 @dataclass(slots=True)
 class _Group:
-    rollouts: list[Rollout] = field(default_factory=list)
+    rollouts: list[ResponseGroup] = field(default_factory=list)
     is_whole: asyncio.Event = field(default_factory=asyncio.Event)
     rewards: asyncio.Task[list[float]] | None = None  # carries its error to each that waits, of whatever type
 
 
 class GroupCollector:
-    """Waits until N rollouts with one key are there and scores them together. All methods belong to one event loop.
+    """Waits until N rollouts with one id are there and scores them together. All methods belong to one event loop.
 
-    Two groups with the same key at the same time cannot be told apart: the first N rollouts that come are one group.
+    Two groups with the same id at the same time cannot be told apart: the first N rollouts that come are one group.
     As they answer the same prompt each is compared with N - 1 others all the same. A caller that gives up (is
     cancelled) takes its rollout out of a group that is not whole yet, so one that asks again does not count twice.
     """
@@ -58,22 +51,22 @@ class GroupCollector:
         self._size = num_generations
         self._transform = reward_transform(reward)
         self._deadline = deadline
-        self._waiting: dict[str, _Group] = {}
+        self._waiting: dict[str | None, _Group] = {}
 
     @property
     def num_waiting(self) -> int:
         """Rollouts whose groups are not whole yet."""
         return sum(len(group.rollouts) for group in self._waiting.values())
 
-    async def reward(self, rollout: Rollout) -> float:
+    async def reward(self, rollout: ResponseGroup) -> float:
         """The reward of a rollout, once its group is whole and scored.
 
         A group that is not whole or not scored in time is a GroupAssemblyError; an error of the scorer comes as it is.
         """
-        group = self._waiting.setdefault(rollout.key, _Group())
+        group = self._waiting.setdefault(rollout.id, _Group())
         group.rollouts.append(rollout)
         if len(group.rollouts) == self._size:
-            del self._waiting[rollout.key]
+            del self._waiting[rollout.id]
             group.rewards = asyncio.create_task(self._score(group.rollouts))
             group.rewards.add_done_callback(lambda task: task.exception())  # read, also if all callers gave up
             group.is_whole.set()
@@ -92,16 +85,16 @@ class GroupCollector:
                     "trainer's number of samples per prompt as num_generations, send all of a group to one server, or "
                     "raise the "
                 )
-            message = f"group {rollout.key[:80]!r}: {text}deadline (below the trainer's own)"
-            raise GroupAssemblyError(message) from error
+            name = join_rollouts(group.rollouts).name
+            raise GroupAssemblyError(f"{name}: {text}deadline (below the trainer's own)") from error
         finally:
-            if self._waiting.get(rollout.key) is group:
+            if self._waiting.get(rollout.id) is group:
                 group.rollouts.remove(rollout)
                 if not group.rollouts:
-                    del self._waiting[rollout.key]
+                    del self._waiting[rollout.id]
 
-    async def _score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        whole = group_of(rollouts)
+    async def _score(self, rollouts: Sequence[ResponseGroup]) -> list[float]:
+        whole = join_rollouts(rollouts)
         (result,) = await self._batcher.submit([whole])
         if result.scores is None:
             raise OverLengthError(f"{whole.name} got no reward: {result.drop_reason}")

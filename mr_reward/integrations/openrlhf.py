@@ -21,7 +21,8 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
 
 from mr_reward.errors import MRRewardError
-from mr_reward.integrations.collector import GroupCollector, Rollout
+from mr_reward.groups import ResponseGroup
+from mr_reward.integrations.collector import GroupCollector
 from mr_reward.model.scorer import GroupScorer
 from mr_reward.scorers.wire import explain
 from mr_reward.serving.batcher import Batcher
@@ -83,7 +84,7 @@ def build_collecting_app(
         try:
             post = _Post.model_validate(json.loads(await request.body()))
             rollouts = _read(post, endings, media_root)
-        except ValueError as error:  # pydantic's own is one
+        except (MRRewardError, ValueError) as error:  # pydantic's own is a ValueError
             return _answer({"error": f"{type(error).__name__}: {explain(error)}"}, 422)
         try:
             rewards = await _together(collector, rollouts, request)
@@ -117,7 +118,7 @@ def response_of(query: str, prompt: str, endings: Sequence[str]) -> str:
     return response
 
 
-def _read(post: _Post, endings: Sequence[str], media_root: Path | None) -> list[Rollout]:
+def _read(post: _Post, endings: Sequence[str], media_root: Path | None) -> list[ResponseGroup]:
     if not len(post.query) == len(post.prompts) == len(post.labels):
         raise ValueError(
             f"got {len(post.query)} queries, {len(post.prompts)} prompts and {len(post.labels)} labels, expected "
@@ -127,10 +128,10 @@ def _read(post: _Post, endings: Sequence[str], media_root: Path | None) -> list[
     for query, prompt, label in zip(post.query, post.prompts, post.labels, strict=True):
         told = _read_label(label)
         rollouts.append(
-            Rollout(
-                key=str(told.id) if told.id is not None else prompt,
+            ResponseGroup(
                 prompt=told.prompt if told.prompt is not None else prompt,
-                response=response_of(query, prompt, endings),
+                responses=[response_of(query, prompt, endings)],
+                id=str(told.id) if told.id is not None else prompt,
                 images=[_image(name, media_root) for name in told.images],
             )
         )
@@ -158,7 +159,7 @@ def _read_label(label: Any) -> _Label:
     return _Label.model_validate(label) if isinstance(label, dict) else _Label()
 
 
-async def _together(collector: GroupCollector, rollouts: Sequence[Rollout], request: Request) -> list[float]:
+async def _together(collector: GroupCollector, rollouts: Sequence[ResponseGroup], request: Request) -> list[float]:
     """Rewards of a post; if the trainer hangs up, its rollouts are taken back."""
 
     async def until_disconnected() -> None:

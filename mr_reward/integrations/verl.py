@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mr_reward.errors import GroupAssemblyError, GroupError, ScoringServerError
-from mr_reward.groups import Scorer
+from mr_reward.groups import ResponseGroup, Scorer
 from mr_reward.grpo.reward import reward_transform
-from mr_reward.integrations.collector import Rollout, group_of
+from mr_reward.integrations.collector import join_rollouts
 from mr_reward.scorers.opening import open_scorer
 
 
@@ -69,19 +69,19 @@ def compute_score(
     """
     transform = reward_transform(reward)
     rollouts = [_rollout(info, text) for info, text in zip(extra_infos, solution_strs, strict=True)]
-    rows_by_key: dict[str, list[int]] = defaultdict(list)
+    rows_by_id: dict[str | None, list[int]] = defaultdict(list)
     for row, rollout in enumerate(rollouts):
-        rows_by_key[rollout.key].append(row)
+        rows_by_id[rollout.id].append(row)
     chunks: list[list[int]] = []
-    for key, rows in rows_by_key.items():
+    for name, rows in rows_by_id.items():
         if len(rows) % num_generations:
             raise GroupAssemblyError(
-                f"prompt {key} has {len(rows)} rollouts in this call, expected a multiple of num_generations="
+                f"prompt {name} has {len(rows)} rollouts in this call, expected a multiple of num_generations="
                 f"{num_generations}: the batch was split before the reward. Use the batch reward manager, or "
                 "compute_score_single with `mr-reward serve --collect`"
             )
         chunks += [rows[i : i + num_generations] for i in range(0, len(rows), num_generations)]
-    groups = [group_of([rollouts[row] for row in rows]) for rows in chunks]
+    groups = [join_rollouts([rollouts[row] for row in rows]) for rows in chunks]
     rewards: list[dict[str, float]] = [{} for _ in rollouts]
     for rows, group, result in zip(chunks, groups, _scorer(model, server).score_detailed(groups), strict=True):
         if result.scores is None:
@@ -130,7 +130,7 @@ async def compute_score_single(
     import httpx2  # of the extra `serve`
 
     rollout = _rollout(extra_info, solution_str)
-    label = {"id": rollout.key, "prompt": rollout.prompt, "images": list(rollout.images)}
+    label = {"id": rollout.id, "prompt": rollout.messages, "images": list(rollout.images)}
     body = {"query": [solution_str], "prompts": [""], "labels": [label]}
     try:
         async with httpx2.AsyncClient(timeout=timeout) as client:
@@ -149,17 +149,15 @@ async def compute_score_single(
     return float(answer.json()["rewards"][0])
 
 
-def _rollout(info: Mapping[str, Any], response: str) -> Rollout:
+def _rollout(info: Mapping[str, Any], response: str) -> ResponseGroup:
     missing = [name for name in ("index", "prompt") if info.get(name) is None]
     if missing:
         raise GroupError(
             f"extra_info lacks {', '.join(missing)}, found {sorted(info)}; verl passes no prompt to a reward, "
             "so put index and prompt (and images) there when the data set is made"
         )
-    images = info.get("images")
-    return Rollout(
-        key=str(info["index"]), prompt=info["prompt"], response=response, images=() if images is None else images
-    )
+    images = [] if info.get("images") is None else list(info["images"])
+    return ResponseGroup(prompt=info["prompt"], responses=[response], images=images, id=str(info["index"]))
 
 
 @functools.lru_cache(maxsize=4)

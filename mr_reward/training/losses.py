@@ -1,7 +1,9 @@
 """Losses over the scores of whole groups: best-of-N cross-entropy, Plackett-Luce, pairwise Bradley-Terry.
 
-Pure functions of three tensors. Legend: B groups, N responses (the largest group of the batch; smaller groups have
-padding slots).
+Pure functions of three tensors, with B groups of N responses (the largest group of the batch; smaller groups have
+padding slots): `scores` (B, N) of any float dtype; `rankings` (B, N) integers, 1 = best, ties share a rank, 0 by
+convention in padding slots; `mask` (B, N) bool, True where there is a response. Each gives the mean over the groups,
+() float32. Wrong shapes or dtypes, a group without responses and a response without a rank are a ConfigurationError.
 
 All of them depend on differences of scores within a group only, so adding a constant to a group changes nothing;
 `centring_penalty`, which may be added to any of them, is what ties the scores down. They are computed in float32
@@ -29,22 +31,7 @@ def best_of_n_cross_entropy(scores: Tensor, rankings: Tensor, mask: Tensor, *, l
     Cross-entropy over N scores is the loss of "You Only Judge Once" (arXiv 2604.10966). Sharing the target equally
     among tied best responses is ours: with T of them the loss of the group cannot fall below log(T), which it nears
     as their scores become equal and leave the others behind. A group of one response has loss 0.
-
-    Args:
-        scores: (B, N) any float dtype; cast to float32.
-        rankings: (B, N) integers, 1 = best, ties share a rank; padding slots are ignored (0 by convention).
-        mask: (B, N) bool, True where there is a response.
-        label_smoothing: share of the target that is spread evenly over all responses of the group.
-
-    Returns:
-        () float32, the mean over the B groups.
-
-    Raises:
-        ConfigurationError: wrong shapes or dtypes, a group without responses, a response without a rank.
-
-    Example:
-        >>> best_of_n_cross_entropy(torch.zeros(1, 2), torch.tensor([[1, 2]]), torch.tensor([[True, True]]))
-        tensor(0.6931)
+    `label_smoothing`: share of the target that is spread evenly over all responses of the group.
     """
     scores, rankings = _checked(scores, rankings, mask)
     best_rank = rankings.masked_fill(~mask, torch.iinfo(rankings.dtype).max).amin(dim=-1, keepdim=True)
@@ -67,22 +54,7 @@ def plackett_luce(scores: Tensor, rankings: Tensor, mask: Tensor, *, label_smoot
     The group's loss is the mean, not the sum, of these contributions, so that it does not grow with N. The negative
     log-likelihood of a group is therefore N times its loss; for N = 2 without a tie the loss is half of
     `best_of_n_cross_entropy` and of `pairwise_bradley_terry`. A group of one response has loss 0.
-
-    Args:
-        scores: (B, N) any float dtype; cast to float32.
-        rankings: (B, N) integers, 1 = best, ties share a rank; padding slots are ignored (0 by convention).
-        mask: (B, N) bool, True where there is a response.
-        label_smoothing: share of each draw's target that is spread evenly over the responses left to draw from.
-
-    Returns:
-        () float32, the mean over the B groups.
-
-    Raises:
-        ConfigurationError: wrong shapes or dtypes, a group without responses, a response without a rank.
-
-    Example:
-        >>> plackett_luce(torch.zeros(1, 3), torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool))
-        tensor(0.5973)
+    `label_smoothing`: share of each draw's target that is spread evenly over the responses left to draw from.
     """
     scores, rankings = _checked(scores, rankings, mask)
     # Rank 0 takes the padding out of every response's candidates, as real ranks start at 1.
@@ -105,25 +77,8 @@ def pairwise_bradley_terry(
     Bradley and Terry (1952), the usual loss of reward models (Ouyang et al., arXiv 2203.02155), over all pairs of a
     group. The margin m_ij is `margin * (rank_j - rank_i)`: responses far apart in the ranking have to be further
     apart in score (margins by degree of preference: Touvron et al., arXiv 2307.09288). Tied pairs say nothing and are
-    left out; a group without an ordered pair does not count in the mean over groups.
-
-    Args:
-        scores: (B, N) any float dtype; cast to float32.
-        rankings: (B, N) integers, 1 = best, ties share a rank; padding slots are ignored (0 by convention).
-        mask: (B, N) bool, True where there is a response.
-        margin: score difference asked for per rank of difference.
-        label_smoothing: probability that a pair is taken to be labelled the wrong way round.
-
-    Returns:
-        () float32, the mean over a group's pairs, then over the groups that have any; 0, still connected to `scores`,
-        if none has.
-
-    Raises:
-        ConfigurationError: wrong shapes or dtypes, a group without responses, a response without a rank.
-
-    Example:
-        >>> pairwise_bradley_terry(torch.zeros(1, 2), torch.tensor([[1, 2]]), torch.tensor([[True, True]]))
-        tensor(0.6931)
+    left out; a group without an ordered pair does not count in the mean over groups. Without any the loss is 0, still
+    connected to `scores`. `label_smoothing`: probability that a pair is taken to be labelled the wrong way round.
     """
     scores, rankings = _checked(scores, rankings, mask)
     ordered = mask.unsqueeze(-1) & mask.unsqueeze(-2) & (rankings.unsqueeze(-1) < rankings.unsqueeze(-2))

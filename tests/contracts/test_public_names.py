@@ -40,7 +40,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "load_scorer",
         "run_attacks",
     ],
-    "grpo": ["GroupLog", "MultiResponseReward", "plan_groups"],
+    "grpo": ["GroupLog", "MultiResponseReward"],
     "integrations": ["compute_score", "compute_score_single", "register"],
     "model": ["GroupScorer", "MultiResponseRewardConfig", "MultiResponseRewardModel"],
     "mr2bench": ["build_benchmark", "write_benchmark"],
@@ -48,13 +48,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
     "scorers": ["OffloadedScorer", "RemoteScorer", "open_scorer"],
     "serving": ["ServerLimits", "build_app", "serve"],
     "templates": ["load_image"],
-    "training": [
-        "RewardTrainer",
-        "RewardTrainingArguments",
-        "best_of_n_cross_entropy",
-        "pairwise_bradley_terry",
-        "plackett_luce",
-    ],
+    "training": ["RewardTrainer", "RewardTrainingArguments"],
     "viewer": [],
     "worlds": [],
 }

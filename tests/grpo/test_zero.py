@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +14,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
-from launching import DEEPSPEED_CONFIGS, environment, needs_deepspeed, two_processes
+from killed_runs import policy_world, recipe_file, run_to_the_end
+from launching import DEEPSPEED_CONFIGS, needs_deepspeed, two_processes
 
 from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel
 from mr_reward.checkpoint import weights_digest
 from mr_reward.groups import ResponseGroup
-from mr_reward.worlds import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, needs_deepspeed]
 
@@ -35,29 +33,13 @@ TOLERANCE = 1e-6
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy, a reward model and prompts."""
-    folder = tmp_path_factory.mktemp("zero")
-    for name, seed in (("policy", 0), ("backbone", 1)):
-        tiny.build_llama(seed).save_pretrained(folder / name)
-        tiny.build_tokenizer().save_pretrained(folder / name)
-    MultiResponseRewardModel.from_backbone(folder / "backbone").save_pretrained(folder / "rm")
-    rows = [{"prompt": [{"role": "user", "content": f"Say {word}"}]} for word in range(3)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return policy_world(tmp_path_factory.mktemp("zero"), 3)
 
 
 def launch(stage: int | str, log: Path, *command: object) -> str:
     """Run a script on two processes; what it printed."""
     launcher = two_processes("--config_file", str(DEEPSPEED_CONFIGS / f"zero{stage}_cpu.yaml"))
-    with log.open("a") as stream:
-        result = subprocess.run(
-            [sys.executable, *launcher, *map(str, command)],
-            timeout=400,
-            stdout=stream,
-            stderr=stream,
-            env=environment(),
-        )
-    assert result.returncode == 0, log.read_text()[-6000:]
-    return log.read_text()
+    return run_to_the_end([sys.executable, *launcher, *map(str, command)], log, timeout=400)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, "3_offload"])
@@ -103,7 +85,7 @@ def assert_rewards_of_one_process(call: Sequence[dict[str, Any]], alone: MultiRe
         assert found == pytest.approx(rewards, abs=TOLERANCE), order
 
 
-def recipe(world: Path, output: Path, **changes: Any) -> Path:
+def recipe(world: Path, output: Path, **changes: Any) -> str:
     """A YAML file for train_policy.py; without a word on the CPU, which DeepSpeed finds by itself."""
     config = {
         "model_name_or_path": str(world / "policy"),
@@ -127,9 +109,7 @@ def recipe(world: Path, output: Path, **changes: Any) -> Path:
         "resume_from_checkpoint": True,
         **changes,
     }
-    path = output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config))
-    return path
+    return recipe_file(output, config)
 
 
 def tables(output: Path) -> list[pd.DataFrame]:

@@ -6,28 +6,20 @@ Compared are the tables of completions that TRL writes at each step: prompts, co
 from __future__ import annotations
 
 import json
-import os
-import random
-import resource
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-import yaml
+from killed_runs import kill_twice, log_of, policy_world, recipe_file, run_to_the_end, run_without_room
 from safetensors.torch import load_file
 from trl import GRPOConfig
 
-from mr_reward import MultiResponseRewardModel
 from mr_reward.runs.launch import checkpoint_to_resume, updates_per_generation
-from mr_reward.training.saving import last_complete_checkpoint
-from mr_reward.worlds import tiny
 
 RECIPE = Path(__file__).parents[2] / "grpo_recipes" / "train_policy.py"
 STEPS = 20
@@ -37,14 +29,7 @@ NUM_PROMPTS = 12  # six updates an epoch: the run is in its fourth when it ends
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy, a reward model and prompts."""
-    folder = tmp_path_factory.mktemp("world")
-    for name, seed in (("policy", 0), ("backbone", 1)):
-        tiny.build_llama(seed).save_pretrained(folder / name)
-        tiny.build_tokenizer().save_pretrained(folder / name)
-    MultiResponseRewardModel.from_backbone(folder / "backbone").save_pretrained(folder / "rm")
-    rows = [{"prompt": [{"role": "user", "content": f"Say {word}"}]} for word in range(NUM_PROMPTS)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return policy_world(tmp_path_factory.mktemp("world"), NUM_PROMPTS)
 
 
 def command(world: Path, output: Path, **changes: Any) -> list[str]:
@@ -80,19 +65,7 @@ def command(world: Path, output: Path, **changes: Any) -> list[str]:
         "resume_from_checkpoint": True,
         **changes,
     }
-    path = output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config))
-    return [sys.executable, str(RECIPE), "--config", str(path)]
-
-
-def run_to_the_end(arguments: list[str], output: Path) -> None:
-    with output.with_suffix(".log").open("a") as log:
-        result = subprocess.run(arguments, timeout=300, stdout=log, stderr=log, env=environment())
-    assert result.returncode == 0, output.with_suffix(".log").read_text()[-4000:]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    return [sys.executable, str(RECIPE), "--config", recipe_file(output, config)]
 
 
 def history(output: Path) -> dict[int, dict[str, float]]:
@@ -128,7 +101,7 @@ def assert_same_run(output: Path, expected: Path) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(world: Path) -> Path:
     output = world / "uninterrupted"
-    run_to_the_end(command(world, output, save_total_limit=None), output)
+    run_to_the_end(command(world, output, save_total_limit=None), log_of(output))
     steps = history(output)
     assert len({values["learning_rate"] for values in steps.values()}) > STEPS // 2
     spreads = [values["mr_reward/score_spread"] for values in steps.values() if "mr_reward/score_spread" in values]
@@ -144,22 +117,9 @@ def uninterrupted(world: Path) -> Path:
 def test_kill_at_a_random_moment_and_resume(uninterrupted: Path, world: Path, seed: int, how: signal.Signals) -> None:
     output = world / f"killed-{seed}"
     arguments = command(world, output)
-    rng = random.Random(seed)
-    kills = 0
-    for _ in range(2):
-        last = last_complete_checkpoint(output) if output.exists() else None
-        before = int(last.split("-")[-1]) if last else 0
-        with output.with_suffix(".log").open("a") as log:
-            process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment())
-        wait_for_step(output, before + rng.choice([2, 4, 6]), process)
-        time.sleep(rng.uniform(0.0, 0.6))  # between two saves, or in the middle of one
-        if process.poll() is None:
-            process.send_signal(how)
-            kills += 1
-        process.wait()
-    assert kills, "no run lived long enough to be killed: the machine is too fast for this test"
-    run_to_the_end(arguments, output)
-    assert "resuming from" in output.with_suffix(".log").read_text()
+    kill_twice(arguments, output, how, seed, steps=[2, 4, 6])
+    run_to_the_end(arguments, log_of(output))
+    assert "resuming from" in log_of(output).read_text()
     assert_same_run(output, uninterrupted)
 
 
@@ -168,30 +128,9 @@ def test_a_full_disk_while_saving_and_resume(uninterrupted: Path, world: Path) -
     """From step 6 on no checkpoint has room; what was saved before it is whole, and the run resumes from it."""
     output = world / "full"
     arguments = command(world, output)
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
-    with output.with_suffix(".log").open("a") as log:  # another process writes the log, which has room
-        logger = subprocess.Popen(["cat"], stdin=process.stdout, stdout=log)
-    assert process.stdout is not None
-    process.stdout.close()
-    wait_for_step(output, 6, process)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
-    assert process.wait(240) != 0 and logger.wait(60) == 0
-    log_text = output.with_suffix(".log").read_text()
-    # Of safetensors and Python, or ours about torch's: it depends on which file was the first without room.
-    assert "File too large" in log_text or "is the disk full?" in log_text, log_text[-3000:]
-    last = last_complete_checkpoint(output)
-    assert last is not None and int(last.split("-")[-1]) >= 4
-    run_to_the_end(arguments, output)
+    assert run_without_room(arguments, output, 6, 50_000) >= 4
+    run_to_the_end(arguments, log_of(output))
     assert_same_run(output, uninterrupted)
-
-
-def wait_for_step(output: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        if any(int(path.name.split("-")[-1]) >= step for path in output.glob("checkpoint-*")):
-            return
-        time.sleep(0.02)
-    assert process.poll() in (None, 0), output.with_suffix(".log").read_text()[-3000:]
 
 
 @pytest.mark.slow
@@ -204,8 +143,8 @@ def test_half_a_checkpoint_is_passed_over_in_a_later_epoch(uninterrupted: Path, 
     (output / "model.safetensors").unlink()
     for step in range(15, STEPS + 1):
         (output / "completions" / f"completions_{step:05d}.parquet").unlink()
-    run_to_the_end(command(world, output, save_total_limit=None), output)
-    log = output.with_suffix(".log").read_text()
+    run_to_the_end(command(world, output, save_total_limit=None), log_of(output))
+    log = log_of(output).read_text()
     assert "checkpoint-16 is not whole" in log and "resuming from" in log
     assert_same_run(output, uninterrupted)
 
@@ -215,9 +154,9 @@ def test_between_two_generations_the_completions_are_drawn_anew(uninterrupted: P
     """Steps 3 and 4 share a generation, of which a checkpoint at 3 knows nothing; no prompt is left out for it."""
     output = world / "off-cycle"
     options = {"eval_dataset": None, "eval_strategy": "no"}
-    run_to_the_end(command(world, output, save_steps=3, max_steps=3, **options), output)
-    assert "save_steps is 3, expected a multiple of 2" in output.with_suffix(".log").read_text()
-    run_to_the_end(command(world, output, **options), output)
+    run_to_the_end(command(world, output, save_steps=3, max_steps=3, **options), log_of(output))
+    assert "save_steps is 3, expected a multiple of 2" in log_of(output).read_text()
+    run_to_the_end(command(world, output, **options), log_of(output))
     found, expected = tables(output), tables(uninterrupted)
     for step in range(4, STEPS + 1):
         # From here on a generation serves updates 4 and 5, 6 and 7, ...; before it was 3 and 4, 5 and 6, ...

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
+from killed_runs import kill_twice, log_of, recipe_file, run_to_the_end, run_without_room, wait_for_step
+from launching import environment
 from safetensors.torch import load_file
 from test_trainer import easy_groups
 
@@ -73,18 +72,8 @@ def command(world: Path, output: Path, **changes: Any) -> list[str]:
         "resume_from_checkpoint": True,
         **changes,
     }
-    path = output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config))
-    return [sys.executable, "-W", "error::UserWarning:mr_reward", str(RECIPE), "--config", str(path)]
-
-
-def run_to_the_end(arguments: list[str], output: Path) -> None:
-    with output.with_suffix(".log").open("a") as log:
-        subprocess.run(arguments, check=True, timeout=300, stdout=log, stderr=log, env=environment())
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    warnings = ["-W", "error::UserWarning:mr_reward"]
+    return [sys.executable, *warnings, str(RECIPE), "--config", recipe_file(output, config)]
 
 
 def losses(output: Path) -> dict[int, float]:
@@ -106,7 +95,7 @@ def assert_same_run(output: Path, expected: Path) -> None:
 def uninterrupted(request: pytest.FixtureRequest, world: Path) -> tuple[Path, dict[str, Any]]:
     changes: dict[str, Any] = {} if request.param == "lora" else {"use_peft": False, "learning_rate": 1.0e-3}
     output = world / f"uninterrupted-{request.param}"
-    run_to_the_end(command(world, output, **changes), output)
+    run_to_the_end(command(world, output, **changes), log_of(output))
     return output, changes
 
 
@@ -118,21 +107,8 @@ def test_kill_at_a_random_moment_and_resume(
     expected, changes = uninterrupted
     output = world / f"killed-{expected.name}-{seed}"
     arguments = command(world, output, **changes)
-    rng = random.Random(seed)
-    kills = 0
-    for _ in range(2):
-        last = last_complete_checkpoint(output) if output.exists() else None
-        before = int(last.split("-")[-1]) if last else 0
-        with output.with_suffix(".log").open("a") as log:
-            process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment())
-        wait_for_step(output, before + 3, process)
-        time.sleep(rng.uniform(0.0, 0.6))  # anywhere between two saves, or in the middle of one
-        if process.poll() is None:
-            process.send_signal(how)
-            kills += 1
-        process.wait()
-    assert kills, "no run lived long enough to be killed: the machine is too fast for this test"
-    run_to_the_end(arguments, output)
+    kill_twice(arguments, output, how, seed, steps=[3])
+    run_to_the_end(arguments, log_of(output))
     assert_same_run(output, expected)
 
 
@@ -142,19 +118,8 @@ def test_a_full_disk_while_saving_and_resume(uninterrupted: tuple[Path, dict[str
     expected, changes = uninterrupted
     output = world / f"full-{expected.name}"
     arguments = command(world, output, **changes)
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
-    with output.with_suffix(".log").open("a") as log:  # another process writes the log, which has room
-        logger = subprocess.Popen(["cat"], stdin=process.stdout, stdout=log)
-    assert process.stdout is not None
-    process.stdout.close()
-    wait_for_step(output, 6, process)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    assert process.wait(240) != 0 and logger.wait(60) == 0
-    log_text = output.with_suffix(".log").read_text()
-    assert "File too large" in log_text or "is the disk full?" in log_text
-    last = last_complete_checkpoint(output)
-    assert last is not None and int(last.split("-")[-1]) >= 3
-    run_to_the_end(arguments, output)
+    assert run_without_room(arguments, output, 6, 20_000) >= 3
+    run_to_the_end(arguments, log_of(output))
     assert_same_run(output, expected)
 
 
@@ -187,27 +152,18 @@ def test_a_clock_that_jumps_changes_nothing(uninterrupted: tuple[Path, dict[str,
         "import random, time\nreal, jumps = time.time, random.Random(0)\n"
         "time.time = lambda: real() + jumps.choice([-3600, 0, 3600])\n"
     )
-    skewed = {**environment(), "PYTHONPATH": str(shim)}
     arguments = command(world, output, **changes)
-    with output.with_suffix(".log").open("a") as log:
+    with log_of(output).open("a") as log:
+        skewed = {**environment(), "PYTHONPATH": str(shim)}
         process = subprocess.Popen(arguments, stdout=log, stderr=log, env=skewed)
         wait_for_step(output, 9, process)
         process.kill()
         process.wait()
-        for age, path in enumerate(sorted(output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))):
-            for file in (path, *path.rglob("*")):
-                os.utime(file, (10**9 - age * 86_400,) * 2)
-        subprocess.run(arguments, check=True, timeout=300, stdout=log, stderr=log, env=skewed)
+    for age, path in enumerate(sorted(output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))):
+        for file in (path, *path.rglob("*")):
+            os.utime(file, (10**9 - age * 86_400,) * 2)
+    run_to_the_end(arguments, log_of(output), PYTHONPATH=str(shim))
     assert_same_run(output, expected)
-
-
-def wait_for_step(output: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        if any(int(path.name.split("-")[-1]) >= step for path in output.glob("checkpoint-*")):
-            return
-        time.sleep(0.02)
-    assert process.poll() in (None, 0), output.with_suffix(".log").read_text()[-3000:]
 
 
 @pytest.mark.slow
@@ -220,8 +176,8 @@ def test_a_broken_checkpoint_is_passed_over(uninterrupted: tuple[Path, dict[str,
     (output / "model.safetensors").unlink()
     shutil.copytree(output / f"checkpoint-{STEPS - 3}", output / f"checkpoint-{STEPS - 1}")
     (output / f"checkpoint-{STEPS - 1}" / "trainer_state.json").unlink()
-    run_to_the_end(command(world, output, **changes), output)
-    assert f"checkpoint-{STEPS - 1} is not whole" in output.with_suffix(".log").read_text()
+    run_to_the_end(command(world, output, **changes), log_of(output))
+    assert f"checkpoint-{STEPS - 1} is not whole" in log_of(output).read_text()
     assert_same_run(output, expected)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from killed_runs import log_of, recipe_file, run_to_the_end
 from launching import DEEPSPEED_CONFIGS as CONFIGS
 from launching import environment, needs_deepspeed, two_processes
 from safetensors.torch import load_file
@@ -69,13 +70,9 @@ def train(world: Path, output: Path, launcher: list[str], **changes: Any) -> Pat
         "resume_from_checkpoint": True,
         **changes,
     }
-    path = output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config))
-    log = output.with_suffix(".log")
-    command = [sys.executable, *launcher, str(ROOT / "grpo_recipes" / "pretrain_rm.py"), "--config", str(path)]
-    with log.open("a") as stream:
-        result = subprocess.run(command, timeout=500, stdout=stream, stderr=stream, env=environment())
-    assert result.returncode == 0, log.read_text()[-6000:]
+    script = str(ROOT / "grpo_recipes" / "pretrain_rm.py")
+    command = [sys.executable, *launcher, script, "--config", recipe_file(output, config)]
+    run_to_the_end(command, log_of(output), timeout=500)
     return output
 
 
