@@ -82,15 +82,10 @@ def plan_row(
         num_prompt_tokens: P, media tokens included.
         num_response_tokens: N lengths of the response texts; 0 is allowed.
         framing: for templates that separate the responses by text: N numbers of tokens (before, after) each response
-            that belong to the template. The score is then read at the last token of the response's segment, and there
-            are no readout tokens.
+            that belong to the template. Scores are then read at the last of them; there are no readout tokens.
 
     Returns:
-        The plan of the row of L = P + sum(lengths) + N * (number of readout tokens) tokens, or P + sum(lengths) +
-        sum(framing) tokens.
-
-    Raises:
-        ConfigurationError: unknown layout.
+        The plan of L = P + sum(lengths) + N * (number of readout tokens) tokens, or P + sum(lengths) + sum(framing).
 
     Example:
         >>> plan_row("set", 2, [1, 0]).segments.tolist()

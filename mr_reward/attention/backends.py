@@ -279,7 +279,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, ragged: Ragged, scale: fl
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, ragged.causal, scale=scale)
         out, lse = out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
         if piece.sites is None:
-            yield Part(_query_slice(piece), out, lse)
+            yield Part(_sites(piece, is_query=True), out, lse)
         else:
             yield Part(piece.sites, out.index_select(0, piece.real), lse.index_select(0, piece.real))
     if ragged.lengths is not None:
@@ -301,13 +301,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, ragged: Ragged, scale: fl
 
 
 def _gradients(
-    grad: Tensor,
-    states: tuple[Tensor, Tensor, Tensor],
-    out: Tensor,
-    lse: Tensor,
-    ragged: Ragged,
-    scale: float | None,
-    grads: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor, states: _States, out: Tensor, lse: Tensor, ragged: Ragged, scale: float | None, grads: _States
 ) -> None:
     """Add the gradients of this part of a merged softmax.
 
@@ -339,29 +333,29 @@ def _gradients(
             _add(total, part.transpose(1, 2).flatten(0, 1), piece, is_query=i == 0)
 
 
-def _query_slice(piece: KernelCall) -> slice:
-    return slice(piece.first.query, piece.first.query + piece.count * piece.first.num_queries)
-
-
-def _key_slice(piece: KernelCall) -> slice:
-    return slice(piece.first.key, piece.first.key + piece.count * piece.first.num_keys)
+def _sites(piece: KernelCall, is_query: bool) -> slice | Tensor:
+    """Where queries or keys are in the row: a slice if the sequences lie side by side, else as many as the longest."""
+    if piece.gather is not None:
+        return piece.gather if is_query else piece.gather + piece.shift
+    one = piece.first
+    start, size = (one.query, one.num_queries) if is_query else (one.key, one.num_keys)
+    return slice(start, start + piece.count * size)
 
 
 def _take(states: Tensor, piece: KernelCall, is_query: bool) -> Tensor:
     """(T, h, d) -> (S, h, longest, d); a view of the row where the sequences lie side by side."""
-    if piece.gather is None:
-        chosen = states[_query_slice(piece) if is_query else _key_slice(piece)]
-    else:
-        chosen = states.index_select(0, piece.gather if is_query else piece.gather + piece.shift)
+    sites = _sites(piece, is_query)
+    chosen = states[sites] if isinstance(sites, slice) else states.index_select(0, sites)
     return chosen.unflatten(0, (piece.count, -1)).transpose(1, 2)
 
 
 def _add(total: Tensor, part: Tensor, piece: KernelCall, is_query: bool) -> None:
     """Add (S * longest, h, d) where `_take` took it from; what padding got goes to the token that it repeats."""
-    if piece.gather is None:
-        total[_query_slice(piece) if is_query else _key_slice(piece)] += part
+    sites = _sites(piece, is_query)
+    if isinstance(sites, slice):
+        total[sites] += part
     else:
-        total.index_add_(0, piece.gather if is_query else piece.gather + piece.shift, part)
+        total.index_add_(0, sites, part)
 
 
 def _attend_block(states: _States, mask: Tensor, scale: float | None) -> Tensor:

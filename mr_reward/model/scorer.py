@@ -268,12 +268,11 @@ class GroupScorer:
 
     def _render(self, groups: Sequence[ResponseGroup]) -> list[RenderedGroup]:
         """Each group with its different responses."""
-        items = []
-        for group, rendered in zip(groups, self.packer.renderer.render_all(groups), strict=True):
+        items = self.packer.renderer.render_all(groups)
+        for i, group in enumerate(groups):
             unique = dict.fromkeys(group.responses)
             if len(unique) < group.num_responses:
-                rendered = rendered.select([group.responses.index(text) for text in unique])
-            items.append(rendered)
+                items[i] = items[i].select([group.responses.index(text) for text in unique])
         return items
 
     def _lay_out(
@@ -314,12 +313,14 @@ class GroupScorer:
     def _score_window(self, window: _Window) -> list[GroupScores]:
         groups, passes, sharing = window
         found: list[list[GroupScores]] = [[] for _ in groups]
-        for (index, order, row), scores in zip(passes, self._score_rows([row for *_, row in passes]), strict=True):
-            found[index].append(GroupScores(scores=tuple(scores), truncated=row.truncated[0]).undo_order(order))
-        for same in sharing:
-            scored = score_over_prompt(self.model, self.packer, [rendered for _, rendered, _ in same])
-            for (index, _, truncated), scores in zip(same, scored, strict=True):
-                found[index].append(GroupScores(scores=tuple(scores), truncated=truncated))
+        with memory_advice(f"a pass holds up to max_tokens_per_batch={self.max_tokens_per_batch} tokens, lower that"):
+            row_scores = self._score_rows([row for *_, row in passes])
+            for (index, order, row), scores in zip(passes, row_scores, strict=True):
+                found[index].append(GroupScores(scores=tuple(scores), truncated=row.truncated[0]).undo_order(order))
+            for same in sharing:
+                scored = score_over_prompt(self.model, self.packer, [rendered for _, rendered, _ in same])
+                for (index, _, truncated), scores in zip(same, scored, strict=True):
+                    found[index].append(GroupScores(scores=tuple(scores), truncated=truncated))
         return [self._combine(group, own) for group, own in zip(groups, found, strict=True)]
 
     def _orders(self, group: ResponseGroup, num_unique: int) -> list[list[int]]:
@@ -338,14 +339,12 @@ class GroupScorer:
         )
         with torch.inference_mode():
             # Nothing waits for a GPU in here: scores are fetched when all passes are under way.
-            outputs = [self.model(self._batch([rows[i] for i in batch])).scores for batch in batches]
+            collated = (collate([rows[i] for i in batch], self.model.adapter) for batch in batches)
+            outputs = [self.model(self.model.place(one)).scores for one in collated]
         for batch, output in zip(batches, outputs, strict=True):
             for i, values in zip(batch, output.tolist(), strict=True):
                 scores[i] = values[: rows[i].score_sites.shape[1]]
         return scores
-
-    def _batch(self, rows: Sequence[Rows]) -> Rows:
-        return self.model.place(collate(rows, self.model.adapter))
 
     def _combine(self, group: ResponseGroup, passes: Sequence[GroupScores]) -> GroupScores:
         """Average the passes over the group's different responses, and give twins their shared score."""

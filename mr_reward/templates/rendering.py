@@ -147,7 +147,13 @@ class Renderer:
         if self.template in JOINED_TEMPLATES:
             return self._render_joined(group)
         prompt = self._render_messages(group, group.messages, add_generation_prompt=True)
-        return _rendered(prompt, self.encode_text.encode_all(group.responses))
+        token_types = prompt.pop("mm_token_type_ids", None)
+        return RenderedGroup(
+            prompt_ids=prompt.pop("input_ids")[0],
+            response_ids=self.encode_text.encode_all(group.responses),
+            media=prompt,
+            mm_token_type_ids=None if token_types is None else token_types[0].long(),
+        )
 
     def render_all(self, groups: Sequence[ResponseGroup]) -> list[RenderedGroup]:
         """As `render`, in one call of the processor where it can: its own work for a call is that for many prompts."""
@@ -336,17 +342,6 @@ def _check_media(
     """The processor's own look at its media, without the text."""
     if images is not None or videos is not None:
         validate(images=images, videos=videos, **options)
-
-
-def _rendered(prompt: dict[str, Tensor], response_ids: list[list[int]]) -> RenderedGroup:
-    """From what the processor makes of one prompt."""
-    token_types = prompt.pop("mm_token_type_ids", None)
-    return RenderedGroup(
-        prompt_ids=prompt.pop("input_ids")[0],
-        response_ids=response_ids,
-        media=prompt,
-        mm_token_type_ids=None if token_types is None else token_types[0].long(),
-    )
 
 
 def _media_first(message: dict[str, Any]) -> dict[str, Any]:
