@@ -14,6 +14,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +128,16 @@ def _read(post: _Post, endings: Sequence[str], media_root: Path | None) -> list[
     rollouts = []
     for query, prompt, label in zip(post.query, post.prompts, post.labels, strict=True):
         told = _read_label(label)
-        rollouts.append(
-            ResponseGroup(
-                prompt=told.prompt if told.prompt is not None else prompt,
-                responses=[response_of(query, prompt, endings)],
-                id=str(told.id) if told.id is not None else prompt,
-                images=[_image(name, media_root) for name in told.images],
-            )
+        rollout = ResponseGroup(
+            prompt=told.prompt if told.prompt is not None else prompt,
+            responses=[response_of(query, prompt, endings)],
+            id=str(told.id) if told.id is not None else prompt,
+            images=told.images,
         )
+        # Of the whole group: blocks of the prompt may name files too.
+        images = [_image(str(image), media_root) for image in rollout.images]
+        videos = [[_image(str(frame), media_root) for frame in video] for video in rollout.videos]
+        rollouts.append(replace(rollout, prompt=rollout.messages, images=images, videos=videos))
     return rollouts
 
 

@@ -248,13 +248,22 @@ def test_a_group_that_is_scored_too_slowly_is_not_said_to_lack_rollouts() -> Non
             asyncio.run(compute_score_single("mine", "a", None, info, server=url))
 
 
-def test_bad_posts_are_refused(collecting: str) -> None:
+def label_with(kind: str, medium: Any) -> dict[str, Any]:
+    """A label whose prompt carries a medium in a block of its own."""
+    return {"prompt": [{"role": "user", "content": [{"type": kind, kind: medium}]}]}
+
+
+def test_bad_posts_are_refused(collecting: str, tmp_path: Path) -> None:
+    elsewhere = str(tmp_path / "image.png")
+    random_image(random.Random(0)).save(elsewhere)
     for body, message in (
         ({"query": ["ab"], "prompts": ["x"], "labels": [""]}, "does not hold its prompt"),
         ({"query": ["ab"], "prompts": [], "labels": [""]}, "expected as many of each"),
         ({"query": []}, "query"),
         ({"query": ["ab"], "prompts": ["a"], "labels": [{"images": ["../rm/config.json"]}]}, "is no file in"),
         ({"query": ["ab"], "prompts": ["a"], "labels": [{"images": ["/etc/hostname"]}]}, "is no file in"),
+        ({"query": ["ab"], "prompts": ["a"], "labels": [label_with("image", elsewhere)]}, "is no file in"),
+        ({"query": ["ab"], "prompts": ["a"], "labels": [label_with("video", [elsewhere] * 2)]}, "is no file in"),
     ):
         answer = httpx2.post(collecting + "/get_reward", json=body)
         assert answer.status_code == 422 and message in answer.json()["error"], answer.text
