@@ -72,15 +72,14 @@ def describe_rows(plan: Sequence[PlannedGroup], results: Sequence[GroupScores]) 
     """
     columns: dict[str, list[Any]] = {key: [] for key in COLUMN_KEYS}
     for group, result in zip(plan, results, strict=True):
-        size = len(group.responses)
-        slots = {text: slot for slot, text in enumerate(dict.fromkeys(group.responses))}
-        repeats = [text in group.responses[:i] for i, text in enumerate(group.responses)]
+        texts, nothing = group.responses, [None] * len(group.responses)
+        slots = {text: slot for slot, text in enumerate(dict.fromkeys(texts))}
         values = (
-            [group.index] * size,
-            [None] * size if result.scores is None else result.scores,
-            [None] * size if result.scores is None else dense_ranks([-score for score in result.scores]),
-            [slots[text] for text in group.responses],
-            [slots[text] if again else -1 for text, again in zip(group.responses, repeats, strict=True)],
+            [group.index] * len(texts),
+            nothing if result.scores is None else result.scores,
+            nothing if result.scores is None else dense_ranks([-score for score in result.scores]),
+            [slots[text] for text in texts],
+            [slots[text] if text in texts[:i] else -1 for i, text in enumerate(texts)],
             result.truncated,
         )
         for key, column in zip(COLUMN_KEYS, values, strict=True):

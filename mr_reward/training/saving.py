@@ -15,8 +15,6 @@ from mr_reward.checkpoint.checksums import changed_file
 
 logger = logging.getLogger(__name__)
 
-_TORCH_SUFFIXES = {".bin", ".pt", ".pth"}
-
 
 @contextmanager
 def naming_a_full_disk(output_dir: str | Path | None) -> Iterator[None]:
@@ -85,7 +83,7 @@ def incomplete_reason(folder: Path, num_ranks: int = 1) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
     for path in sorted(folder.rglob("*")):
-        if path.suffix in _TORCH_SUFFIXES and not zipfile.is_zipfile(path):
+        if path.suffix in (".bin", ".pt", ".pth") and not zipfile.is_zipfile(path):
             return f"{path.name} is cut off"
         if path.suffix == ".safetensors":
             try:
