@@ -292,7 +292,7 @@ MUTATIONS = [
     Mutation(
         "rows name files anywhere",
         "mr_reward.data.media_files._path",
-        "not any(_is_inside(path, folder) for folder in roots.allowed)",
+        "not any(place.is_relative_to(os.path.abspath(folder)) for folder in roots.allowed)",
         "False",
         "tests/data/test_preferences.py",
     ),

@@ -134,7 +134,7 @@ def decontaminate(
     if len(benchmarks) < len(benchmark):
         raise ConfigurationError(f"got benchmarks {benchmark}, expected different names")
     groups = [group for path in train for group in load_preferences(path, skip_bad=skip_bad)]
-    result = remove(groups, benchmarks, strict=strict, show_progress=True)
+    result = remove(groups, benchmarks, strict=strict)
     table = Table("training source", "benchmark", "same", "groups removed")
     table.title = f"{len(result.kept)} of {len(groups)} kept"
     for (source, name, reason), number in result.counts.items():

@@ -37,11 +37,7 @@ from mr_reward.data.sources import (
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 from mr_reward.groups import ResponseGroup, dense_ranks
 
-__all__ = ["CONVERTERS", "Conversion", "SkippedRow", "get_converter", "graded_group"]
-
 logger = logging.getLogger(__name__)
-
-Convert = Callable[[Row], ResponseGroup]
 
 AXES = ("agree", "better", "safer")  # of PKU-SafeRLHF
 
@@ -63,9 +59,10 @@ class Converter:
     # A first look at all rows gives what else `convert` has to know. Most data sets need none.
     look: Callable[[Iterable[Row]], dict[str, Any]] | None = None
 
-    def make(self, rows: Iterable[Row]) -> Convert:
+    def make(self, rows: Iterable[Row]) -> Callable[[Row], ResponseGroup]:
         """The function from a row to a group, for a data set with these rows."""
-        return self.convert if self.look is None else functools.partial(self.convert, **self.look(rows))
+        known = {} if self.look is None else self.look(rows)
+        return lambda row: dataclasses.replace(self.convert(row, **known), source=self.name)
 
 
 def graded_group(
@@ -73,7 +70,6 @@ def graded_group(
     responses: Sequence[str],
     badness: Sequence[float],
     *,
-    source: str,
     id: str | None,
     images: Sequence[Any] = (),
     videos: Sequence[Sequence[Any]] = (),
@@ -107,7 +103,6 @@ def graded_group(
         images=images,
         videos=videos,
         id=id,
-        source=source,
     )
 
 
@@ -176,7 +171,6 @@ def _rlaif_v(row: Row) -> ResponseGroup:
         [field(row, "chosen", str), field(row, "rejected", str)],
         [1, 2],
         images=[image_field(row, "image")],
-        source="rlaif_v",
         # As VL-RewardBench calls the rows of this data set that it holds.
         id=f"RLAIF-V-{row['idx']}" if row_id(row, "idx") else None,
     )
@@ -200,7 +194,6 @@ def _vlfeedback(row: Row) -> ResponseGroup:
         responses,
         badness,
         images=[image_field(row, "img_path" if row.get("image") is None else "image")],
-        source="vlfeedback",
         id=row_id(row),
     )
 
@@ -238,7 +231,7 @@ def _povid(row: Row) -> ResponseGroup:
     if strip_placeholders(other) != strip_placeholders(question):
         raise GroupError("fields 'conversations' and 'rejected_conversations' ask different things, expected the same")
     images = [image_field(row, "image")]
-    return graded_group(question, [chosen, rejected], [1, 2], images=images, source="povid", id=row_id(row))
+    return graded_group(question, [chosen, rejected], [1, 2], images=images, id=row_id(row))
 
 
 def _wildvision(row: Row) -> ResponseGroup:
@@ -258,7 +251,6 @@ def _wildvision(row: Row) -> ResponseGroup:
         [first[-1]["content"], second[-1]["content"]],
         [int(winner != "model_a"), int(winner != "model_b")],
         images=[image_field(row, "image")],
-        source="wildvision",
         id=row_id(row, "question_id"),
     )
 
@@ -276,7 +268,6 @@ def _mm_rlhf(row: Row, *, best_is_one: bool) -> ResponseGroup:
         ranking if best_is_one else [-rank for rank in ranking],
         images=[] if in_video else [image_field(row, "image")],
         videos=[[field(row, "video", str)]] if in_video else [],
-        source="mm_rlhf",
         id=row_id(row),
     )
 
@@ -331,7 +322,7 @@ def _llava_critic(row: Row) -> ResponseGroup:
     if len(winners) != 1:
         raise SkippedRow("tie" if not winners and _TIE.search(judgment) else "no verdict in the text")
     badness = [1, 2] if winners.pop() else [2, 1]
-    return graded_group(parts[0], parts[1:], badness, images=images, source="llava_critic", id=name)
+    return graded_group(parts[0], parts[1:], badness, images=images, id=name)
 
 
 def _critic_parts(request: str) -> list[str] | None:
@@ -353,7 +344,7 @@ def _critic_parts(request: str) -> list[str] | None:
 # --- text ---
 
 
-def _chat_pair(row: Row, *, source: str) -> ResponseGroup:
+def _chat_pair(row: Row) -> ResponseGroup:
     """`chosen` and `rejected` chats that differ in their last turn (Tulu, Skywork)."""
     chosen, rejected = messages_field(row, "chosen"), messages_field(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
@@ -361,7 +352,7 @@ def _chat_pair(row: Row, *, source: str) -> ResponseGroup:
     if not chosen[:-1]:
         raise GroupError("field 'chosen' has a single turn, expected a prompt before the answer")
     answers = [chosen[-1]["content"], rejected[-1]["content"]]
-    return graded_group(chosen[:-1], answers, [1, 2], source=source, id=row_id(row))
+    return graded_group(chosen[:-1], answers, [1, 2], id=row_id(row))
 
 
 def _nectar(row: Row) -> ResponseGroup:
@@ -376,7 +367,7 @@ def _nectar(row: Row) -> ResponseGroup:
         if "Human:" not in text and "Assistant:" not in text:  # such an answer continues the dialogue by itself
             responses.append(text)
             ranks.append(rank)
-    return graded_group(turns, responses, ranks, source="nectar", id=row_id(row))
+    return graded_group(turns, responses, ranks, id=row_id(row))
 
 
 _SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
@@ -405,7 +396,7 @@ def _pku_saferlhf(row: Row, *, axis: str = "agree") -> ResponseGroup:
     winner = ids["better" if axis == "agree" else axis]
     answers = [field(row, "response_0", str), field(row, "response_1", str)]
     badness = [int(winner != 0), int(winner != 1)]
-    return graded_group(field(row, "prompt", str), answers, badness, source="pku_saferlhf", id=row_id(row))
+    return graded_group(field(row, "prompt", str), answers, badness, id=row_id(row))
 
 
 _ALL = (
@@ -415,18 +406,8 @@ _ALL = (
     Converter("vlfeedback", "MMInstruction/VLFeedback", "see its page", _vlfeedback),
     Converter("povid", "YiyangAiLab/POVID_preference_data_for_VLLMs", "see its page", _povid),
     Converter("wildvision", "WildVision/wildvision-battle", "odc-by", _wildvision, split="test"),
-    Converter(
-        "tulu",
-        "allenai/llama-3.1-tulu-3-8b-preference-mixture",
-        "odc-by, with terms of its parts",
-        functools.partial(_chat_pair, source="tulu"),
-    ),
-    Converter(
-        "skywork",
-        "Skywork/Skywork-Reward-Preference-80K-v0.2",
-        "see its page",
-        functools.partial(_chat_pair, source="skywork"),
-    ),
+    Converter("tulu", "allenai/llama-3.1-tulu-3-8b-preference-mixture", "odc-by, with terms of its parts", _chat_pair),
+    Converter("skywork", "Skywork/Skywork-Reward-Preference-80K-v0.2", "see its page", _chat_pair),
     Converter("nectar", "berkeley-nest/Nectar", "apache-2.0, not to compete with OpenAI", _nectar),
     Converter("pku_saferlhf", "PKU-Alignment/PKU-SafeRLHF", "cc-by-nc-4.0", _pku_saferlhf),
 )

@@ -44,8 +44,6 @@ from mr_reward.errors import MediaError
 from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import load_image
 
-__all__ = ["ImageIndex", "decontaminate", "fingerprint", "normalised_prompt", "same_picture"]
-
 MIN_RESPONSE = 40  # characters, normalised
 MIN_PROMPT = 80
 # Training prompts (of a response) or groups (of a prompt); what more of them share is no trace of one.
@@ -102,73 +100,72 @@ class Decontamination:
 class _Index:
     """Everything of the benchmarks that training groups are compared with."""
 
-    def __init__(self, benchmarks: Mapping[str, Sequence[ResponseGroup]], show_progress: bool) -> None:
+    def __init__(self, benchmarks: Mapping[str, Sequence[ResponseGroup]]) -> None:
         self.ids: dict[str, set[Item]] = defaultdict(set)
         self.prompts: dict[bytes, dict[Item, bool]] = defaultdict(dict)  # whether the item has media
         self.responses: dict[bytes, set[Item]] = defaultdict(set)
-        self.images = ImageIndex()
-        self.frames = ImageIndex()
+        self._images = ImageIndex()
+        self._frames = ImageIndex()
+        # Data sets show one picture in several groups; what it met, by path.
+        self._found: dict[str, set[Any]] = {}
         for name, groups in benchmarks.items():
-            for number, group in enumerate(tqdm(groups, desc=f"reading {name}", disable=not show_progress), start=1):
+            for number, group in enumerate(tqdm(groups, desc=f"reading {name}"), start=1):
                 self._add(group, Item(name, group.id if group.id is not None else str(number)))
 
     def _add(self, group: ResponseGroup, item: Item) -> None:
         for name in _ids(group):
             self.ids[name].add(item)
-        self.prompts[_prompt_key(group)][item] = _has_media(group)
+        self.prompts[_prompt_key(group)][item] = bool(group.images or group.videos)
         for key in _response_keys(group):
             self.responses[key].add(item)
         for image in group.images:
-            self.images.add(_fingerprint(image, group), item)
+            self._images.add(_fingerprint(image, group), item)
         for number, video in enumerate(group.videos):
             for frame in _sampled(video):
-                self.frames.add(_fingerprint(frame, group), (item, number))
+                self._frames.add(_fingerprint(frame, group), (item, number))
+
+    def text_matches(self, group: ResponseGroup, stock: frozenset[bytes], strict: bool) -> Iterator[tuple[Item, str]]:
+        """Items with the group's id, prompt or one of its responses, and which of them it is."""
+        yield from ((item, "id") for key in _ids(group) for item in self.ids.get(key, ()))
+        prompt = _prompt_key(group)
+        distinctive = strict or (prompt not in stock and len(normalised_prompt(group)) >= MIN_PROMPT)
+        for item, item_has_media in self.prompts.get(prompt, {}).items():
+            if distinctive or not (item_has_media or group.images or group.videos):
+                yield item, "prompt"
+        for key in _response_keys(group) - stock:
+            yield from ((item, "response") for item in self.responses.get(key, ()))
+
+    def media_matches(self, group: ResponseGroup) -> Iterator[tuple[Item, str]]:
+        """Items with one of the group's pictures or videos."""
+        for image in group.images:
+            yield from ((item, "image") for item in self._find(image, group))
+        for video in group.videos:
+            frames = _sampled(video)
+            owners = Counter(owner for frame in frames for owner in self._frames.find(_fingerprint(frame, group)))
+            yield from ((item, "video") for (item, _), count in owners.items() if 2 * count >= len(frames))
+
+    def _find(self, image: Any, group: ResponseGroup) -> set[Any]:
+        if not isinstance(image, (str, Path)):
+            return self._images.find(_fingerprint(image, group))
+        if str(image) not in self._found:
+            self._found[str(image)] = self._images.find(_fingerprint(image, group))
+        return self._found[str(image)]
 
 
 def decontaminate(
-    groups: Sequence[ResponseGroup],
-    benchmarks: Mapping[str, Sequence[ResponseGroup]],
-    *,
-    strict: bool = False,
-    show_progress: bool = False,
+    groups: Sequence[ResponseGroup], benchmarks: Mapping[str, Sequence[ResponseGroup]], *, strict: bool = False
 ) -> Decontamination:
     """Remove the training groups that meet a benchmark (name -> groups), by the rules at the head of this file."""
-    index = _Index(benchmarks, show_progress)
+    index = _Index(benchmarks)
     stock: frozenset[bytes] = frozenset() if strict else _stock_texts(groups, index)
-    kept: list[ResponseGroup] = []
-    removed: list[Removal] = []
-    # Data sets show one picture in several groups; what it met, by path.
-    seen: dict[str, set[Any]] = {}
-    for group in tqdm(groups, desc="comparing", disable=not show_progress):
-        found = {*_text_matches(group, index, stock, strict), *_media_matches(group, index, seen)}
+    result = Decontamination([], [])
+    for group in tqdm(groups, desc="comparing"):
+        found = {*index.text_matches(group, stock, strict), *index.media_matches(group)}
         if found:
-            removed.append(Removal(group, sorted(found)))
+            result.removed.append(Removal(group, sorted(found)))
         else:
-            kept.append(group)
-    return Decontamination(kept, removed)
-
-
-def _text_matches(
-    group: ResponseGroup, index: _Index, stock: frozenset[bytes], strict: bool
-) -> Iterator[tuple[Item, str]]:
-    yield from ((item, "id") for key in _ids(group) for item in index.ids.get(key, ()))
-    prompt = _prompt_key(group)
-    distinctive = strict or (prompt not in stock and len(normalised_prompt(group)) >= MIN_PROMPT)
-    for item, item_has_media in index.prompts.get(prompt, {}).items():
-        if distinctive or not (item_has_media or _has_media(group)):
-            yield item, "prompt"
-    for key in _response_keys(group):
-        if key not in stock:
-            yield from ((item, "response") for item in index.responses.get(key, ()))
-
-
-def _media_matches(group: ResponseGroup, index: _Index, seen: dict[str, set[Any]]) -> Iterator[tuple[Item, str]]:
-    for image in group.images:
-        yield from ((item, "image") for item in _find(image, index.images, group, seen))
-    for video in group.videos:
-        frames = _sampled(video)
-        owners = Counter(owner for frame in frames for owner in _find(frame, index.frames, group, {}))
-        yield from ((item, "video") for (item, _), count in owners.items() if 2 * count >= len(frames))
+            result.kept.append(group)
+    return result
 
 
 def _stock_texts(groups: Iterable[ResponseGroup], index: _Index) -> frozenset[bytes]:
@@ -206,18 +203,6 @@ def _response_keys(group: ResponseGroup) -> set[bytes]:
 
 def _digest(text: str) -> bytes:
     return sha256(text.encode("utf-8", "surrogatepass")).digest()  # a response may hold a lone surrogate
-
-
-def _has_media(group: ResponseGroup) -> bool:
-    return bool(group.images or group.videos)
-
-
-def _find(image: Any, index: ImageIndex, group: ResponseGroup, seen: dict[str, set[Any]]) -> set[Any]:
-    if not isinstance(image, (str, Path)):
-        return set(index.find(_fingerprint(image, group)))
-    if str(image) not in seen:
-        seen[str(image)] = set(index.find(_fingerprint(image, group)))
-    return seen[str(image)]
 
 
 def _fingerprint(image: Any, group: ResponseGroup) -> Fingerprint:
@@ -288,19 +273,17 @@ class ImageIndex:
     """Images with their owners; looking one up costs a few dictionary look-ups, whatever the size."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[Fingerprint, Hashable]] = []
-        self._by_key: dict[Hashable, list[int]] = defaultdict(list)
+        self._by_key: dict[Hashable, list[tuple[Fingerprint, Any]]] = defaultdict(list)
 
     def add(self, image: Fingerprint, owner: Hashable) -> None:
         """Add an image; `find` returns its owner."""
         for key in _keys(image):
-            self._by_key[key].append(len(self._entries))
-        self._entries.append((image, owner))
+            self._by_key[key].append((image, owner))
 
-    def find(self, image: Fingerprint) -> set[Hashable]:
+    def find(self, image: Fingerprint) -> set[Any]:
         """The owners of the same picture."""
         candidates = {entry for key in _keys(image) for entry in self._by_key.get(key, ())}
-        return {owner for known, owner in map(self._entries.__getitem__, candidates) if same_picture(known, image)}
+        return {owner for known, owner in candidates if same_picture(known, image)}
 
 
 def _shrunk(grey: Image.Image, side: int) -> np.ndarray:

@@ -8,8 +8,6 @@ from typing import Any
 
 from mr_reward.groups import ResponseGroup
 
-__all__ = ["MASTER_KEYS", "with_degenerate_negative"]
-
 # Openers that made LLM judges say yes without any answer behind them ("One Token to Fool LLM-as-a-Judge",
 # arXiv 2507.08794).
 MASTER_KEYS = (":", ",", ".", "Solution", "Thought process:", "Let's solve this problem step by step.")

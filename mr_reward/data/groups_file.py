@@ -20,16 +20,6 @@ from mr_reward.data.media_files import resolve_media, write_image
 from mr_reward.errors import GroupError, MRRewardError
 from mr_reward.groups import GroupScores, Message, ResponseGroup
 
-__all__ = [
-    "ScoredGroup",
-    "group_from_row",
-    "load_preferences",
-    "read_groups",
-    "read_scored",
-    "save_preferences",
-    "write_scored",
-]
-
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -206,13 +196,12 @@ def read_groups(
     if not path.is_file():
         raise GroupError(f"{path}: is not a file; give {expected}")
     made, bad = [], []
-    within = None if media_within is None else Path(media_within)
     for number, row in read_json_lines(path):
         try:
             if isinstance(row, GroupError):
                 raise row
             group = group_from_row(row, f"{path.name}:{number}", ranked=ranked)
-            made.append(make(resolve_media(group, path.parent, within), row))
+            made.append(make(resolve_media(group, path.parent, media_within), row))
         except MRRewardError as error:
             if not skip_bad:
                 raise GroupError(f"{path}, line {number}: {error}") from error
@@ -248,11 +237,7 @@ def group_from_row(row: Any, fallback_id: str, *, ranked: bool) -> ResponseGroup
 
 
 def row_from_group(group: ResponseGroup, path: Path) -> dict[str, Any]:
-    """What `group_from_row` reads as an equal group from the file at `path`, which need not exist yet.
-
-    Media that are paths are named relative to the file's folder; embedded ones are written beside the file, to
-    `<name>_media/<sha256>.<type>`.
-    """
+    """What `group_from_row` reads as an equal group from the file at `path`; embedded media are written beside it."""
     row = {
         "id": group.id,
         "source": group.source,

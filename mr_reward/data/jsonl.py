@@ -18,8 +18,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["ResumableJsonLines", "json_line", "read_json_lines", "write_json_lines"]
-
 logger = logging.getLogger(__name__)
 
 

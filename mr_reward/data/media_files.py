@@ -18,13 +18,11 @@ from mr_reward.errors import MediaError
 from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import load_image
 
-__all__ = ["rebase_path", "resolve_media", "write_image"]
-
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
 
 
-def resolve_media(group: ResponseGroup, root: Path, within: Path | None = None) -> ResponseGroup:
+def resolve_media(group: ResponseGroup, root: Path, within: str | Path | None = None) -> ResponseGroup:
     """The group with media that can be opened: paths that exist, encoded bytes, PIL images.
 
     Images are given as paths, bytes, PIL images or rows of `datasets` (`{"bytes": ..., "path": ...}`); a video is a
@@ -33,7 +31,7 @@ def resolve_media(group: ResponseGroup, root: Path, within: Path | None = None) 
     """
     if not group.images and not group.videos:
         return group
-    roots = _Roots(root, (root, Path.cwd()) if within is None else (within,))
+    roots = _Roots(root, (root, Path.cwd()) if within is None else (Path(within),))
     images = [_resolve_image(image, roots, f"images[{i}]") for i, image in enumerate(group.images)]
     videos = [_resolve_video(video, roots, f"videos[{i}]") for i, video in enumerate(group.videos)]
     # The messages hold the placeholders and no media; the prompt as given may still hold both.
@@ -111,18 +109,15 @@ def _path(value: Any, roots: _Roots, field: str) -> Path:
     if str(value).startswith(("http://", "https://")):
         raise MediaError(f"{field}: {value!r:.200} is a URL and nothing is fetched; download it and give the path")
     path = roots.base / value
-    if not any(_is_inside(path, folder) for folder in roots.allowed):
+    # By name: a link in the folder was put there by who owns it.
+    place = Path(os.path.abspath(path))
+    if not any(place.is_relative_to(os.path.abspath(folder)) for folder in roots.allowed):
         # Rows come from anywhere, and what they name is opened, copied and shown.
         raise MediaError(
             f"{field}: {str(value)!r:.200} leads out of {' and of '.join(repr(str(root)) for root in roots.allowed)}; "
             "move the file there, or start from a folder that holds it"
         )
     return path
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    """By name: a link in the folder was put there by who owns it."""
-    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def _suffix(content: bytes, where: str = "") -> str:

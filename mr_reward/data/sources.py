@@ -161,34 +161,31 @@ def _files(folder: Path, split: str | None, config: str | None) -> list[Path]:
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".jsonl":
-        yield from ((f"{path}, line {number}", row) for number, row in read_json_lines(path))
-    elif path.suffix == ".json":
-        yield from ((f"{path}, item {number}", row) for number, row in enumerate(_json_list(path), start=1))
-    elif path.suffix == ".parquet":
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(_parquet(path), start=1))
-    else:
+    readers = {".jsonl": ("line", read_json_lines), ".json": ("item", _json_list), ".parquet": ("row", _parquet)}
+    if path.suffix not in readers:
         raise ConfigurationError(f"{path} is no {', '.join(SUFFIXES)} file; convert it to one of them")
+    word, read = readers[path.suffix]
+    yield from ((f"{path}, {word} {number}", row) for number, row in read(path))
 
 
-def _json_list(path: Path) -> list[Any]:
+def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
         raise GroupError(f"{path} is no JSON ({error}); one object per line goes into a .jsonl file") from error
     if not isinstance(content, list):
         raise GroupError(f"{path} holds one {type(content).__name__}, expected a list of rows")
-    return content
+    yield from enumerate(content, start=1)
 
 
-def _parquet(path: Path) -> Iterator[Any]:
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     # Through `datasets` every file would be copied into its cache first.
     from pyarrow import ArrowException, parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_BATCH):
-                yield from batch.to_pylist()
+            rows = (row for batch in file.iter_batches(batch_size=_BATCH) for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
     except ArrowException as error:
         raise GroupError(f"{path} cannot be read as parquet ({error}); replace it") from error
 

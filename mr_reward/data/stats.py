@@ -18,8 +18,6 @@ from mr_reward.data.decontamination import normalised_prompt
 from mr_reward.groups import ResponseGroup
 from mr_reward.templates.images import load_image
 
-__all__ = ["GroupStats", "group_stats", "stats_table"]
-
 # A best response at one place more often than this many times the even share lets a model learn the place, if it is no
 # chance: so many standard errors above it (counted as a Poisson variable, which has more spread than a share).
 _LEAK_FACTOR = 1.2

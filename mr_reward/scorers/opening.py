@@ -92,7 +92,15 @@ def open_scorer(
         raise CheckpointError(
             f"the weights have the checksum {found}, expected {expected_hash}; give the right folder"
         )
-    _tell_memory(scorer, target, placement)
+    need = scorer.memory(device=target)
+    logger.info(
+        "reward model: %.2f GB of weights %s %s, and about %.2f GB more in a forward pass of %d tokens",
+        need.weights / 1e9,
+        "on" if placement == "resident" else "on the CPU, in calls also on",
+        target,
+        need.activations / 1e9,
+        scorer.max_tokens_per_batch,
+    )
     return OffloadedScorer(scorer, target) if placement == "offload" else scorer
 
 
@@ -102,9 +110,7 @@ class OffloadedScorer:
     Between calls the device holds nothing of the reward model, so a policy's optimizer step or a colocated vLLM that
     wakes from sleep mode has the memory. Each call pays one copy of the weights to the device; none is copied back,
     they do not change. The copies in CPU memory are pinned if the device is a GPU. Scores equal those of the scorer
-    itself bit for bit.
-
-    With the CPU as device the weights are copied all the same: useless, and the way the code is tested without a GPU.
+    itself bit for bit. With the CPU as device the weights are copied all the same: the way to test it without a GPU.
 
     Args:
         scorer: a scorer whose model is on the CPU.
@@ -198,8 +204,7 @@ def _open_server(url: str, token: str | None, expected_hash: str | None, options
 
 def _check_loaded(model: MultiResponseRewardModel, attn_implementation: str | None) -> None:
     """A model with empty weights would score nonsense, or wait for ranks that own no group."""
-    names = partitioned_weights(model)
-    if names:
+    if names := partitioned_weights(model):
         raise CheckpointError(
             f"{len(names)} weights of the reward model are partitioned over the ranks ({names[0]}, ...): it was "
             "loaded while a DeepSpeed ZeRO-3 configuration was alive, expected whole weights on every rank; "
@@ -210,15 +215,3 @@ def _check_loaded(model: MultiResponseRewardModel, attn_implementation: str | No
             f"got attn_implementation={attn_implementation!r} with a loaded model, expected a folder; choose the "
             "backend when you load the model"
         )
-
-
-def _tell_memory(scorer: GroupScorer, target: torch.device, placement: str) -> None:
-    need = scorer.memory(device=target)
-    logger.info(
-        "reward model: %.2f GB of weights %s %s, and about %.2f GB more in a forward pass of %d tokens",
-        need.weights / 1e9,
-        "on" if placement == "resident" else "on the CPU, in calls also on",
-        target,
-        need.activations / 1e9,
-        scorer.max_tokens_per_batch,
-    )

@@ -34,8 +34,6 @@ from mr_reward.errors import (
 from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.scorers.wire import ErrorAnswer, Health, ScoreAnswer, dump, explain, to_wire
 
-__all__ = ["TOKEN_VARIABLE", "RemoteScorer"]
-
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -178,16 +176,13 @@ class RemoteScorer:
 
     def _client(self) -> httpx2.Client:
         if os.getpid() not in self._clients:
-            client = httpx2.Client(
-                base_url=self.url,
-                headers=self._headers,
-                limits=httpx2.Limits(
-                    max_connections=self._options["max_in_flight"],
-                    max_keepalive_connections=self._options["max_in_flight"],
-                    keepalive_expiry=_KEEP_ALIVE_SECONDS,
-                ),
-                trust_env=False,  # no proxy between trainer and server, and no netrc
+            limits = httpx2.Limits(
+                max_connections=self._options["max_in_flight"],
+                max_keepalive_connections=self._options["max_in_flight"],
+                keepalive_expiry=_KEEP_ALIVE_SECONDS,
             )
+            # No environment: no proxy between trainer and server, and no netrc.
+            client = httpx2.Client(base_url=self.url, headers=self._headers, limits=limits, trust_env=False)
             return self._clients.setdefault(os.getpid(), client)  # another thread may have been faster
         return self._clients[os.getpid()]
 

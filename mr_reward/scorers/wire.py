@@ -8,7 +8,6 @@ the server could be made to open, and nothing is unpickled.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 import warnings
@@ -203,7 +202,7 @@ def _open(content: bytes) -> Image.Image:
 def _decode(text: str, max_pixels: int) -> Image.Image:
     try:
         image = _open(base64.b64decode(text, validate=True))
-    except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(
             f"an image of {len(text)} characters cannot be opened ({error}), expected base64 of a file of type "
             f"{', '.join(_FORMATS)}; replace or remove it"

@@ -6,11 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 from mr_reward.groups import GroupScores, ResponseGroup
-
-__all__ = ["Batcher"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,6 +17,7 @@ class _Job:
     results: asyncio.Future[list[GroupScores]]
 
 
+@dataclass(slots=True, eq=False)
 class Batcher:
     """Joins requests into calls of `score`, of which one runs at a time. All methods belong to one event loop.
 
@@ -26,24 +25,17 @@ class Batcher:
     If a call fails, its requests are scored again in halves until the error is with the request that causes it.
     """
 
-    def __init__(
-        self,
-        score: Callable[[Sequence[ResponseGroup]], list[GroupScores]],  # called in a thread of its own
-        *,
-        max_groups: int = 256,  # a call takes further requests up to this number of groups
-        max_wait: float = 0.005,  # seconds that a call waits for further requests
-        max_pending: int = 4096,  # groups that may wait or be scored at a time
-    ) -> None:
-        self._score = score
-        self._max_groups = max_groups
-        self._max_wait = max_wait
-        self._max_pending = max_pending
-        self._queue: asyncio.Queue[_Job] = asyncio.Queue()
-        self.pending = 0  # groups that wait or are being scored
+    score: Callable[[Sequence[ResponseGroup]], list[GroupScores]]  # called in a thread of its own
+    _: KW_ONLY
+    max_groups: int = 256  # a call takes further requests up to this number of groups
+    max_wait: float = 0.005  # seconds that a call waits for further requests
+    max_pending: int = 4096  # groups that may wait or be scored at a time
+    pending: int = field(default=0, init=False)  # groups that wait or are being scored
+    _queue: asyncio.Queue[_Job] = field(default_factory=asyncio.Queue, init=False)
 
     def has_room(self, num_groups: int) -> bool:
         """Whether so many more groups may wait; a request of any size may if nothing else does."""
-        return not self.pending or self.pending + num_groups <= self._max_pending
+        return not self.pending or self.pending + num_groups <= self.max_pending
 
     def submit(self, groups: Sequence[ResponseGroup]) -> asyncio.Future[list[GroupScores]]:
         """The results of a request, once they are there, or whatever error the scorer raised for it."""
@@ -65,9 +57,9 @@ class Batcher:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring") as thread:
             while True:
                 jobs = [await self._queue.get()]
-                if self._max_wait:
-                    await asyncio.sleep(self._max_wait)
-                while not self._queue.empty() and sum(len(job.groups) for job in jobs) < self._max_groups:
+                if self.max_wait:
+                    await asyncio.sleep(self.max_wait)
+                while not self._queue.empty() and sum(len(job.groups) for job in jobs) < self.max_groups:
                     jobs.append(self._queue.get_nowait())
                 await self._score_jobs(jobs, thread)
 
@@ -94,5 +86,5 @@ class Batcher:
     def _results_of(self, requests: Sequence[list[ResponseGroup]]) -> list[list[GroupScores]]:
         """The results of each request, from one call; in the thread, so that no error of it can stop the loop."""
         groups = [group for request in requests for group in request]
-        results = iter([result for _, result in zip(groups, self._score(groups), strict=True)])
+        results = iter([result for _, result in zip(groups, self.score(groups), strict=True)])
         return [[next(results) for _ in request] for request in requests]

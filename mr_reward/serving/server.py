@@ -9,8 +9,9 @@ import ipaddress
 import json
 import logging
 import socket
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
@@ -21,19 +22,8 @@ from mr_reward.errors import ConfigurationError, MRRewardError
 from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.model.scorer import GroupScorer
 from mr_reward.scorers.opening import scored_by
-from mr_reward.scorers.wire import (
-    ErrorAnswer,
-    Health,
-    ScoreAnswer,
-    ScoreRequest,
-    WireResult,
-    dump,
-    explain,
-    from_wire,
-)
+from mr_reward.scorers.wire import ErrorAnswer, Health, ScoreAnswer, ScoreRequest, WireResult, dump, explain, from_wire
 from mr_reward.serving.batcher import Batcher
-
-__all__ = ["ServerLimits", "build_app", "check_access", "run_app", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +59,10 @@ class ServerLimits:
     max_wait: float = 0.005
 
     def __post_init__(self) -> None:
-        for name in ("max_groups", "max_request_bytes", "max_pixels", "max_pending"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.max_wait < 0:
-            raise ConfigurationError(f"max_wait is {self.max_wait} s, expected at least 0")
+        for name, limit in asdict(self).items():
+            least = 0 if name == "max_wait" else 1
+            if limit < least:
+                raise ConfigurationError(f"{name} is {limit}, expected at least {least}")
 
 
 def build_app(scorer: GroupScorer, *, token: str | None = None, limits: ServerLimits | None = None) -> FastAPI:
@@ -111,14 +100,8 @@ def build_app(scorer: GroupScorer, *, token: str | None = None, limits: ServerLi
         redoc_url=None,
     )
 
-    @app.get("/health")
-    def health() -> Response:
-        return _answer(service.health())
-
-    @app.post("/v1/score")
-    async def score(request: Request) -> Response:
-        return await service.score(request)
-
+    app.get("/health")(service.health)
+    app.post("/v1/score")(service.score)
     return app
 
 
@@ -185,24 +168,26 @@ class _Service:
     def __init__(self, scorer: GroupScorer, limits: ServerLimits) -> None:
         self._limits = limits
         self._layout = scorer.model.config.layout
-        self._model_hash, self._options = scored_by(scorer)
+        model_hash, options = scored_by(scorer)
+        self._scored_by: dict[str, Any] = {"model_hash": model_hash, "options": options}
         self._reads = asyncio.Semaphore(_PARALLEL_READS)
         # By content: a client that asks again because an answer took too long waits for the same one, else a slow
         # server would begin again with each attempt.
         self._running: dict[bytes, asyncio.Future[list[GroupScores]]] = {}
         self.batcher = Batcher(scorer.score_detailed, max_wait=limits.max_wait, max_pending=limits.max_pending)
-        logger.info("model %s, layout %s, options %s", self._model_hash, self._layout, self._options)
+        logger.info("model %s, layout %s, options %s", model_hash, self._layout, options)
 
-    def health(self) -> Health:
-        return Health(
-            status="ok",
-            version=version("mr-reward"),
-            model_hash=self._model_hash,
-            layout=self._layout,
-            options=self._options,
-            max_groups=self._limits.max_groups,
-            max_request_bytes=self._limits.max_request_bytes,
-            pending_groups=self.batcher.pending,
+    def health(self) -> Response:
+        return _answer(
+            Health(
+                status="ok",
+                version=version("mr-reward"),
+                layout=self._layout,
+                max_groups=self._limits.max_groups,
+                max_request_bytes=self._limits.max_request_bytes,
+                pending_groups=self.batcher.pending,
+                **self._scored_by,
+            )
         )
 
     async def score(self, request: Request) -> Response:
@@ -216,9 +201,8 @@ class _Service:
             except TimeoutError:
                 return _refuse(408, "Timeout", f"the request took more than {_READ_SECONDS:.0f} s to arrive")
             if body is None:
-                return _refuse(
-                    413, "TooLarge", f"a request may have {self._limits.max_request_bytes} bytes (--max-request-mb)"
-                )
+                text = f"a request may have {self._limits.max_request_bytes} bytes (--max-request-mb)"
+                return _refuse(413, "TooLarge", text)
             content = hashlib.blake2b(body, digest_size=16).digest()
             try:
                 message, groups = await run_in_threadpool(self._parse, body)
@@ -239,17 +223,9 @@ class _Service:
         await asyncio.wait([scoring])  # the future carries the error, of whatever type
         error = scoring.exception()
         if error is None:
-            results = [
-                WireResult.of(group.id, scored) for group, scored in zip(message.groups, scoring.result(), strict=True)
-            ]
-            return _answer(
-                ScoreAnswer(
-                    request_id=message.request_id,
-                    model_hash=self._model_hash,
-                    options=self._options,
-                    results=results,
-                )
-            )
+            pairs = zip(message.groups, scoring.result(), strict=True)
+            results = [WireResult.of(group.id, scored) for group, scored in pairs]
+            return _answer(ScoreAnswer(request_id=message.request_id, **self._scored_by, results=results))
         if isinstance(error, MRRewardError):
             return _refuse(422, type(error).__name__, str(error))
         logger.error("scoring failed", exc_info=error)
@@ -297,9 +273,7 @@ def _check_token(token: str | None) -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name: who knows where it leads
         return False

@@ -449,7 +449,7 @@ def _pair(group: ResponseGroup, folder: Path, number: int) -> dict[str, Any]:
 
 def _ranked(group: ResponseGroup, folder: Path) -> dict[str, Any]:
     row = {"id": group.id, "prompt": _text(group), "responses": list(group.responses), "rankings": group.rankings}
-    return {**row, **_media(group, folder)}
+    return row | _media(group, folder)
 
 
 def _text(group: ResponseGroup) -> str:

@@ -13,8 +13,6 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.runs.recipe import PolicyArguments, PromptSource
 from mr_reward.worlds.handwriting import HandwritingTask, is_correct, make_policy_rows, make_tasks
 
-__all__ = ["HandwritingArguments", "handwriting_accuracy", "policy_answers"]
-
 
 def policy_answers(
     model: PreTrainedModel,

@@ -117,34 +117,19 @@ CHAT_TEMPLATE = """\
 """
 
 _MEDIA_FIRST = """\
-{%- set images = namespace(count=0) %}
-{%- set videos = namespace(count=0) %}
-{%- for message in messages if message.content is not string %}
-    {%- for block in message.content %}
-        {%- if block.type == 'image' %}
-            {%- set images.count = images.count + 1 %}
-        {%- elif block.type == 'video' %}
-            {%- set videos.count = videos.count + 1 %}
-        {%- endif %}
-    {%- endfor %}
+{%- set blocks = messages | map(attribute='content') | reject('string') | sum(start=[]) %}
+{%- set images = blocks | selectattr('type', 'equalto', 'image') | list %}
+{%- for _ in images %}
+    {{- ('Image ' ~ loop.index if images | length > 1 else '') ~ '<|image|>' }}
 {%- endfor %}
-{%- for _ in range(images.count) %}
-    {{- ('Image ' ~ loop.index if images.count > 1 else '') ~ '<|image|>' }}
-{%- endfor %}
-{%- for _ in range(videos.count) %}
+{%- for _ in blocks | selectattr('type', 'equalto', 'video') %}
     {{- '<|video|>' }}
 {%- endfor %}
 """
 # As in the public Molmo2 checkpoints all media stand before the first turn, and several images are numbered.
 MOLMO2_CHAT_TEMPLATE = _MEDIA_FIRST + re.sub(r"<\|vision_start.*vision_end\|>", "", CHAT_TEMPLATE)
 
-# Wide enough that no image or video of the handwriting world is ever resized, whatever its number of digits.
-_PIXELS = {"shortest_edge": TILE_SIZE * TILE_SIZE, "longest_edge": 256 * TILE_SIZE * TILE_SIZE}
-_VISION = {"patch_size": PATCH_SIZE, "merge_size": MERGE_SIZE, "temporal_patch_size": TEMPORAL_PATCH_SIZE}
-# Frames are the caller's choice: sampling would drop or repeat digits. The cap is stated to keep transformers' warning
-# about its changing default quiet.
-_VIDEO = {"do_sample_frames": False, "cap_pixels_per_frame": False}
-_HALF = [0.5, 0.5, 0.5]
+_COLOURS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +153,11 @@ def build_tokenizer() -> Qwen2Tokenizer:
     >>> build_tokenizer().tokenize("I see 42.")
     ['I', 'Ġsee', 'Ġ', '4', '2', '.']
     """
+    # Each word is built from the left, and longer words come first, so that no short word cuts them.
+    words = sorted(_WORDS, key=lambda word: (-len(word), word))
+    spelled = [word.replace(" ", "\u0120") for word in words]  # how byte-level BPE writes a space
+    merges = list(dict.fromkeys((word[:i], word[i]) for word in spelled for i in range(1, len(word))))
     # The special tokens stand in the vocabulary too, which fixes their ids; no merge leads to them.
-    merges = _word_merges()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     entries = [*alphabet, *SPECIAL_TOKENS, *dict.fromkeys(left + right for left, right in merges)]
     tokenizer = Qwen2Tokenizer(
@@ -189,13 +177,6 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def _word_merges() -> list[tuple[str, str]]:
-    """Merges that build each word from the left; those of longer words come first, so that no short word cuts them."""
-    words = sorted(_WORDS, key=lambda word: (-len(word), word))
-    spelled = [word.replace(" ", "\u0120") for word in words]  # how byte-level BPE writes a space
-    return list(dict.fromkeys((word[:i], word[i]) for word in spelled for i in range(1, len(word))))
-
-
 def build_qwen3_vl_processor() -> Qwen3VLProcessor:
     """The real Qwen3-VL processor around `build_tokenizer`, with patches of 16 pixels and no resizing of small media.
 
@@ -210,11 +191,16 @@ def build_qwen2_5_vl_processor() -> Qwen2_5_VLProcessor:
 
 
 def _processor_parts(video_class: type[Any]) -> dict[str, Any]:
-    sizes: dict[str, Any] = {"image_mean": _HALF, "image_std": _HALF, **_VISION}
+    patches = {"patch_size": PATCH_SIZE, "merge_size": MERGE_SIZE, "temporal_patch_size": TEMPORAL_PATCH_SIZE}
+    # Wide enough that no image or video of the handwriting world is ever resized, whatever its number of digits.
+    pixels = {"shortest_edge": TILE_SIZE * TILE_SIZE, "longest_edge": 256 * TILE_SIZE * TILE_SIZE}
+    sizes: dict[str, Any] = {"size": pixels, **patches, **_COLOURS}
     return {
-        "image_processor": Qwen2VLImageProcessor(size=dict(_PIXELS), **sizes),
+        "image_processor": Qwen2VLImageProcessor(**sizes),
         "tokenizer": build_tokenizer(),
-        "video_processor": video_class(size=dict(_PIXELS), **sizes, **_VIDEO),
+        # Frames are the caller's choice: sampling would drop or repeat digits. The cap is stated to keep transformers'
+        # warning about its changing default quiet.
+        "video_processor": video_class(**sizes, do_sample_frames=False, cap_pixels_per_frame=False),
         "chat_template": CHAT_TEMPLATE,
     }
 
@@ -314,12 +300,8 @@ def build_molmo2_processor() -> Molmo2Processor:
     Images whose sides are multiples of `TILE_SIZE` are not resized for their crops. Videos are lists of frames and are
     not sampled; pass `video_metadata` with the frame rate to have right timestamps.
     """
-    sizes: dict[str, Any] = {
-        "size": {"height": TILE_SIZE, "width": TILE_SIZE},
-        "patch_size": PATCH_SIZE,
-        "image_mean": _HALF,
-        "image_std": _HALF,
-    }
+    size = {"height": TILE_SIZE, "width": TILE_SIZE}
+    sizes: dict[str, Any] = {"size": size, "patch_size": PATCH_SIZE, **_COLOURS}
     # Crops that overlap would cut digits; the released processor pools frames more than images, and so does this one.
     image = Molmo2ImageProcessor(**sizes, overlap_margins=[0, 0], max_crops=32, pooling_size=[2, 2])
     # The class leaves these steps to the configuration of a checkpoint; without them frames are 0..255.

@@ -75,5 +75,5 @@ def test_rows_without_an_id_have_none() -> None:
 
 
 def test_twins_may_differ_in_white_space() -> None:
-    group = graded_group("q", ["a", " a\n", "b"], [1, 1, 2], source="s", id=None)
+    group = graded_group("q", ["a", " a\n", "b"], [1, 1, 2], id=None)
     assert group.responses == ("a", "b")

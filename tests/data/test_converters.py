@@ -351,7 +351,7 @@ def test_wildvision_of_several_turns() -> None:
 
 
 def test_contradictory_twins_go_and_agreeing_twins_stay_once() -> None:
-    group = graded_group("q", ["a", "b", "a", "c", "c"], [1, 2, 1, 0, 3], source="s", id="1")
+    group = graded_group("q", ["a", "b", "a", "c", "c"], [1, 2, 1, 0, 3], id="1")
     assert group.responses == ("a", "b") and group.rankings == (1, 2)
 
 

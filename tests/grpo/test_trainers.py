@@ -3,41 +3,30 @@
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from tiny_runs import SHORT_RUN, handwriting_rows, save_policy_that_sees
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from mr_reward import MultiResponseReward, MultiResponseRewardModel
 from mr_reward.grpo.telemetry import METRIC_KEYS
-from mr_reward.worlds import tiny
-from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
 
 
 @pytest.mark.parametrize(
     ("trainer_class", "config_class"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)], ids=["grpo", "rloo"]
 )
 def test_two_steps(tmp_path: Path, trainer_class: type, config_class: type) -> None:
-    backbone = tiny.build_qwen3_vl(0, hidden_size=64, num_layers=2)
-    processor = tiny.build_qwen3_vl_processor()
-    backbone.save_pretrained(tmp_path / "policy")
-    processor.save_pretrained(tmp_path / "policy")
+    save_policy_that_sees(tmp_path / "policy")
     MultiResponseRewardModel.from_backbone(tmp_path / "policy").save_pretrained(tmp_path / "rm")
-    rows = Dataset.from_list(make_policy_rows(make_tasks("train", 8, num_digits=2)))
+    rows = handwriting_rows("train", 8)
     trainer = trainer_class(
         model=str(tmp_path / "policy"),
         reward_funcs=[MultiResponseReward(tmp_path / "rm", num_generations=4)],
         args=config_class(
             str(tmp_path / "out"),
-            num_generations=4,
             per_device_train_batch_size=8,
             per_device_eval_batch_size=8,
-            max_completion_length=4,
             max_steps=2,
-            logging_steps=1,
-            report_to="none",
             save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
+            **SHORT_RUN,
         ),
         train_dataset=rows,
         eval_dataset=rows.select(range(2)),

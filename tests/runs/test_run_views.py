@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
-from datasets import Dataset
 from PIL import Image
 from tiny_models import ROUNDING
+from tiny_runs import SHORT_RUN, handwriting_rows, save_policy_that_sees
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
@@ -20,18 +20,15 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.groups import GroupScores
 from mr_reward.grpo.telemetry import COLUMN_KEYS, GroupLog
 from mr_reward.runs.callbacks import RunFigure, plot_run
-from mr_reward.worlds import tiny
-from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps of 8 rollouts in groups of 4, read in one order and another (layout causal), with an evaluation."""
     folder = tmp_path_factory.mktemp("run")
-    tiny.build_qwen3_vl(0, hidden_size=64, num_layers=2).save_pretrained(folder / "policy")
-    tiny.build_qwen3_vl_processor().save_pretrained(folder / "policy")
+    save_policy_that_sees(folder / "policy")
     MultiResponseRewardModel.from_backbone(folder / "policy", layout="causal").save_pretrained(folder / "rm")
-    rows = Dataset.from_list(make_policy_rows(make_tasks("train", 8, num_digits=2)))
+    rows = handwriting_rows("train", 8)
     trainer = GRPOTrainer(
         model=str(folder / "policy"),
         reward_funcs=[
@@ -39,19 +36,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         args=GRPOConfig(
             str(folder / "out"),
-            num_generations=4,
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
             per_device_eval_batch_size=8,
-            max_completion_length=4,
             max_steps=3,
-            logging_steps=1,
             log_completions=True,
-            report_to="none",
             save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
+            **SHORT_RUN,
         ),
         train_dataset=rows,
         eval_dataset=rows.select(range(2)),

@@ -5,25 +5,23 @@ import json
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 from PIL import Image
 from rich.console import Console
+from tiny_runs import SHORT_RUN, handwriting_rows, save_policy_that_sees
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerControl
 from trl import GRPOConfig, GRPOTrainer
 
 from mr_reward import MultiResponseReward, MultiResponseRewardModel, ResponseGroup
 from mr_reward.runs.callbacks import PolicyValidation, WarningSigns
-from mr_reward.worlds import tiny
-from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
+from mr_reward.worlds.handwriting import make_tasks
 from mr_reward.worlds.handwriting_policy import handwriting_accuracy
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    tiny.build_qwen3_vl(0, hidden_size=64, num_layers=2).save_pretrained(folder / "policy")
-    tiny.build_qwen3_vl_processor().save_pretrained(folder / "policy")
+    save_policy_that_sees(folder / "policy")
     MultiResponseRewardModel.from_backbone(folder / "policy").save_pretrained(folder / "rm")
     return folder
 
@@ -46,25 +44,19 @@ def train(
         reward_funcs=[reward, handwriting_accuracy],
         args=GRPOConfig(
             str(out),
-            num_generations=4,
             per_device_train_batch_size=8,
             per_device_eval_batch_size=16,
-            max_completion_length=4,
             max_steps=max_steps,
             eval_strategy="steps",
             eval_steps=2,
             eval_on_start=not resume,
             save_strategy="steps",
             save_steps=2,
-            logging_steps=1,
             reward_weights=[1.0, 0.0],
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
+            **SHORT_RUN,
         ),
-        train_dataset=Dataset.from_list(make_policy_rows(make_tasks("train", 16, num_digits=2))),
-        eval_dataset=Dataset.from_list(make_policy_rows(make_tasks("validation", 6, num_digits=2))),
+        train_dataset=handwriting_rows("train", 16),
+        eval_dataset=handwriting_rows("validation", 6),
         callbacks=[validation],
     )
     trainer.train(resume_from_checkpoint=resume or None)

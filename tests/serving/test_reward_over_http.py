@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from reward_worker import call
 from tiny_models import random_image, reward_model
+from tiny_runs import SHORT_RUN, save_policy_that_sees
 from typer.testing import CliRunner
 
 from mr_reward import GroupScorer, MultiResponseReward, ResponseGroup
@@ -138,23 +139,14 @@ def test_the_recipe_trains_with_a_server(server: str, folder: Path, tmp_path: Pa
     from train_policy import HandwritingArguments, train_policy
     from trl import GRPOConfig, ModelConfig
 
-    from mr_reward.worlds import tiny
-
-    tiny.build_qwen3_vl(0, hidden_size=64, num_layers=2).save_pretrained(tmp_path / "policy")
-    tiny.build_qwen3_vl_processor().save_pretrained(tmp_path / "policy")
+    save_policy_that_sees(tmp_path / "policy")
     arguments = HandwritingArguments(reward_server=server, num_prompts=8, num_digits=2)
     args = GRPOConfig(
         str(tmp_path / "out"),
-        num_generations=4,
         per_device_train_batch_size=8,
-        max_completion_length=4,
         max_steps=2,
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
         gradient_checkpointing=False,
-        disable_tqdm=True,
+        **SHORT_RUN,
     )
     trainer = train_policy(arguments, args, ModelConfig(model_name_or_path=str(tmp_path / "policy")))
     logged = [entry for entry in trainer.state.log_history if "mr_reward/score_spread" in entry]
