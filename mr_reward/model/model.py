@@ -149,7 +149,7 @@ class MultiResponseRewardModel(LoadedModel):
             ConfigurationError: an unknown argument, or media of another family.
         """
         self._check(rows, arguments)
-        flat = prompt is not None or self.fast_path.is_flat(self, rows.device)
+        flat = prompt is not None or is_flat(self.attention_for(rows.device, training=torch.is_grad_enabled()))
         if not flat:
             self.fast_path.count_fallback(self, rows.device)
         hidden = self._read_flat(rows, prompt) if flat else self._read_padded(rows)
@@ -176,33 +176,37 @@ class MultiResponseRewardModel(LoadedModel):
         pinned = rows.pin_memory() if device.type == "cuda" else rows
         return replace(pinned.to(device, non_blocking=True), plan=plan)
 
-    def attention_for(self, device: torch.device | str, dtype: torch.dtype, training: bool = False) -> str:
+    def attention_for(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, training: bool = False
+    ) -> str:
         """The name of what computes attention there, as forward itself decides it; no weights are needed to ask.
 
         Args:
-            device: type of the device.
-            dtype: in which the backbone computes.
+            device: type of the device; None for where the model is.
+            dtype: in which the backbone computes; None for what it would be there now.
             training: with gradients.
 
         Returns:
             `mr_group` if it has a kernel there and its self-check did not fail, `sdpa` if not; another backend's name
             if the model has that.
         """
-        return str(self.fast_path.attention(self, torch.device(device), dtype, training=training))
+        device = self.device if device is None else torch.device(device)
+        dtype = _dtype(self, device) if dtype is None else dtype
+        return str(self.fast_path.attention(self, device, dtype, training=training))
 
-    @torch.no_grad()
     def reads_flat(self) -> bool:
         """Whether scoring reads rows end to end, without padding, on the device and in the dtype of now."""
-        return self.fast_path.is_flat(self, self.device)
+        return is_flat(self.attention_for())
 
     def memory(
-        self, max_tokens: int, *, device: torch.device | str, dtype: torch.dtype, training: bool = False
+        self, max_tokens: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> RewardMemory:
-        """Bytes of the weights in `dtype`, and of a forward pass of `max_tokens` tokens on a device.
+        """Bytes of the weights and of a forward pass of `max_tokens` tokens, there or where the model is.
 
         The mask counts where attention there is dense and the layout needs one.
         """
-        dense = not is_flat(self.attention_for(device, dtype, training)) and self.config.layout != "causal"
+        dtype = self.backbone.dtype if dtype is None else dtype
+        dense = not is_flat(self.attention_for(device, dtype)) and self.config.layout != "causal"
         return RewardMemory(
             weights=sum(parameter.numel() for parameter in self.parameters()) * dtype.itemsize,
             activations=activation_bytes(self.config.get_text_config(), dtype, max_tokens, dense),
@@ -356,10 +360,6 @@ class FastPath:
         self.num_fallbacks = 0
         self._passed: dict[tuple[str, torch.dtype], bool] = {}
 
-    def is_flat(self, model: MultiResponseRewardModel, device: torch.device) -> bool:
-        """Whether rows on a device are read end to end now; checks it if it was not yet."""
-        return is_flat(self.attention(model, device, _dtype(model, device), training=torch.is_grad_enabled()))
-
     def attention(
         self, model: MultiResponseRewardModel, device: torch.device, dtype: torch.dtype, *, training: bool
     ) -> str | None:
@@ -426,8 +426,6 @@ def _sample_rows(model: MultiResponseRewardModel) -> Rows:
         RenderedGroup(
             prompt_ids=torch.zeros(length, dtype=torch.long),
             response_ids=[[0] * size for size in sizes],
-            media={},
-            mm_token_type_ids=None,
         )
         for length, sizes in ((5, [3, 0, 2]), (2, [1]))
     ]

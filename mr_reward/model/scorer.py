@@ -238,20 +238,11 @@ class GroupScorer:
 
     def memory(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RewardMemory:
         """Bytes of the model and of a full pass of `max_tokens_per_batch` tokens, see `memory` of the model."""
-        model = self.model
-        return model.memory(
-            self.max_tokens_per_batch, device=device or model.device, dtype=dtype or model.backbone.dtype
-        )
+        return self.model.memory(self.max_tokens_per_batch, device=device, dtype=dtype)
 
     def _shares_prompts(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> bool:
         """Whether responses are read over a prompt that was read before."""
-        if self.packer.layout == "causal":
-            return False
-        if device is None and dtype is None:
-            return self.model.attention_backend == GROUP_ATTENTION and self.model.reads_flat()
-        model = self.model
-        found = model.attention_for(device or model.device, dtype or model.backbone.dtype)
-        return found == GROUP_ATTENTION
+        return self.packer.layout != "causal" and self.model.attention_for(device, dtype) == GROUP_ATTENTION
 
     def _prepare(self, groups: Sequence[ResponseGroup]) -> Iterator[_Window]:
         """Windows of groups. Their sizes follow from the groups alone, so the same call gives the same scores."""

@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,8 +81,9 @@ class RenderedGroup:
 
     prompt_ids: Tensor  # (P,) int64, media placeholders expanded
     response_ids: list[list[int]]  # N lists of token ids, none of them special or added
-    media: dict[str, Tensor]  # tensors of the prompt's media by name, as the processor makes them; empty for text
-    mm_token_type_ids: Tensor | None  # (P,) int64, 0 text, 1 image, 2 video; None for text-only backbones
+    # Tensors of the prompt's media by name, as the processor makes them; empty for text
+    media: dict[str, Tensor] = field(default_factory=dict)
+    mm_token_type_ids: Tensor | None = None  # (P,) int64, 0 text, 1 image, 2 video; None for text-only backbones
     # N pairs of token ids that the template puts before and after a response; they are never cut, and the score
     # is read at the last of them. None for templates whose scores are read at readout tokens
     framing: list[tuple[list[int], list[int]]] | None = None
