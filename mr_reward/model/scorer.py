@@ -25,7 +25,6 @@ from mr_reward.attention.backends import GROUP_ATTENTION
 from mr_reward.checkpoint.verify import non_finite_cause
 from mr_reward.errors import ConfigurationError, NonFiniteScoreError
 from mr_reward.groups import GroupScores, ResponseGroup
-from mr_reward.layouts import readout_kinds
 from mr_reward.metrics import order_flip_rate
 from mr_reward.model.chunks import score_over_prompt
 from mr_reward.model.configuration import RewardMemory
@@ -217,24 +216,6 @@ class GroupScorer:
             return True
         packer.lay_out(rendered, group.name)
         return False
-
-    def largest_group(
-        self,
-        num_prompt_tokens: int,
-        response_tokens: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> float:
-        """The largest number of responses of `response_tokens` each that are scored uncut; infinity in chunks."""
-        packer = self.packer
-        each = response_tokens + len(readout_kinds(packer.layout))
-        limit = min(packer.max_tokens, packer.context_tokens or packer.max_tokens)
-        if num_prompt_tokens + each > limit:
-            return 0
-        if self._shares_prompts(device, dtype):
-            return math.inf
-        return ((limit if packer.layout == "causal" else packer.max_tokens) - num_prompt_tokens) // each
 
     def memory(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RewardMemory:
         """Bytes of the model and of a full pass of `max_tokens_per_batch` tokens, see `memory` of the model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Any
 
@@ -91,13 +90,6 @@ def test_would_chunk_on_another_device() -> None:
     with pytest.raises(OverLengthError, match="a response of 400 tokens does not fit"):
         scorer.would_chunk(group, response_tokens=400, device="cuda", dtype=torch.bfloat16)
     assert not scorer.would_chunk(group, response_tokens=1, device="cuda", dtype=torch.float32)
-
-
-def test_largest_group() -> None:
-    scorer = GroupScorer(reward_model("llama", "set"), max_tokens_per_batch=300)
-    assert scorer.largest_group(50, 98) == math.inf
-    assert scorer.largest_group(50, 98, device="cuda", dtype=torch.float32) == 2  # 250 // (98 + 2 readout tokens)
-    assert scorer.largest_group(250, 98) == 0
 
 
 def test_memory_counts_a_dense_mask_only_where_there_is_one() -> None:
