@@ -6,7 +6,7 @@ Files, benchmarks and trainers are read as groups; a `Scorer` turns groups into 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, Protocol, TypeVar
 
@@ -178,9 +178,8 @@ class GroupScores:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; `from_dict` reads them."""
-        fields = {name: getattr(self, name) for name in self.__slots__}
         scores = None if self.scores is None else list(self.scores)
-        return {**fields, "scores": scores, "truncated": list(self.truncated)}
+        return {**asdict(self), "scores": scores, "truncated": list(self.truncated)}
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any], group: ResponseGroup) -> GroupScores:
