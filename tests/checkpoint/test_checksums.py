@@ -306,6 +306,7 @@ def test_a_kill_while_saving_leaves_a_whole_model(folders: tuple[Path, Path], tm
             torn += 1
             with pytest.raises(CheckpointError, match="is missing or not the file that was saved"):
                 GroupScorer.from_pretrained(target)
+            shutil.copytree(folders[0], target, dirs_exist_ok=True)  # else a later kill is counted for this one
         else:
             assert scores(target) in either
     assert torn <= 1
