@@ -26,7 +26,6 @@ from mr_reward.doctor import check_before_start, examine_recipe
 from mr_reward.doctor.findings import may_start, show_findings
 from mr_reward.errors import ConfigurationError
 from mr_reward.runs.callbacks import PolicyValidation, RunFigure, WarningSigns
-from mr_reward.runs.launch import ContinuedEpochs, checkpoint_to_resume
 from mr_reward.runs.recipe import (
     PolicyArguments,
     PolicyTrainingArguments,
@@ -35,6 +34,7 @@ from mr_reward.runs.recipe import (
     other_rewards,
     truths,
 )
+from mr_reward.runs.resume import ContinuedEpochs, checkpoint_to_resume
 from mr_reward.runs.vllm import check_vllm_server, prepare_vllm_on_cpu, send_single_placeholders
 from mr_reward.training.saving import naming_a_full_disk
 from mr_reward.worlds.handwriting_policy import HandwritingArguments

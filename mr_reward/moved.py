@@ -39,7 +39,7 @@ MOVED = MappingProxyType(
         "grpo.findings": "doctor.findings",
         "grpo.group_log": "grpo.telemetry",
         "grpo.recipe": "runs.recipe",
-        "grpo.resume": "runs.launch",
+        "grpo.resume": "runs.resume",
         "grpo.run_figure": "runs.callbacks",
         "grpo.validation": "runs.callbacks",
         "grpo.vllm_cpu": "runs.vllm",

@@ -230,8 +230,8 @@ class _MergedAttention(torch.autograd.Function):
             _gradients(grad, states, out, lse, ragged, ctx.scale, grads)
         for block in ctx.plan.blocks:
             _block_gradients(grad, states, block, ctx.scale, grads)
-        if ctx.plan.exchange is not None:
-            _exchange_gradients(grad, states, out, lse, ctx.plan.exchange, ctx.scale, grads)
+        if ctx.plan.comparison is not None:
+            _comparison_gradients(grad, states, out, lse, ctx.plan.comparison, ctx.scale, grads)
         return (*grads, None, None)
 
 
@@ -248,8 +248,8 @@ def _merge_parts(states: _States, plan: GroupPlan, scale: float | None) -> tuple
         out[site] = _attend_block(_each(operator.itemgetter(site), states), block.mask, scale)
     for part in _attend(query, key, value, plan.prompts, scale):
         _merge(out, lse, part)
-    if plan.exchange is not None:
-        _merge(out, lse, _attend_summaries(states, plan.exchange, scale))
+    if plan.comparison is not None:
+        _merge(out, lse, _attend_summaries(states, plan.comparison, scale))
     return out, lse
 
 
@@ -377,68 +377,68 @@ def _block_gradients(grad: Tensor, states: _States, block: Block, scale: float |
         total[site] += part
 
 
-def _exchange_states(states: _States, exchange: ComparisonPlan) -> _States:
+def _comparison_states(states: _States, comparison: ComparisonPlan) -> _States:
     """(G, N, h', r, d), (G, S, h', d), (G, S, h', d) in float32 or wider, where r query heads share a key head."""
     query, key, value = states
     wide = torch.promote_types(query.dtype, torch.float32)
-    groups, _, _, num_queries, num_keys = exchange.bias.shape
+    groups, _, _, num_queries, num_keys = comparison.bias.shape
     shape = (groups, num_queries, key.shape[1], query.shape[1] // key.shape[1], query.shape[2])
     return (
-        query.index_select(0, exchange.comparisons).to(wide).view(shape),
-        key.index_select(0, exchange.summaries).to(wide).unflatten(0, (groups, num_keys)),
-        value.index_select(0, exchange.summaries).to(wide).unflatten(0, (groups, num_keys)),
+        query.index_select(0, comparison.comparisons).to(wide).view(shape),
+        key.index_select(0, comparison.summaries).to(wide).unflatten(0, (groups, num_keys)),
+        value.index_select(0, comparison.summaries).to(wide).unflatten(0, (groups, num_keys)),
     )
 
 
-def _exchange_logits(query: Tensor, key: Tensor, exchange: ComparisonPlan, scale: float | None) -> Tensor:
+def _comparison_logits(query: Tensor, key: Tensor, comparison: ComparisonPlan, scale: float | None) -> Tensor:
     """(G, h', r, N, S)."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return torch.einsum("gnhrd,gshd->ghrns", query * scale, key) + exchange.bias
+    return torch.einsum("gnhrd,gshd->ghrns", query * scale, key) + comparison.bias
 
 
-def _flat_slots(tensor: Tensor, exchange: ComparisonPlan) -> Tensor:
+def _flat_slots(tensor: Tensor, comparison: ComparisonPlan) -> Tensor:
     """(G, N, h', r, ...) -> (comparison tokens, h, ...)."""
     tensor = tensor.flatten(2, 3).flatten(0, 1)
-    return tensor if exchange.real is None else tensor.index_select(0, exchange.real)
+    return tensor if comparison.real is None else tensor.index_select(0, comparison.real)
 
 
-def _attend_summaries(states: _States, exchange: ComparisonPlan, scale: float | None) -> Part:
-    query, key, value = _exchange_states(states, exchange)
-    logits = _exchange_logits(query, key, exchange, scale)
+def _attend_summaries(states: _States, comparison: ComparisonPlan, scale: float | None) -> Part:
+    query, key, value = _comparison_states(states, comparison)
+    logits = _comparison_logits(query, key, comparison, scale)
     # A comparison token of a group of one sees nothing here: its log-sum-exp is -inf, and merging leaves it alone.
     lse = logits.logsumexp(-1)
     weights = (logits - lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp()
     out = torch.einsum("ghrns,gshd->gnhrd", weights, value)
-    lse = _flat_slots(lse.permute(0, 3, 1, 2), exchange)
-    return Part(exchange.sites, _flat_slots(out, exchange).to(states[0].dtype), lse)
+    lse = _flat_slots(lse.permute(0, 3, 1, 2), comparison)
+    return Part(comparison.sites, _flat_slots(out, comparison).to(states[0].dtype), lse)
 
 
-def _exchange_gradients(
+def _comparison_gradients(
     grad: Tensor,
     states: _States,
     out: Tensor,
     lse: Tensor,
-    exchange: ComparisonPlan,
+    comparison: ComparisonPlan,
     scale: float | None,
     grads: _States,
 ) -> None:
     """Of the merged softmax: probabilities are exp(logit - lse) with the merged lse, as in `_gradients`."""
-    query, key, value = _exchange_states(states, exchange)
+    query, key, value = _comparison_states(states, comparison)
     shared = query.shape[2:4]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    slots = exchange.comparisons.view(query.shape[:2])
+    slots = comparison.comparisons.view(query.shape[:2])
     upstream = grad[slots].to(query.dtype).unflatten(2, shared)
     total = lse[slots].unflatten(2, shared).permute(0, 2, 3, 1)[..., None]
-    weights = (_exchange_logits(query, key, exchange, scale) - total).exp()  # (G, h', r, N, S), 0 where unseen
+    weights = (_comparison_logits(query, key, comparison, scale) - total).exp()  # (G, h', r, N, S), 0 where unseen
     along = torch.einsum("gnhrd,gnhrd->ghrn", upstream, out[slots].to(query.dtype).unflatten(2, shared))
     slope = weights * (torch.einsum("gnhrd,gshd->ghrns", upstream, value) - along[..., None]) * scale
-    of_query = _flat_slots(torch.einsum("ghrns,gshd->gnhrd", slope, key), exchange)
+    of_query = _flat_slots(torch.einsum("ghrns,gshd->gnhrd", slope, key), comparison)
     of_key = torch.einsum("ghrns,gnhrd->gshd", slope, query)
     of_value = torch.einsum("ghrns,gnhrd->gshd", weights, upstream)
     found = (
-        (exchange.sites, of_query),
-        (exchange.summaries, of_key),
-        (exchange.summaries, of_value),
+        (comparison.sites, of_query),
+        (comparison.summaries, of_key),
+        (comparison.summaries, of_value),
     )
     for total_grad, (sites, part) in zip(grads, found, strict=True):
         part = part if part.ndim == 3 else part.flatten(0, 1)

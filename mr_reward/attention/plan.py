@@ -173,7 +173,7 @@ class GroupPlan:
     row_lengths: tuple[int, ...]  # B numbers of tokens
     own: Ragged  # each prompt and each response, causally
     prompts: Ragged  # the responses of each prompt and the prompt they see
-    exchange: ComparisonPlan | None  # for `set`
+    comparison: ComparisonPlan | None  # for `set`
     blocks: tuple[Block, ...]  # prompts with media blocks
 
     @classmethod
@@ -206,15 +206,15 @@ class GroupPlan:
             prompts.append(RaggedSequence(start + length, sum(size for _, size in responses), start, length))
         if cache.prompt:
             prompts = [RaggedSequence(0, len(tokens), 0, cache.prompt)]
-        exchange = None
+        comparison = None
         if layout == "set" and (kinds == TokenKind.COMPARISON).any():
-            exchange = _exchange(rows, kinds.flatten()[tokens], cache, device)
+            comparison = _comparison_plan(rows, kinds.flatten()[tokens], cache, device)
         return cls(
             tokens=tokens.to(device, non_blocking=True),
             row_lengths=tuple(sum(size for _, size in row) for row in rows),
             own=Ragged(own, causal=True, device=device),
             prompts=Ragged(prompts, causal=False, device=device),
-            exchange=exchange,
+            comparison=comparison,
             blocks=tuple(Block(start, mask.to(device, non_blocking=True)) for start, mask in masks.items()),
         )
 
@@ -252,7 +252,7 @@ def _block_masks(rows: Sequence[list[tuple[int, int]]], blocks: Tensor) -> dict[
     return masks
 
 
-def _exchange(
+def _comparison_plan(
     rows: Sequence[list[tuple[int, int]]], kinds: Tensor, cache: PromptCache, device: torch.device
 ) -> ComparisonPlan:
     """Both sites of each response; they follow its text."""

@@ -9,10 +9,11 @@ from rich.console import Console
 
 from mr_reward import __version__
 from mr_reward.cli.checkpoints import card, export, merge, verify
-from mr_reward.cli.data import data, mr2bench
+from mr_reward.cli.data import data
 from mr_reward.cli.doctor import doctor
 from mr_reward.cli.evaluate import attack, compare, evaluate
 from mr_reward.cli.inspect import inspect
+from mr_reward.cli.mr2bench import mr2bench
 from mr_reward.cli.score import score
 from mr_reward.cli.serve import serve
 from mr_reward.errors import MRRewardError

@@ -54,7 +54,7 @@ _Window = tuple[Sequence[ResponseGroup], list[_Pass], list[list[_Sharing]]]
 class GroupScorer:
     """Scores groups with a reward model within a token budget.
 
-    Identical responses of a group are scored once and share the score bit for bit: a rounding difference between twins
+    Equal responses of a group are scored once and share the score bit for bit: a rounding difference between them
     would become a full-size advantage under GRPO's normalisation.
 
     Args:
@@ -319,7 +319,7 @@ class GroupScorer:
         return scores
 
     def _combine(self, group: ResponseGroup, passes: Sequence[GroupScores]) -> GroupScores:
-        """Average the passes over the group's different responses, and give twins their shared score."""
+        """Average the passes over the group's different responses, and give equal responses their shared score."""
         if not passes:
             return GroupScores(scores=None, truncated=(False,) * group.num_responses, drop_reason=_OVER_BUDGET)
         by_order = [result.scores or () for result in passes]

@@ -235,12 +235,12 @@ def is_cyclic(weights: Floats) -> bool:
     return not nx.is_directed_acyclic_graph(_graph(weights))
 
 
-def _by_component(weights: Floats, solve: Callable[[Floats, list[int]], list[int]]) -> list[int]:
-    """No arc between components has to be removed, so each is solved by itself."""
+def _by_component(weights: Floats, order_one: Callable[[Floats, list[int]], list[int]]) -> list[int]:
+    """No arc between components has to be removed, so each is ordered by itself."""
     components = nx.condensation(_graph(weights))
     order: list[int] = []
     for component in nx.lexicographical_topological_sort(components):
-        order += solve(weights, sorted(components.nodes[component]["members"]))
+        order += order_one(weights, sorted(components.nodes[component]["members"]))
     return order
 
 

@@ -1,4 +1,4 @@
-"""Rows that real data sets hold besides the clean ones: other types, texts that look like markup, twins, no ids."""
+"""Rows that real data sets hold besides the clean ones: other types, texts like markup, duplicates, no ids."""
 
 from __future__ import annotations
 

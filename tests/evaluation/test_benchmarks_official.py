@@ -304,9 +304,9 @@ def test_intervals_cover_and_pairs_are_drawn_together() -> None:
     assert 0.89 <= held / 200 <= 0.99
     same = paired_interval([items], [items], n_way, num_resamples=50)
     assert same["pairwise"] == (0.0, 0.0, 0.0)
-    # Twins of one id carry the information of one: the interval is as wide as that of half the items.
-    twins = [Judged(f"{i.uid}{k}", "", i.rankings, i.scores, {"id": i.uid}) for i in items for k in "ab"]
-    alone, both = (intervals([x], n_way, num_resamples=400)["pairwise"] for x in (items, twins))
+    # Duplicates of one id carry the information of one: the interval is as wide as that of half the items.
+    duplicates = [Judged(f"{i.uid}{k}", "", i.rankings, i.scores, {"id": i.uid}) for i in items for k in "ab"]
+    alone, both = (intervals([x], n_way, num_resamples=400)["pairwise"] for x in (items, duplicates))
     assert both.high - both.low == pytest.approx(alone.high - alone.low, rel=0.25)
 
 

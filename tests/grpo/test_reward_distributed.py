@@ -112,7 +112,7 @@ def _check_against_a_single_process(records: list[dict[str, Any] | None], world_
                 continue
             prompts, completions = reward_worker.make_rows(rows * world_size, size)
             expected = reward_worker.call(MultiResponseReward(model, size, device="cpu"), prompts, completions)
-            assert len(set(expected["rewards"])) >= size - 1  # not all equal; two rows of a group are twins
+            assert len(set(expected["rewards"])) >= size - 1  # not all equal; two rows of a group are duplicates
             assert sum((result["rewards"] for result in results), []) == pytest.approx(expected["rewards"], abs=1e-6)
             for column in COLUMN_KEYS:
                 gathered = sum((result["extra"][column] for result in results), [])

@@ -1,4 +1,4 @@
-"""What keeps the layouts from breaking silently: controls that break them, refusals, twins, gradients."""
+"""What keeps the layouts from breaking silently: controls that break them, refusals, duplicates, gradients."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_backend_that_cannot_is_refused_at_construction(layout: str) -> None:
     assert shared.attention_backend == "mr_group"
 
 
-# --- twins ---
+# --- duplicates ---
 
 
 @pytest.mark.parametrize("num_orders", [1, 4])
@@ -122,21 +122,21 @@ def test_identical_responses_share_a_score_bit_for_bit(name: str, images: int, l
     rng = random.Random(num_orders)
     group = random_group(rng, 3, images=images)
     a, b, c = group.responses
-    twins = replace(group, prompt=group.messages, responses=[b, a, b, c, a, b])
+    duplicates = replace(group, prompt=group.messages, responses=[b, a, b, c, a, b])
     model = reward_model(name, layout)
-    first, second = GroupScorer(model, num_orders=num_orders).score([twins, random_group(rng, 4, longest=40)])
+    first, second = GroupScorer(model, num_orders=num_orders).score([duplicates, random_group(rng, 4, longest=40)])
     assert first is not None and second is not None
     assert first[0] == first[2] == first[5]
     assert first[1] == first[4]
     assert len({*first}) == 3 and len(first) == 6
-    # Scoring one and copying it is scoring the group without the twins.
-    expected = GroupScorer(model, num_orders=1).score([twins.select([0, 1, 3])])[0]
+    # Scoring one and copying it is scoring the group without the duplicates.
+    expected = GroupScorer(model, num_orders=1).score([duplicates.select([0, 1, 3])])[0]
     if layout != "causal" or num_orders == 1:
         assert_close(torch.tensor(first)[[0, 1, 3]], torch.tensor(expected), ROUNDING)
     # Nothing about it is random.
-    assert GroupScorer(model, num_orders=num_orders).score([twins]) == GroupScorer(model, num_orders=num_orders).score(
-        [twins]
-    )
+    assert GroupScorer(model, num_orders=num_orders).score([duplicates]) == GroupScorer(
+        model, num_orders=num_orders
+    ).score([duplicates])
 
 
 # --- gradients ---

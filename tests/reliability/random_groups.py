@@ -57,10 +57,10 @@ def texts(max_size: int = 24) -> st.SearchStrategy[str]:
 
 @st.composite
 def groups(draw: st.DrawFn, name: str, *, max_responses: int = 64, ranked: bool = False) -> ResponseGroup:
-    """A group for a family: N from 1 on, small ones more often, twins included, media if the family sees them."""
+    """A group for a family: N from 1 on, small ones more often, duplicates included, media if the family sees them."""
     count = draw(st.one_of(st.integers(1, 6), st.integers(1, max_responses)))
     pool = draw(st.lists(texts(), min_size=1, max_size=min(count, 8)))
-    # Numbered copies make many different responses from few draws; without a number they are twins.
+    # Numbered copies make many different responses from few draws; without a number they are duplicates.
     responses = [
         pool[i % len(pool)] + (f" {i}" if i >= len(pool) and draw(st.booleans()) else "") for i in range(count)
     ]

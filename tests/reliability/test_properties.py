@@ -56,7 +56,7 @@ def test_n_in_is_n_out_or_a_counted_drop(name: str, data: st.DataObject) -> None
         by_text: dict[str, set[float]] = {}
         for text, score in zip(group.responses, result.scores, strict=True):
             by_text.setdefault(text, set()).add(score)
-        assert all(len(scores) == 1 for scores in by_text.values()), "twins share their score bit for bit"
+        assert all(len(scores) == 1 for scores in by_text.values()), "duplicates share their score bit for bit"
 
 
 @each_family
@@ -154,8 +154,8 @@ def test_rewards_come_back_row_by_row(data: st.DataObject) -> None:
             continue
         assert all(math.isfinite(value or 0.0) for value in values)
         for text in set(texts_of_group) if shape != "no content" else ():
-            twins = [value for value, other in zip(values, texts_of_group, strict=True) if other == text]
-            assert len(set(twins)) == 1
+            duplicates = [value for value, other in zip(values, texts_of_group, strict=True) if other == text]
+            assert len(set(duplicates)) == 1
         if kind == "centred":
             assert sum(value or 0.0 for value in values) == pytest.approx(0.0, abs=1e-4)
 

@@ -19,7 +19,7 @@ from killed_runs import kill_twice, log_of, policy_world, recipe_file, run_to_th
 from safetensors.torch import load_file
 from trl import GRPOConfig
 
-from mr_reward.runs.launch import checkpoint_to_resume, updates_per_generation
+from mr_reward.runs.resume import checkpoint_to_resume, updates_per_generation
 
 RECIPE = Path(__file__).parents[2] / "grpo_recipes" / "train_policy.py"
 STEPS = 20

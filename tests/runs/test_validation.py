@@ -103,7 +103,7 @@ def test_each_evaluation_is_written_with_samples_figure_and_signs(models: Path, 
         assert figure.width > 1000
 
 
-def test_a_resumed_run_goes_on_with_its_files(models: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_its_files(models: Path, tmp_path: Path) -> None:
     train(models, tmp_path, 2)
     first = records(tmp_path)
     assert [record["step"] for record in first] == [0, 2]

@@ -71,8 +71,8 @@ def client(url: str, **options: object) -> RemoteScorer:
 
 def test_same_scores_as_in_process(scorer: GroupScorer, groups: Groups) -> None:
     long = ResponseGroup(prompt="?", responses=["x" * 3000, "y"], id="too long")
-    twins = ResponseGroup(prompt="?", responses=["same", "other", "same"])
-    given = [*groups(20), long, twins]
+    duplicates = ResponseGroup(prompt="?", responses=["same", "other", "same"])
+    given = [*groups(20), long, duplicates]
     expected = scorer.score_detailed(given)
     with running(build_app(scorer)) as url:
         remote = client(url)
