@@ -332,6 +332,20 @@ MUTATIONS = [
         "tests/backbones/test_molmo2.py",
     ),
     Mutation(
+        "evaluation: a shuffle that scores from a file never saw is undone",
+        "mr_reward.evaluation.evaluator.score_in_orders",
+        "_is_stored(scorer)",
+        "False",
+        "tests/evaluation/test_benchmark_runs.py",
+    ),
+    Mutation(
+        "evaluation: scores from a file are recorded in orders that nobody was shown",
+        "mr_reward.evaluation.evaluator.score_benchmark",
+        "_is_stored(scorer) or (scorer.order_free and num_orders in (None, 1))",
+        "scorer.order_free and num_orders in (None, 1)",
+        "tests/evaluation/test_benchmark_runs.py",
+    ),
+    Mutation(
         "attack: the good response is changed",
         "mr_reward.evaluation.attacks._attacked",
         "responses[item.bad] = ATTACKS[name](item, rng, control_tokens)",

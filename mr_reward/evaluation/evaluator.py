@@ -6,6 +6,7 @@ a file, so that an interrupted run resumes, and reports by its official metric.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,8 @@ from mr_reward.evaluation.official import ItemRecord
 from mr_reward.evaluation.report import ITEMS, Report, read_records, read_report, write_report
 from mr_reward.groups import GroupScores, ResponseGroup, Scorer
 from mr_reward.metrics import ranking_metrics
+
+logger = logging.getLogger(__name__)
 
 ALL_ORDERS = 0
 _MOST_ORDERS = 720  # 6!
@@ -45,9 +48,16 @@ def score_in_orders(
     scorer: Scorer, groups: Sequence[ResponseGroup], orders: Sequence[Sequence[int]]
 ) -> list[GroupScores]:
     """Show each group in its order, in one call; the results are in the groups' own order."""
+    if _is_stored(scorer):
+        return scorer.score_detailed(groups)
     shown = [group.select(order) for group, order in zip(groups, orders, strict=True)]
     results = scorer.score_detailed(shown) if shown else []
     return [result.undo_order(order) for result, order in zip(results, orders, strict=True)]
+
+
+def _is_stored(scorer: Scorer) -> bool:
+    """Whether the scores were made elsewhere, one for each response in the item's own order: nothing is shown then."""
+    return getattr(scorer, "is_stored", False)
 
 
 def evaluate_groups(scorer: Scorer, groups: Sequence[ResponseGroup], *, seed: int = 0) -> dict[str, float]:
@@ -186,10 +196,14 @@ def score_benchmark(
 
     The first line of the file says what the run is (`settings`: benchmark, source); another run's file is refused.
     `num_orders` None: 1 where the order cannot matter, else 8. One order where it cannot matter is the stored one.
+    Scores from elsewhere have that one, whatever `num_orders` is.
     """
     path = Path(path)
     header = {"scorer": scorer.name, "num_orders": num_orders, "seed": seed, **settings}
-    stored = scorer.order_free and num_orders in (None, 1)
+    stored = _is_stored(scorer) or (scorer.order_free and num_orders in (None, 1))
+    if stored and num_orders not in (None, 1):
+        asked = "all" if num_orders == ALL_ORDERS else num_orders
+        logger.warning("%s: they are in one order, not %s: nobody was shown another one", scorer.name, asked)
     records: dict[str, ItemRecord] = {}
     with ResumableJsonLines(path) as file, tqdm(total=total, desc=path.stem, unit="item") as bar:
         known: dict[str, ItemRecord] = {}

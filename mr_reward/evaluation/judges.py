@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -89,8 +91,8 @@ class ScoresFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.name = f"scores of {path}"
         self.order_free = True
+        self.is_stored = True  # the evaluator shows it no other order
         self._scores: dict[str, list[float]] = {}
         for number, row in read_json_lines(path):
             uid, scores = (row.get(key) if isinstance(row, dict) else None for key in ("uid", "scores"))
@@ -99,6 +101,8 @@ class ScoresFile:
                     f"{path}, line {number}: {row!r:.100}, expected a uid and finite scores; write one object a line"
                 )
             self._scores[uid] = [float(score) for score in scores]
+        content = json.dumps(self._scores, sort_keys=True).encode()
+        self.name = f"scores of {path} {hashlib.blake2b(content, digest_size=8).hexdigest()}"
 
     def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
         """As `GroupScorer.score_detailed`; an item that is not in the file is an error."""
@@ -214,7 +218,7 @@ def load_scorer(
 
     Raises:
         CheckpointError: the reward model cannot be loaded.
-        ConfigurationError: the classifier does not fit.
+        ConfigurationError: the classifier does not fit, or an option does not go with the scorer.
         GroupError: the file of scores has a wrong line.
 
     Example:
@@ -226,6 +230,10 @@ def load_scorer(
     if spec in BASELINES:
         scorer = Baseline(spec)
     elif kind == "scores":
+        if alone:
+            raise ConfigurationError(
+                f"{spec}: got alone=True (--alone), but these scores are made already; leave it out"
+            )
         scorer = ScoresFile(place)
     elif kind == "classifier":
         scorer = ClassifierScorer(

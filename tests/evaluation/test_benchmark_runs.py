@@ -22,8 +22,22 @@ from mr_reward.cli.app import app
 from mr_reward.data.groups_file import save_preferences
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.benchmarks import EvaluationItem
-from mr_reward.evaluation.evaluator import ALL_ORDERS, draw_orders, evaluate_benchmark, score_benchmark
-from mr_reward.evaluation.judges import Alone, Baseline, ClassifierScorer, RewardModel, ScoresFile, load_scorer
+from mr_reward.evaluation.evaluator import (
+    ALL_ORDERS,
+    draw_orders,
+    evaluate_benchmark,
+    evaluate_groups,
+    score_benchmark,
+)
+from mr_reward.evaluation.judges import (
+    BASELINES,
+    Alone,
+    Baseline,
+    ClassifierScorer,
+    RewardModel,
+    ScoresFile,
+    load_scorer,
+)
 from mr_reward.evaluation.official import ItemRecord
 from mr_reward.evaluation.report import read_records
 from mr_reward.groups import GroupScores
@@ -133,6 +147,82 @@ def test_default_orders(tmp_path: Path) -> None:
         assert {len(r.orders) for r in records} == {min(most, math.factorial(len(r.rankings))) for r in records}
         if most == 1:
             assert all(list(record.orders[0]) == sorted(record.orders[0]) for record in records)
+
+
+@pytest.fixture(scope="module")
+def scorers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, bool]]:
+    """Every kind of scorer that `load_scorer` knows: its description, and whether responses are scored alone."""
+    folder = tmp_path_factory.mktemp("scorers")
+    for layout in ("set", "causal"):
+        reward_model("llama", layout).save_pretrained(folder / layout)
+    torch.manual_seed(0)
+    tokenizer = tiny.build_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    LlamaForSequenceClassification(config).save_pretrained(folder / "classifier")
+    tokenizer.save_pretrained(folder / "classifier")
+    rows = [{"uid": item.uid, "scores": [random.gauss(0, 1) for _ in item.group.responses]} for item in items(8)]
+    write_jsonl(folder / "scores.jsonl", rows)
+    plain = [*BASELINES, f"classifier:{folder / 'classifier'}", f"scores:{folder / 'scores.jsonl'}"]
+    found = {spec.partition(":")[0]: (spec, False) for spec in plain}
+    for layout in ("set", "causal"):
+        found |= {layout: (str(folder / layout), False), f"{layout} alone": (str(folder / layout), True)}
+    found |= {f"{spec.partition(':')[0]} alone": (spec, True) for spec in plain[:-1]}
+    return found
+
+
+@pytest.mark.parametrize("orders", [None, 1, 2, ALL_ORDERS])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        name + alone
+        for name in (*BASELINES, "classifier", "set", "causal", "scores")
+        for alone in ("", " alone")
+        if name + alone != "scores alone"
+    ],
+)
+def test_scores_of_every_scorer_stand_at_their_responses(
+    kind: str, orders: int | None, scorers: dict[str, tuple[str, bool]], tmp_path: Path
+) -> None:
+    """Against the scorer itself, asked about one item in the one order that the file says; a file has one order."""
+    spec, alone = scorers[kind]
+    scorer, given = load_scorer(spec, device="cpu", alone=alone), items(8)
+    records = run(scorer, tmp_path / "items.jsonl", given, num_orders=orders)
+    for item, record in zip(given, records, strict=True):
+        possible = math.factorial(item.group.num_responses)
+        count = (8 if kind == "causal" else 1) if orders is None else possible if orders == ALL_ORDERS else orders
+        assert len(record.orders) == (1 if kind == "scores" else min(count, possible))
+        for order, scores in zip(record.orders, record.scores or (), strict=True):
+            own = list(range(item.group.num_responses))
+            assert list(order) == own or kind != "scores"
+            (asked,) = scorer.score_detailed([item.group.select(order)])
+            assert [scores[response] for response in order] == pytest.approx(list(asked.scores or ()), abs=1e-5)
+            (stored,) = scorer.score_detailed([item.group])
+            if scorer.order_free:
+                assert list(scores) == pytest.approx(list(stored.scores or ()), abs=1e-5)
+
+
+def test_a_file_of_scores_keeps_their_order(
+    scorers: dict[str, tuple[str, bool]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """4, 3, 2, 1 stays 4, 3, 2, 1, whatever is asked; that nothing was shuffled is said, and no other file is it."""
+    group = ResponseGroup(prompt="?", responses=["a", "b", "c", "d"], rankings=[1, 2, 3, 4], id="x")
+    write_jsonl(tmp_path / "scores.jsonl", [{"uid": "x", "scores": [4, 3, 2, 1]}])
+    scorer = ScoresFile(tmp_path / "scores.jsonl")
+    for seed in range(5):
+        (record,) = run(
+            scorer, tmp_path / f"{seed}.jsonl", [EvaluationItem(uid="x", category="", group=group)], num_orders=2,
+            seed=seed,
+        )  # fmt: skip
+        assert record.scores == [[4, 3, 2, 1]] and record.orders == [[0, 1, 2, 3]]
+        assert evaluate_groups(scorer, [group], seed=seed)["pairwise_accuracy"] == 1
+        assert evaluate_groups(scorer, [group], seed=seed)["order_flip_rate"] == 0
+    assert "in one order, not 2" in caplog.text
+    write_jsonl(tmp_path / "scores.jsonl", [{"uid": "x", "scores": [1, 2, 3, 4]}])
+    with pytest.raises(ConfigurationError, match="holds another run"):
+        run(ScoresFile(tmp_path / "scores.jsonl"), tmp_path / "0.jsonl", [], num_orders=2)
+    with pytest.raises(ConfigurationError, match=r"scores\.jsonl.* alone=True .* leave it out"):
+        load_scorer(f"scores:{tmp_path / 'scores.jsonl'}", alone=True)
 
 
 # --- interruption ---
