@@ -4,6 +4,22 @@ A message says what was got, what was expected and what to do. Errors that a wro
 `ValueError`, so callers that catch the builtin keep working.
 """
 
+import re
+from typing import Any
+
+# An image that somebody wrote as text: behind `base64,`, or a long run without a dot, which a path would have.
+_BASE64 = re.compile(r"(?<=base64,)[^'\"]+|[A-Za-z0-9+/=_-]{120,}")
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value as messages show it: cut to `limit` characters, and without the base64 of an image.
+
+    Example:
+        >>> shown("data:image/png;base64,iVBORw0KGgo=")
+        "'data:image/png;base64,(12 characters)'"
+    """
+    return _BASE64.sub(lambda match: f"({len(match.group())} characters)", repr(value))[:limit]
+
 
 class MRRewardError(Exception):
     """Base of every error that this package raises on purpose."""

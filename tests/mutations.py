@@ -297,6 +297,27 @@ MUTATIONS = [
         "tests/data/test_preferences.py",
     ),
     Mutation(
+        "floats in 0 to 1 are black",
+        "mr_reward.templates.images._eight_bits",
+        "np.rint(values * 255.0)",
+        "values",
+        "tests/templates/test_images.py",
+    ),
+    Mutation(
+        "whole numbers above 255 wrap around",
+        "mr_reward.templates.images._eight_bits",
+        "values // 256",
+        "values",
+        "tests/templates/test_images.py",
+    ),
+    Mutation(
+        "a dark file of 16 bits is read as one of 8",
+        "mr_reward.templates.images._upright_rgb",
+        "sixteen=of_16_bits",
+        "False",
+        "tests/templates/test_images.py",
+    ),
+    Mutation(
         "the deadline of a stalled rank is lost",
         "mr_reward.MultiResponseReward",
         "Exchange(timeout=timedelta(seconds=timeout))",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import random
 import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_from_bytes
 
 import numpy as np
 import pytest
@@ -65,6 +67,71 @@ def test_sixteen_bits_are_scaled_and_not_cut_off() -> None:
         assert pixels(load_image(source))[0, :, 0].tolist() == [0, 1, 117, 255]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_numbers_of_every_range_look_like_their_picture(seed: int) -> None:
+    """Floats in 0 to 1 came out black, whole numbers above 255 white, both without a word."""
+    shape = np.random.default_rng(seed).integers(1, 9, size=2)
+    picture = np.random.default_rng(seed + 99).integers(0, 256, size=shape).astype(np.uint8)
+    picture.flat[0] = 7  # neither all 0 nor all 1
+    floats, sixteen = (picture / 255).astype(np.float32), picture.astype(np.int32) * 256 + 130
+    if seed % 2:  # 255.5 and 256 are cut off at 255, and 1.0 is still white
+        floats.flat[-1], sixteen.flat[-1], picture.flat[-1] = 1.0, 65535, 255
+    sources = [Image.fromarray(values) for values in (floats, picture.astype(np.float32), picture.astype(np.int32))]
+    sources += [
+        Image.fromarray(sixteen),
+        floats,
+        floats.astype(np.float16),
+        sixteen,
+        sixteen.astype(np.uint16),
+        picture,
+    ]
+    sources += [encoded(Image.fromarray(floats), "TIFF"), encoded(Image.fromarray(sixteen), "TIFF")]
+    sources += [encoded(Image.fromarray(sixteen.astype(np.uint16)), "PPM")]
+    for source in sources:
+        assert np.array_equal(pixels(load_image(source))[..., 0], picture)
+
+
+def test_a_dark_file_of_sixteen_bits_stays_dark() -> None:
+    """By its values it could be one of 8 bits; the file says how many it has."""
+    values = np.full((3, 3), 200, dtype=np.uint16)
+    for kind in ("PNG", "TIFF", "PPM"):
+        assert pixels(load_image(encoded(Image.fromarray(values), kind))).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([[-1.0, 1.0]], "from -1 to 1"),
+        ([[0.0, 1.5, 300.0]], "from 0 to 300"),
+        ([[0, 65536]], "from 0 to 65536"),
+        ([[-1, 255]], "from -1 to 255"),
+        ([[0.5, np.nan]], "from nan"),
+        ([[0.5, np.inf]], "to inf"),
+    ],
+)
+def test_numbers_of_no_known_range_are_refused(values: Any, found: str) -> None:
+    array = np.asarray(values)
+    image = Image.fromarray(array.astype(np.float32 if array.dtype.kind == "f" else np.int32))
+    for source in (array, image, encoded(image, "TIFF")):
+        with pytest.raises(MediaError, match=f"{found}.*expected 0 to 1, 0 to 255 or whole ones up to 65535"):
+            load_image(source)
+
+
+def test_arrays_of_every_layout() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, size=(5, 6, 3)).astype(np.uint8)
+    tensor = torch.from_numpy(picture)
+    for source in (picture, picture.transpose(2, 0, 1), tensor, tensor.permute(2, 0, 1), picture / 255, tensor / 255):
+        assert np.array_equal(pixels(load_image(source)), picture)
+    assert np.array_equal(pixels(load_image(picture[..., :1])), picture[..., :1].repeat(3, -1))
+    mask = picture[..., 0] > 127
+    assert np.array_equal(pixels(load_image(mask))[..., 0], mask * 255)
+    clear = np.dstack([picture, np.zeros((5, 6), dtype=np.uint8)])
+    assert (pixels(load_image(clear)) == 255).all()
+    for wrong in (np.zeros(4), np.zeros((2, 4, 4, 3)), np.zeros((5, 4, 2)), np.zeros((0, 4)), np.array([["a"]])):
+        with pytest.raises(MediaError, match="an image is an array of shape|expected numbers"):
+            load_image(wrong)
+
+
 def test_transparent_pixels_become_white() -> None:
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     image.putpixel((1, 0), (0, 0, 255, 255))
@@ -111,7 +178,26 @@ def test_paths_bytes_and_rows_of_datasets(tmp_path: Path) -> None:
         {"bytes": None, "path": str(path)},
         {"bytes": data, "path": "/nowhere.png"},
         {"path": str(path)},
+        f"data:image/png;base64,{base64.b64encode(data).decode()}",
+        "DATA:image/png;charset=x;base64," + base64.encodebytes(data).decode(),
+        f"data:image/png,{quote_from_bytes(data)}",
+        path.as_uri(),
+        f"file://localhost{quote(str(path))}",
+        {"type": "image", "path": str(path)},
+        {"type": "image", "url": path.as_uri()},
+        {"type": "image", "image": image},
+        {"type": "image", "base64": base64.b64encode(data).decode()},
+        {
+            "type": "image_url",
+            "image_url": {"url": f"data:;base64,{base64.b64encode(data).decode()}", "detail": "low"},
+        },
+        {"type": "input_image", "image_url": str(path)},
+        BytesIO(data),
+        memoryview(data),
     ]
+    with path.open("rb") as file:
+        file.read(9)
+        assert np.array_equal(pixels(load_image(file)), pixels(image)), "from its start, wherever it was read to"
     for source in sources:
         assert np.array_equal(pixels(load_image(source)), pixels(image))
 
@@ -169,7 +255,7 @@ def test_an_image_that_the_processor_refuses_names_the_group(name: str, size: tu
         (4, "an image is int"),
         ({}, "an image is dict"),
         ({"bytes": None, "path": None}, "an image is dict"),
-        (np.zeros((4, 4, 3), dtype=np.uint8), "an image is ndarray"),
+        (np.zeros((4, 4, 3, 1), dtype=np.uint8), "an array of shape"),
         (Image.new("RGB", (0, 3)), "has no pixels"),
     ],
     ids=lambda value: str(value)[:30].replace("\0", "NUL") if isinstance(value, (str, bytes, Path)) else None,
@@ -177,6 +263,15 @@ def test_an_image_that_the_processor_refuses_names_the_group(name: str, size: tu
 def test_not_an_image(source: Any, message: str) -> None:
     with pytest.raises(MediaError, match=message):
         load_image(source)
+
+
+def test_messages_hold_no_base64() -> None:
+    image = base64.b64encode(encoded(random_image(random.Random(0)))).decode()
+    for source in (image, f"data:image/png;base64,{image}!", f"data:image/png,{image}", {"base64": image + "!"}):
+        with pytest.raises(MediaError) as error:
+            load_image(source)
+        assert image[:40] not in str(error.value) and image[-40:-8] not in str(error.value)
+        assert len(str(error.value)) < 300
 
 
 def test_text_with_an_image_name(tmp_path: Path) -> None:
