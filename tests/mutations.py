@@ -164,6 +164,27 @@ MUTATIONS = [
         "tests/grpo/test_groups.py",
     ),
     Mutation(
+        "two prompts of one id in one group of a batch",
+        "mr_reward.integrations.collector.cut_into_groups",
+        "rows_by_key[rollout.id, prompt_fingerprint(rollout, digest)]",
+        'rows_by_key[rollout.id, ""]',
+        "tests/integrations/test_integrations.py",
+    ),
+    Mutation(
+        "two prompts of one id in one collected group",
+        "mr_reward.integrations.collector.GroupCollector",
+        "prompt_fingerprint(rollout, str)",
+        '""',
+        "tests/integrations/test_integrations.py",
+    ),
+    Mutation(
+        "two images of one prompt in one collected group",
+        "mr_reward.integrations.collector.GroupCollector",
+        "prompt_fingerprint(rollout, str)",
+        'prompt_fingerprint(rollout, lambda _: "")',
+        "tests/integrations/test_integrations.py",
+    ),
+    Mutation(
         "owner wrong",
         "mr_reward.grpo.groups._balance",
         "min(group.holders, key=lambda rank: (load[rank], rank))",

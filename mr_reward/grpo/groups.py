@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,11 +79,22 @@ def read_rollouts(
     rows: list[RolloutRow] = []
     last: tuple[Any, str] = None, ""  # a prompt and its fingerprint; the rollouts of one come one after the other
     for group in groups:
-        prompt = _prompt_content(group, load)
+        prompt = _prompt_content(group, load.digest)
         if prompt != last[0]:
             last = prompt, _hashed(prompt)
         rows.append(RolloutRow(last[1], group.responses[0]))
     return groups, rows
+
+
+def whole_number(value: Any, name: str, what: str) -> int:
+    """A setting that counts something, from 1 on, as Python's own int; numpy's and torch's whole numbers count."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ConfigurationError(f"{name} is {value!r}, expected a whole number from 1 on: {what}")
+    return number
 
 
 def group_size(log_metric: Callable[..., None] | None, num_generations: int, num_generations_eval: int) -> int:
@@ -174,13 +186,16 @@ def completion_text(completion: Completion, *, name: str = "completion") -> str:
     return "\n\n".join(turn for turn in turns if turn)
 
 
-def prompt_fingerprint(group: ResponseGroup) -> str:
-    """Hash of everything that makes a prompt: roles, text, placeholders and the pixels of the media; 32 hex digits."""
-    return _hashed(_prompt_content(group, DecodedImages()))
+def prompt_fingerprint(group: ResponseGroup, digest: Callable[[Any], str] | None = None) -> str:
+    """Hash of everything that makes a prompt: roles, text, placeholders and media; 32 hex digits.
+
+    A medium counts by its pixels, or by what `digest` says of it.
+    """
+    return _hashed(_prompt_content(group, DecodedImages().digest if digest is None else digest))
 
 
-def _prompt_content(group: ResponseGroup, load: DecodedImages) -> list[Any]:
-    media = [*map(load.digest, group.images)], [[*map(load.digest, video)] for video in group.videos]
+def _prompt_content(group: ResponseGroup, digest: Callable[[Any], str]) -> list[Any]:
+    media = [*map(digest, group.images)], [[*map(digest, video)] for video in group.videos]
     return [group.messages, media]
 
 

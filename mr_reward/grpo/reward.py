@@ -28,6 +28,7 @@ from mr_reward.grpo.groups import (
     is_evaluating,
     plan_groups,
     read_rollouts,
+    whole_number,
 )
 from mr_reward.grpo.telemetry import GroupLog, describe_rows, measure
 from mr_reward.model.rows import check_over_length
@@ -174,18 +175,15 @@ class MultiResponseReward:
         self._arguments = given  # what a copy is made of; the token is not pickled
         if num_generations_eval is None:
             num_generations_eval = num_generations
-        for name, size in (("num_generations", num_generations), ("num_generations_eval", num_generations_eval)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ConfigurationError(
-                    f"{name} is {size!r}, expected a whole number from 1 on; pass the trainer's {name}"
-                )
+        given_sizes = {"num_generations": num_generations, "num_generations_eval": num_generations_eval}
+        sizes = [whole_number(size, name, f"pass the trainer's {name}") for name, size in given_sizes.items()]
         self._transform = reward_transform(reward)
         check_over_length(over_length)  # known before the checkpoint is loaded, which takes a while
         if timeout <= 0:
             raise ConfigurationError(f"timeout is {timeout} s, expected more than 0; pass the trainer's ddp_timeout")
         self.__name__ = "multi_response_reward"  # TRL names metrics after it
-        self.num_generations = num_generations
-        self.num_generations_eval = num_generations_eval
+        self.num_generations = sizes[0]
+        self.num_generations_eval = sizes[1]
         self.reward = reward
         self.last_scored: list[ScoredGroup] = []
         self._group_log = group_log

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mr_reward.data.groups_file import ScoredGroup, write_scored
-from mr_reward.errors import ConfigurationError
 from mr_reward.groups import GroupScores, dense_ranks
-from mr_reward.grpo.groups import PlannedGroup
+from mr_reward.grpo.groups import PlannedGroup, whole_number
 
 COLUMN_KEYS = (
     "mr_reward_group",
@@ -132,10 +131,8 @@ class GroupLog:
     """
 
     def __init__(self, folder: str | Path, *, every: int = 1) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ConfigurationError(f"every is {every!r}, expected a whole number from 1 on: log each so many steps")
         self.folder = Path(folder)
-        self.every = every
+        self.every = whole_number(every, "every", "log each so many steps")
         self._path: Path | None = None
         self._groups: list[ScoredGroup] = []
 

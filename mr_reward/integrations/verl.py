@@ -6,22 +6,21 @@ itself from several processes (`verl/experimental/reward_loop/reward_manager/nai
 the groups (`mr-reward serve --collect`).
 
 verl passes neither prompt nor images to a reward function, so they have to stand in the data set's `extra_info`:
-`index` (different for each prompt, as in verl's own examples), `prompt` (text or messages), and `images` (paths) if
-there are any.
+`index` (the number of the row, as in verl's own examples; several files may each begin at 0), `prompt` (text or
+messages), and `images` (paths) if there are any.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mr_reward.errors import GroupAssemblyError, GroupError, ScoringServerError
+from mr_reward.errors import GroupError, ScoringServerError
 from mr_reward.groups import ResponseGroup, Scorer
 from mr_reward.grpo.reward import reward_transform
-from mr_reward.integrations.collector import join_rollouts
+from mr_reward.integrations.collector import cut_into_groups, join_rollouts
 from mr_reward.scorers.opening import open_scorer
 
 
@@ -37,7 +36,7 @@ def compute_score(
     reward: str = "centred",
     **unused: Any,
 ) -> list[dict[str, float]]:
-    """Rewards of a batch of whole groups.
+    """Rewards of a batch of whole groups, in any order; a group has one `index` and one prompt, images included.
 
     Args:
         data_sources: M names; not looked at.
@@ -54,8 +53,9 @@ def compute_score(
         M objects with `score` (the reward) and `mr_reward_score` (before the transform), which verl logs.
 
     Raises:
-        ConfigurationError: `reward` has a value that does not exist.
-        GroupAssemblyError: the rollouts of a prompt are no multiple of `num_generations`: the batch was split.
+        ConfigurationError: `reward` has a value that does not exist, or `num_generations` is no whole number.
+        GroupAssemblyError: the rollouts of an index and prompt are no multiple of `num_generations`: the batch was
+            split, or the prompt changes from rollout to rollout. The message names the rows.
         GroupError: `extra_info` lacks `index` or `prompt`, or a group was dropped.
 
     Example:
@@ -69,18 +69,7 @@ def compute_score(
     """
     transform = reward_transform(reward)
     rollouts = [_rollout(info, text) for info, text in zip(extra_infos, solution_strs, strict=True)]
-    rows_by_id: dict[str | None, list[int]] = defaultdict(list)
-    for row, rollout in enumerate(rollouts):
-        rows_by_id[rollout.id].append(row)
-    chunks: list[list[int]] = []
-    for name, rows in rows_by_id.items():
-        if len(rows) % num_generations:
-            raise GroupAssemblyError(
-                f"prompt {name} has {len(rows)} rollouts in this call, expected a multiple of num_generations="
-                f"{num_generations}: the batch was split before the reward. Use the batch reward manager, or "
-                "compute_score_single with `mr-reward serve --collect`"
-            )
-        chunks += [rows[i : i + num_generations] for i in range(0, len(rows), num_generations)]
+    chunks = cut_into_groups(rollouts, num_generations)
     groups = [join_rollouts([rollouts[row] for row in rows]) for rows in chunks]
     rewards: list[dict[str, float]] = [{} for _ in rollouts]
     for rows, group, result in zip(chunks, groups, _scorer(model, server).score_detailed(groups), strict=True):

@@ -8,8 +8,10 @@ import math
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from reward_worker import WholeGroupScorer, call, make_rows
@@ -21,7 +23,7 @@ from mr_reward.errors import ConfigurationError, GroupAssemblyError, PeerRankErr
 from mr_reward.groups import GroupScores
 from mr_reward.grpo.exchange import Exchange
 from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
-from mr_reward.grpo.telemetry import COLUMN_KEYS, METRIC_KEYS
+from mr_reward.grpo.telemetry import COLUMN_KEYS, METRIC_KEYS, GroupLog
 from mr_reward.scorers.opening import default_device, open_scorer
 
 
@@ -148,6 +150,15 @@ def test_bad_options_are_refused_before_anything_is_loaded(
     with pytest.raises(ConfigurationError, match=message):
         MultiResponseReward(*arguments, **options)
     assert built == []
+
+
+@pytest.mark.parametrize("four", [np.int64(4), np.uint8(4), torch.tensor(4)])
+def test_whole_numbers_of_numpy_and_torch_are_numbers(built: list[Any], four: Any, tmp_path: Path) -> None:
+    """As they come out of a table or a sweep."""
+    reward = MultiResponseReward("folder", four, num_generations_eval=four)
+    assert reward(["p"] * 4, list("1234")) == MultiResponseReward("folder", 4)(["p"] * 4, list("1234"))
+    assert type(reward.num_generations) is type(reward.num_generations_eval) is int
+    assert GroupLog(tmp_path, every=four).every == 4
 
 
 def test_a_model_that_is_neither_folder_nor_reward_model_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import sys
 import threading
 import time
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 from http_server import running
 from tiny_models import random_image, random_text, reward_model
 
 from mr_reward import GroupScorer, MultiResponseReward
 from mr_reward.errors import ConfigurationError, GroupAssemblyError, GroupError, MRRewardError, ScoringServerError
+from mr_reward.groups import ResponseGroup
+from mr_reward.integrations.collector import cut_into_groups
 from mr_reward.integrations.ms_swift import register, to_prompt
 from mr_reward.integrations.openrlhf import build_collecting_app, response_of
 from mr_reward.integrations.verl import compute_score, compute_score_single
@@ -91,6 +95,74 @@ def test_verl_batch(folder: Path) -> None:
         compute_score(["mine"], ["a"], [None], [{"index": 0}], **given)
     with pytest.raises(GroupError, match="either model or server"):
         compute_score(["mine"] * N, rows.responses[:N], [None] * N, infos[:N], num_generations=N)
+
+
+def colliding(folder: Path, seed: int) -> tuple[list[dict[str, Any]], list[str], dict[tuple[Any, ...], list[int]]]:
+    """Rows of several files that each number theirs from 0: infos, responses, and the rows of each prompt."""
+    rng = random.Random(seed)
+    pictures = [str(folder / "images" / f"{i}.png") for i in range(2)]
+    # Two texts and two images under each index; a prompt without an image too.
+    prompts = [(text, images) for text in ("P?", "Q?") for images in ([], pictures[:1], pictures[1:])]
+    infos = [
+        {"index": index, "prompt": text, "images": images}
+        for index in range(2)
+        for text, images in prompts
+        for _ in range(N)
+    ]
+    rng.shuffle(infos)
+    rows: dict[tuple[Any, ...], list[int]] = {}
+    for i, info in enumerate(infos):
+        rows.setdefault((info["index"], info["prompt"], tuple(info["images"])), []).append(i)
+    return infos, [random_text(rng, shortest=1) for _ in infos], rows
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_two_prompts_of_one_index_are_two_groups(folder: Path, collecting: str, seed: int) -> None:
+    """verl's scripts number the rows of each file from 0: in a batch, and at the server that collects."""
+    infos, responses, rows = colliding(folder, seed)
+    scorer = GroupScorer.from_pretrained(folder / "rm")
+    expected = [0.0] * len(infos)
+    for own in rows.values():
+        info = infos[own[0]]
+        group = ResponseGroup(prompt=info["prompt"], responses=[responses[i] for i in own], images=info["images"])
+        (scores,) = scorer.score([group])
+        assert scores is not None
+        for i, score in zip(own, scores, strict=True):
+            expected[i] = score - sum(scores) / N
+    none = [None] * len(infos)
+    found = compute_score(["mine"] * len(infos), responses, none, infos, model=str(folder / "rm"), num_generations=N)
+    assert [row["score"] for row in found] == pytest.approx(expected, abs=SAME)
+
+    async def one(i: int) -> float:
+        info = infos[i] | {"images": [Path(image).name for image in infos[i]["images"]]}
+        return await compute_score_single("mine", responses[i], None, info, server=collecting)
+
+    async def all_of_them() -> list[float]:
+        return list(await asyncio.gather(*map(one, range(len(infos)))))
+
+    assert asyncio.run(all_of_them()) == pytest.approx(expected, abs=SAME)
+
+
+def test_two_neighbours_of_one_index_and_prompt_are_cut_in_the_order_of_their_rows() -> None:
+    rollouts = [ResponseGroup(prompt=prompt, responses=[str(i)], id="0") for i, prompt in enumerate("PQPPQPQQ")]
+    assert cut_into_groups(rollouts, 2) == [[0, 2], [3, 5], [1, 4], [6, 7]]
+    assert cut_into_groups(rollouts, np.int64(4)) == [[0, 2, 3, 5], [1, 4, 6, 7]]
+    assert cut_into_groups([], 4) == []
+
+
+def test_a_batch_that_is_no_whole_groups_of_one_prompt_names_its_rows(folder: Path) -> None:
+    """Also where the number of rows of an index is right: P P P Q are no four rollouts of one prompt."""
+    infos = [{"index": 0, "prompt": prompt} for prompt in "PPQP"]
+    given: dict[str, Any] = {"model": str(folder / "rm"), "num_generations": 4}
+    message = r"prompt 0 has 3 rollouts in this call, rows 0, 1, 3 \(the id 0 stands at 2 different prompts\)"
+    with pytest.raises(GroupAssemblyError, match=message):
+        compute_score(["mine"] * 4, list("abcd"), [None] * 4, infos, **given)
+    pictures = [{"index": 0, "prompt": "P", "images": [str(folder / "images" / f"{i}.png")]} for i in (0, 1)]
+    with pytest.raises(GroupAssemblyError, match=r"prompt 0 has 1 rollouts in this call, rows 0 \("):
+        compute_score(["mine"] * 2, list("ab"), [None] * 2, pictures, **{**given, "num_generations": 2})
+    for size in (0, 2.0, True, "2"):
+        with pytest.raises(ConfigurationError, match="num_generations is .*expected a whole number from 1 on"):
+            compute_score(["mine"] * 4, list("abcd"), [None] * 4, infos, **{**given, "num_generations": size})
 
 
 # The endpoint that collects
@@ -192,6 +264,20 @@ def test_a_group_that_never_gets_whole_is_told_in_time(collecting: str) -> None:
     assert httpx2.get(collecting + "/health").json()["waiting_rollouts"] == 0
 
 
+def test_rollouts_of_one_id_with_other_prompts_are_told(collecting: str) -> None:
+    """They are no group, however many there are, and each says why."""
+
+    async def posts() -> list[Any]:
+        infos = [{"index": "mixed", "prompt": f"prompt {min(i, 2)}"} for i in range(N)]  # one, one and two
+        calls = (compute_score_single("mine", "a", None, info, server=collecting) for info in infos)
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    found = [str(one) for one in asyncio.run(posts())]
+    told = rf"[12] of {N} rollouts came within 3 s \(more of this id came with another prompt or image\)"
+    assert all(re.search(told, text) for text in found), found
+    assert httpx2.get(collecting + "/health").json()["waiting_rollouts"] == 0
+
+
 def test_a_trainer_that_hangs_up_and_asks_again_counts_once(folder: Path, collecting: str) -> None:
     rows = Rows(folder)
     info = {"index": "again", "prompt": rows.prompts[N]}
@@ -273,7 +359,7 @@ def test_bad_posts_are_refused(collecting: str, tmp_path: Path) -> None:
 
 def test_settings_are_checked() -> None:
     scorer = GroupScorer(reward_model("llama"))
-    for options in ({"num_generations": 0}, {"reward": "best"}, {"deadline": 0.0}):
+    for options in ({"num_generations": 0}, {"num_generations": True}, {"reward": "best"}, {"deadline": 0.0}):
         with pytest.raises(ConfigurationError):
             build_collecting_app(scorer, **{"num_generations": 2, **options})  # type: ignore[arg-type]
 
