@@ -276,6 +276,20 @@ MUTATIONS = [
         "tests/test_metrics.py",
     ),
     Mutation(
+        "a converter drops a picture that it does not read",
+        "mr_reward.data.conversion.Converter._checked",
+        'not getattr(group, f"{kind}s", ())',
+        "False",
+        "tests/data/test_converter_edges.py",
+    ),
+    Mutation(
+        "equal scores of a pair are a preference",
+        "mr_reward.data.fields.pair_badness",
+        "[-chosen, -rejected]",
+        "[1, 2]",
+        "tests/data/test_converter_edges.py",
+    ),
+    Mutation(
         "resume: a torn line is kept",
         "mr_reward.data.jsonl.ResumableJsonLines",
         'line.endswith(b"\\n")',

@@ -54,14 +54,15 @@ def convert(
 
     Example: mr-reward data convert nectar berkeley-nest/Nectar nectar.jsonl --limit 10000
     """
-    from mr_reward.data.converters import Conversion, get_converter
+    from mr_reward.data.conversion import Conversion
+    from mr_reward.data.converters import get_converter
     from mr_reward.data.groups_file import save_preferences
     from mr_reward.data.sources import read_rows
 
     converter = get_converter(name, axis=axis)
     if not Path(source).exists():
         split, config = split or converter.split, config or converter.config
-    rows = read_rows(source, split=split, config=config)
+    rows = read_rows(source, split=split, config=config, columns=converter.columns)
     groups = Conversion(converter, rows, media_root=media, limit=limit, skip_bad=skip_bad, keep_order=keep_order)
     count = save_preferences(tqdm(groups, desc=f"converting {name}", unit=" groups"), out)
     table = Table("what", "rows", title=f"{name} -> {escape(str(out))}")
@@ -69,9 +70,13 @@ def convert(
     table.add_row("groups written", str(count))
     for reason, number in groups.skipped.most_common():
         table.add_row(f"no preference: {escape(reason)}", str(number))
+    for reason, number in groups.left_out.most_common():
+        table.add_row(f"answers left out: {escape(reason)}", str(number))
     table.add_row("bad rows skipped", str(len(groups.bad_rows)))
     console = Console()
     console.print(table)
+    if groups.unread:
+        console.print(f"columns not read: {', '.join(sorted(groups.unread))}", markup=False, highlight=False)
     for row in groups.bad_rows[:_SHOWN_BAD_ROWS]:
         console.print(f"bad: {row}", markup=False, highlight=False, soft_wrap=True)
     if len(groups.bad_rows) > _SHOWN_BAD_ROWS:

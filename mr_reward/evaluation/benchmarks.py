@@ -12,17 +12,10 @@ from dataclasses import field as default
 from pathlib import Path
 from typing import Any
 
+from mr_reward.data.fields import field, image_field, strip_placeholders, texts_field, wrong_field
 from mr_reward.data.groups_file import load_preferences
 from mr_reward.data.media_files import resolve_media
-from mr_reward.data.sources import (
-    RowSource,
-    field,
-    image_field,
-    read_rows,
-    strip_placeholders,
-    texts_field,
-    wrong_field,
-)
+from mr_reward.data.sources import RowSource, read_rows
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 from mr_reward.evaluation import official
 from mr_reward.groups import ResponseGroup, dense_ranks

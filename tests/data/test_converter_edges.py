@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from test_converters import CRITIC, PICTURE, ROWS, changed, chat, convert, ratings
 
-from mr_reward.data.converters import CONVERTERS, SkippedRow, graded_group
-from mr_reward.errors import GroupError
+from mr_reward.data.conversion import Conversion, SkippedRow, graded_group
+from mr_reward.data.converters import CONVERTERS
+from mr_reward.data.sources import RowSource, read_rows
+from mr_reward.errors import ConfigurationError, GroupError
 
 
 @pytest.mark.parametrize("name", list(ROWS))
@@ -77,3 +81,111 @@ def test_rows_without_an_id_have_none() -> None:
 def test_twins_may_differ_in_white_space() -> None:
     group = graded_group("q", ["a", " a\n", "b"], [1, 1, 2], id=None)
     assert group.responses == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["skywork", "tulu"])
+def test_a_chat_pair_keeps_its_pictures_where_they_stand(name: str) -> None:
+    """They were dropped, and the answers compared without them."""
+    turns = ("Hi", "Hello", "And <image> this?")
+    row = {"chosen": chat(*turns, "A cat."), "rejected": chat(*turns, "A dog."), "images": [PICTURE]}
+    group = convert(name, {**ROWS[name], **row})
+    assert group.images == (PICTURE,)
+    assert [block["type"] for block in group.messages[2]["content"]] == ["text", "image", "text"]
+
+
+def test_equal_scores_tie_and_scores_against_the_choice_are_an_error() -> None:
+    with pytest.raises(SkippedRow, match="all responses tie"):
+        convert("skywork", {**ROWS["skywork"], "score_chosen": 7.0, "score_rejected": 7.0})
+    assert convert("tulu", {**ROWS["tulu"], "score_chosen": 7.5, "score_rejected": 7}).rankings == (1, 2)
+    with pytest.raises(GroupError, match=r"score_chosen and score_rejected' is \[3, 7\], expected a chosen answer"):
+        convert("skywork", {**ROWS["skywork"], "score_chosen": 3, "score_rejected": 7})
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "words"),
+    [
+        ("nectar", {"image": PICTURE}, "'image' holds image data that nectar does not read"),
+        ("pku_saferlhf", {"video": ["a.mp4"]}, "'video' holds video"),
+        ("skywork", {"audio": b"RIFF"}, "'audio' holds audio"),
+        ("tulu", {"system": "Answer in French."}, "'system' is a part of the prompt"),
+        ("skywork", {"tools": [{"name": "add"}]}, "'tools' is a part of the prompt"),
+    ],
+)
+def test_a_column_with_a_meaning_that_no_one_reads_is_an_error(
+    name: str, columns: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    def groups(row: dict[str, Any]) -> Conversion:
+        return Conversion(CONVERTERS[name], RowSource("rows", tmp_path, lambda: iter([("row 1", row)])))
+
+    with pytest.raises(GroupError, match=words):
+        list(groups({**ROWS[name], **columns}))
+    empty = groups({**ROWS[name], **dict.fromkeys(columns)})
+    assert len(list(empty)) == 1 and not set(columns) & set(empty.unread), "empty columns mean nothing"
+
+
+def test_columns_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    rows = [("row 1", {**ROWS["skywork"], "note": "x"}), ("row 2", {**ROWS["skywork"], "note": ""})]
+    groups = Conversion(CONVERTERS["skywork"], RowSource("rows", tmp_path, lambda: iter(rows)))
+    assert len(list(groups)) == 2 and groups.unread == {"source": 2, "note": 1}
+
+
+@pytest.mark.parametrize("broken", [{"Rating": None}, None, "missing", {"Rationale": "no rating"}])
+def test_vlfeedback_leaves_out_an_answer_without_a_rating_and_counts_it(broken: Any, tmp_path: Path) -> None:
+    completions = [dict(completion) for completion in ROWS["vlfeedback"]["completions"][:3]]
+    annotations = dict(completions[0]["annotations"])
+    annotations["Helpfulness"] = broken
+    if broken == "missing":
+        del annotations["Helpfulness"]
+    completions[0]["annotations"] = annotations
+    row = {**ROWS["vlfeedback"], "completions": completions, "image": PICTURE}
+    groups = Conversion(CONVERTERS["vlfeedback"], RowSource("rows", tmp_path, lambda: iter([("row 1", row)])))
+    assert [sorted(group.responses) for group in groups] == [["also good", "bad"]]
+    assert groups.left_out == {"without a rating of every aspect": 1}
+
+
+ARENA = (
+    "[User Prompt]\nWhat colour?\n\n[The Start of Assistant A's Answer]\nIt is red.\n[The End of Assistant A's Answer]"
+    "\n\n[The Start of Assistant B's Answer]\nIt is blue.\n[The End of Assistant B's Answer]\n"
+)
+BENCH = (
+    "[Question]\nWhat colour?\n\n[Assistant 1]\nIt is red.\n\n[End of Assistant 1]\n\n[Assistant 2]\nIt is blue.\n\n"
+    "[End of Assistant 2]\n\n[System]\nPlease rate both.\n"
+)
+
+
+@pytest.mark.parametrize("request_text", [ARENA, BENCH])
+@pytest.mark.parametrize(
+    ("verdict", "rankings"),
+    [
+        ("My final verdict is: [[B>A]]", (2, 1)),
+        ("[[A>>B]]", (1, 2)),
+        ("So [[A<B]].", (2, 1)),
+        ("Tie. [[A=B]]", None),
+        ("8 9.5\nThe second is better.", (2, 1)),
+        ("9 7", (1, 2)),
+        ("7 7\nBoth.", None),
+        ("[[A>B]], no: [[B>A]]", None),
+    ],
+)
+def test_llava_critic_in_the_forms_of_arena_and_llava_bench(
+    request_text: str, verdict: str, rankings: tuple[int, int] | None
+) -> None:
+    turns = [{"from": "human", "value": "<image>\n" + request_text}, {"from": "gpt", "value": verdict}]
+    if rankings is None:
+        with pytest.raises(SkippedRow, match=r"tie|no verdict"):
+            convert("llava_critic", changed("llava_critic", conversations=turns))
+        return
+    group = convert("llava_critic", changed("llava_critic", conversations=turns))
+    assert group.responses == ("It is red.", "It is blue.") and group.rankings == rankings
+    assert [block.get("text") for block in group.messages[0]["content"]] == [None, "What colour?"]
+
+
+def test_mm_rlhf_folder_as_its_readme_has_it(tmp_path: Path) -> None:
+    """The pairs made of the rankings lie beside them, in a schema of their own."""
+    (tmp_path / "data.jsonl").write_text(json.dumps(ROWS["mm_rlhf"]) + "\n")
+    pair = {"prompt": "Which?", "image": "mcq/1.png", "chosen": "A", "rejected": "B"}
+    (tmp_path / "dpo_pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    rows = read_rows(tmp_path, columns=CONVERTERS["mm_rlhf"].columns)
+    assert [row["id"] for _, row in rows] == ["mcq/1"]
+    with pytest.raises(ConfigurationError, match=r"no file has the fields .*'answers'.*data.jsonl, dpo_pairs.jsonl"):
+        read_rows(tmp_path, columns=CONVERTERS["nectar"].columns)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mr_reward.data.converters import CONVERTERS, SkippedRow, get_converter, graded_group
+from mr_reward.data.conversion import SkippedRow, graded_group
+from mr_reward.data.converters import CONVERTERS, get_converter
+from mr_reward.data.paper_mixture import PAPER_MIXTURE
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import ResponseGroup
 
@@ -177,8 +179,9 @@ def changed(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_there_is_one_for_each_data_set_of_the_paper() -> None:
-    assert set(CONVERTERS) == set(ROWS) == set(EXPECTED) == set(PROMPTS)
-    assert len(CONVERTERS) == 10
+    names = {converter.name for converter in PAPER_MIXTURE}
+    assert names == set(ROWS) == set(EXPECTED) == set(PROMPTS) and names <= set(CONVERTERS)
+    assert len(PAPER_MIXTURE) == 10
 
 
 @pytest.mark.parametrize("name", list(ROWS))
