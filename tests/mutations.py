@@ -185,6 +185,13 @@ MUTATIONS = [
         "tests/integrations/test_integrations.py",
     ),
     Mutation(
+        "what an environment showed first is lost",
+        "mr_reward.grpo.groups._share_opening",
+        'f"{seen}\\n\\n{row.response}" if seen else row.response',
+        "row.response",
+        "tests/grpo/test_groups.py",
+    ),
+    Mutation(
         "owner wrong",
         "mr_reward.grpo.groups._balance",
         "min(group.holders, key=lambda rank: (load[rank], rank))",

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mr_reward.errors import ConfigurationError, GroupAssemblyError, GroupError
-from mr_reward.groups import ResponseGroup
+from mr_reward.groups import Message, ResponseGroup
 from mr_reward.templates.images import DecodedImages
 
 Completion = str | Sequence[Mapping[str, Any]]
@@ -29,6 +30,7 @@ class RolloutRow:
 
     fingerprint: str  # hash of the prompt's text and media; equal for all rollouts of one prompt
     response: str
+    opening: str = ""  # with environments the text at the prompt's end, where the first observation stands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,9 @@ class PlannedGroup:
     holders: tuple[int, ...]  # ranks that hold rows of it, ascending
     owner: int  # the holder that scores it
     owner_row: int  # position, among the owner's own rows, of the first one that belongs to this group
+    # Where the first observations of a group's environments differ: what the ends of their prompts have in common. The
+    # rest of each stands at the beginning of its response.
+    opening: str | None = None
 
     @property
     def straddles(self) -> bool:
@@ -54,6 +59,9 @@ def read_rollouts(
 
     Images are taken from the prompt's content blocks, where TRL puts them; from the `images` or else the `image`
     column if no block carries one. Each image is decoded once, whatever the number of rollouts that show it.
+
+    With `environments` TRL appends what each one's `reset` has returned to the prompt, so the rollouts of one prompt
+    may end in different texts: those are kept apart from what has to be equal.
     """
     images = columns.get("images")  # wins over `image`, as in TRL
     if images is None:
@@ -79,10 +87,12 @@ def read_rollouts(
     rows: list[RolloutRow] = []
     last: tuple[Any, str] = None, ""  # a prompt and its fingerprint; the rollouts of one come one after the other
     for group in groups:
-        prompt = _prompt_content(group, load.digest)
+        prompt, opening = _prompt_content(group, load.digest), ""
+        if columns.get("environments") is not None:
+            prompt[0], opening = split_opening(prompt[0])
         if prompt != last[0]:
             last = prompt, _hashed(prompt)
-        rows.append(RolloutRow(last[1], group.responses[0]))
+        rows.append(RolloutRow(last[1], group.responses[0], opening))
     return groups, rows
 
 
@@ -152,10 +162,12 @@ def plan_groups(rows_by_rank: Sequence[Sequence[RolloutRow]], num_generations: i
     for index, start in enumerate(range(0, len(rows), num_generations)):
         chunk = rows[start : start + num_generations]
         _check_same_prompt(chunk, start, num_generations)
+        responses, opening = _share_opening([row for _, _, row in chunk], start)
         groups.append(
             PlannedGroup(
                 index=index,
-                responses=tuple(row.response for _, _, row in chunk),
+                responses=responses,
+                opening=opening,
                 holders=tuple(sorted({rank for rank, _, _ in chunk})),
                 owner=chunk[0][0],
                 owner_row=chunk[0][1],
@@ -249,8 +261,43 @@ def _check_same_prompt(chunk: Sequence[tuple[int, int, RolloutRow]], start: int,
                 f"(rank {rank}) has another prompt or image than row {start} (rank {chunk[0][0]}); give "
                 "MultiResponseReward the num_generations of the trainer's config (and the config the same "
                 "num_generations_eval), and turn off whatever changes prompts or images from rollout to rollout "
-                "(random augmentation, environments with different first observations)"
+                "(random augmentation, environments whose first observations hold different images)"
             )
+
+
+def split_opening(messages: Sequence[Message]) -> tuple[list[Message], str]:
+    """The chat without the text at its end, behind the last medium, and that text."""
+    *before, last = messages
+    blocks = list(last["content"])
+    texts: list[str] = []
+    while blocks and blocks[-1]["type"] == "text":
+        texts.insert(0, blocks.pop()["text"])
+    return [*before, {**last, "content": blocks}], "".join(texts)
+
+
+def with_opening(messages: Sequence[Message], opening: str) -> list[Message]:
+    """The chat with another text at its end."""
+    *before, last = split_opening(messages)[0]
+    return [*before, {**last, "content": [*last["content"], {"type": "text", "text": opening}]}]
+
+
+def _share_opening(rows: Sequence[RolloutRow], start: int) -> tuple[tuple[str, ...], str | None]:
+    """The responses of a group, and what its openings have in common if they differ, in whole words."""
+    openings = [row.opening for row in rows]
+    if len(set(openings)) == 1:
+        return tuple(row.response for row in rows), None
+    shared = os.path.commonprefix(openings)
+    if any(opening[len(shared) :][:1].isalnum() for opening in openings):
+        shared = shared.rstrip("".join({char for char in shared if char.isalnum()}))
+    if not shared.strip():
+        begin = ", ".join(repr(text[:40]) for text in openings[:3])
+        raise GroupAssemblyError(
+            f"rows {start} to {start + len(rows) - 1} of the global batch should be the rollouts of one prompt, but "
+            f"the last turns of their prompts begin differently ({begin}); give the data set a prompt "
+            "that says the task, to which the environments append what they observe"
+        )
+    parts = zip(rows, (opening[len(shared) :].strip() for opening in openings), strict=True)
+    return tuple(f"{seen}\n\n{row.response}" if seen else row.response for row, seen in parts), shared.rstrip()
 
 
 def _balance(groups: Sequence[PlannedGroup], *, num_ranks: int) -> list[PlannedGroup]:

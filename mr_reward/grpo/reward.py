@@ -29,6 +29,7 @@ from mr_reward.grpo.groups import (
     plan_groups,
     read_rollouts,
     whole_number,
+    with_opening,
 )
 from mr_reward.grpo.telemetry import GroupLog, describe_rows, measure
 from mr_reward.model.rows import check_over_length
@@ -108,7 +109,9 @@ class MultiResponseReward:
     first call the ranks compare checksums of their reward models, as ZeRO-3 can make them differ without an error.
 
     What is judged: the content of the assistant turns, without tool calls, tool results or reasoning that was parsed
-    into a key of its own. A plain-text prompt counts as one user turn.
+    into a key of its own. A plain-text prompt counts as one user turn. Where the first observations of TRL's
+    environments differ within a group, the prompt is what they have in common, and each response begins with the rest
+    of its own; a warning says so once.
 
     Args:
         model: folder or hub id of a checkpoint, or a loaded `MultiResponseRewardModel`. A checkpoint is loaded now.
@@ -207,6 +210,7 @@ class MultiResponseReward:
             self._scorer = open_scorer(server, token=server_token, expected_hash=server_hash)
         self._exchange = Exchange(timeout=timedelta(seconds=timeout))
         self._ranks_agree = False
+        self._told_of_openings = False
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Pickle the arguments: a copy loads the checkpoint again, and has its own device and process group."""
@@ -284,7 +288,13 @@ class MultiResponseReward:
         groups = []
         for planned in own:
             prompt, name = local[planned.owner_row], f"{prefix}group {planned.index}"
-            groups.append(replace(prompt, prompt=prompt.messages, responses=planned.responses, id=name))
+            messages = prompt.messages
+            if planned.opening is not None:
+                messages = with_opening(messages, planned.opening)
+                if not self._told_of_openings:
+                    logger.warning("%s: its environments began differently; each response begins with its own", name)
+                self._told_of_openings = True
+            groups.append(replace(prompt, prompt=messages, responses=planned.responses, id=name))
         started = time.perf_counter()
         results = self._scorer.score_detailed(groups)
         seconds = time.perf_counter() - started

@@ -11,7 +11,14 @@ from PIL import Image
 
 from mr_reward.errors import GroupAssemblyError, GroupError, MediaError
 from mr_reward.groups import ResponseGroup
-from mr_reward.grpo.groups import RolloutRow, completion_text, plan_groups, prompt_fingerprint, read_rollouts
+from mr_reward.grpo.groups import (
+    RolloutRow,
+    completion_text,
+    plan_groups,
+    prompt_fingerprint,
+    read_rollouts,
+    with_opening,
+)
 from mr_reward.templates.images import load_image
 
 
@@ -63,6 +70,57 @@ def test_row_counts_that_do_not_divide_are_refused() -> None:
 def test_mixed_prompts_are_refused_with_rows_and_ranks() -> None:
     with pytest.raises(GroupAssemblyError, match=r"rows 4 to 7 .*ranks 1 to 2.*row 6 \(rank 2\).*row 4 \(rank 1\)"):
         plan_groups([_rows("a", "a", "a"), _rows("a", "b", "b"), _rows("c", "c")], 4)
+
+
+def _opened(*texts: str) -> list[RolloutRow]:
+    prompts = [[{"role": "system", "content": "s"}, {"role": "user", "content": text}] for text in texts]
+    return read_rollouts(
+        prompts, [f"answer {i}" for i in range(len(texts))], {"environments": [object()] * len(texts)}
+    )[1]
+
+
+@pytest.mark.parametrize(
+    ("openings", "shared", "seen"),
+    [
+        (["Play.\n\nroom 12", "Play.\n\nroom 15"], "Play.\n\nroom", ["12", "15"]),
+        (["Play. You see a door", "Play. You see a wall"], "Play. You see a", ["door", "wall"]),
+        (["Play.", "Play. A door"], "Play.", ["", "A door"]),
+        (["数 \u4e00", "数 \u4e8c"], "数", ["\u4e00", "\u4e8c"]),
+        (["Play. one", "Play. one"], None, None),
+    ],
+)
+def test_first_observations_that_differ_begin_the_responses(
+    openings: list[str], shared: str | None, seen: list[str] | None
+) -> None:
+    """What all have in common, in whole words, is the prompt; nothing of what a policy saw is lost."""
+    for rows_by_rank in ([_opened(*openings)], [_opened(opening) for opening in openings]):  # on one rank, on two
+        (group,) = plan_groups(rows_by_rank, 2)
+        rows = [row for rows in rows_by_rank for row in rows]
+        parts = [""] * 2 if seen is None else [f"{text}\n\n" if text else "" for text in seen]
+        assert group.opening == shared
+        assert group.responses == tuple(part + row.response for part, row in zip(parts, rows, strict=True))
+
+
+def test_the_opening_takes_the_place_of_what_it_stands_for() -> None:
+    image = Image.new("RGB", (4, 2), "red")
+    group = ResponseGroup(prompt="Look.\n\nroom 1", responses=[""], images=[image])
+    messages = with_opening(group.messages, "Look.\n\nroom")
+    assert messages == ResponseGroup(prompt="Look.\n\nroom", responses=[""], images=[image]).messages
+    assert group.messages[0]["content"][-1]["text"] == "Look.\n\nroom 1", "the group itself stays"
+
+
+def test_openings_without_environments_or_without_a_common_beginning_are_refused() -> None:
+    prompts = ["Play. one", "Play. two"]
+    with pytest.raises(GroupAssemblyError, match="row 1 .* has another prompt"):
+        plan_groups([read_rollouts(prompts, ["a", "b"], {})[1]], 2)
+    with pytest.raises(GroupAssemblyError, match=r"rows 2 to 3 .* begin differently \('one', 'two'\)"):
+        plan_groups([_opened("same", "same"), _opened("one", "two")], 2)
+    images = [[Image.new("RGB", (4, 2), colour)] for colour in ("red", "blue")]
+    with pytest.raises(GroupAssemblyError, match="first observations hold different images"):
+        plan_groups([read_rollouts(prompts, ["a", "b"], {"environments": [0, 0], "images": images})[1]], 2)
+    others = [[{"role": "system", "content": text}, {"role": "user", "content": "Play."}] for text in "st"]
+    with pytest.raises(GroupAssemblyError, match="row 1 .* has another prompt"):
+        plan_groups([read_rollouts(others, ["a", "b"], {"environments": [0, 0]})[1]], 2)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,14 @@
-"""The reward inside TRL's real trainers, images included: GRPO and RLOO, training and evaluation."""
+"""The reward inside TRL's real trainers, images and environments included: GRPO and RLOO, training and evaluation."""
 
+import itertools
+import logging
+from importlib import resources
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from tiny_runs import SHORT_RUN, handwriting_rows, save_policy_that_sees
+from transformers import AutoProcessor
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from mr_reward import MultiResponseReward, MultiResponseRewardModel
@@ -41,3 +46,53 @@ def test_two_steps(tmp_path: Path, trainer_class: type, config_class: type) -> N
     # A random reward model tells different texts apart, and its rewards are centred.
     assert all(entry["mr_reward/score_spread"] > 0 for entry in steps)
     assert all(abs(entry["rewards/multi_response_reward/mean"]) < 1e-5 for entry in steps)
+
+
+class Room:
+    """An environment that begins differently in each rollout."""
+
+    numbers = itertools.count()
+
+    def reset(self, **row: object) -> str:
+        return f"\n\nYou are in room {next(self.numbers)}."
+
+    def walk(self, steps: int) -> str:
+        """Walk.
+
+        Args:
+            steps: How far.
+        """
+        return "a wall"
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
+def test_environments_that_begin_differently(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """TRL appends what `reset` returns to the prompt, so the rollouts of a group have prompts that differ."""
+    save_policy_that_sees(tmp_path / "policy")
+    processor = AutoProcessor.from_pretrained(tmp_path / "policy")
+    processor.chat_template = (resources.files("trl") / "chat_templates" / "qwen3_vl.jinja").read_text()
+    processor.save_pretrained(tmp_path / "policy")
+    MultiResponseRewardModel.from_backbone(tmp_path / "policy").save_pretrained(tmp_path / "rm")
+    reward = MultiResponseReward(tmp_path / "rm", num_generations=4)
+    prompt = [{"role": "user", "content": "Find the exit."}]
+    options = {**SHORT_RUN, "max_completion_length": 16}
+    trainer = GRPOTrainer(
+        model=str(tmp_path / "policy"),
+        reward_funcs=[reward],
+        args=GRPOConfig(
+            str(tmp_path / "out"), per_device_train_batch_size=8, max_steps=1, save_strategy="no", **options
+        ),
+        train_dataset=Dataset.from_list([{"prompt": prompt}] * 4),
+        environment_factory=Room,
+    )
+    with caplog.at_level(logging.WARNING, "mr_reward"):
+        trainer.train()
+    assert len(reward.last_scored) == 2
+    numbers = []
+    for scored in reward.last_scored:
+        (message,) = scored.group.messages
+        assert "".join(block["text"] for block in message["content"]) == "Find the exit.\n\nYou are in room"
+        assert scored.scores is not None and len(set(scored.scores)) == 4
+        numbers += [int(response.split(".\n\n")[0]) for response in scored.group.responses]
+    assert numbers == list(range(numbers[0], numbers[0] + 8)), "each response stands behind its own room"
+    assert caplog.text.count("its environments began differently") == 1
