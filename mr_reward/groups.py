@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, Protocol, TypeVar
 
-from mr_reward.errors import GroupError, MediaError
+from mr_reward.errors import GroupError, MediaError, MRRewardError, OverLengthError, shown
 
 __all__ = ["GroupScores", "ResponseGroup", "Scorer", "dense_ranks", "undo_order"]
 
 _MEDIA_TYPES = ("image", "video")
+_IMAGE_BLOCKS = ("image", "image_url", "input_image")  # of transformers and TRL; of OpenAI's two interfaces
 Message = dict[str, Any]
 T = TypeVar("T")
 
@@ -50,10 +51,11 @@ class ResponseGroup:
     Args:
         prompt: a string, or chat messages (`{"role": ..., "content": str | list of blocks}`). A block is
             `{"type": "text", "text": ...}`, `{"type": "image"}` or `{"type": "video"}`; a media block may carry its
-            medium under the key of its type.
+            medium under the key of its type, an image also as `image_url`, `path`, `url` or `base64`.
         responses: N >= 1 response texts. The empty text is a response.
-        images: PIL images, paths or encoded bytes, in the order of the prompt's image placeholders. A prompt without
-            placeholders gets one for each image at the start of its first user turn (as TRL does).
+        images: what `mr_reward.templates.load_image` takes (PIL images, paths, bytes, arrays), in the order of the
+            prompt's image placeholders. A prompt without placeholders gets one for each image at the start of its
+            first user turn (as TRL does).
         videos: the same for videos; a video is a sequence of frames (PIL images, paths or bytes), one frame a second.
         rankings: N ranks, 1 = best, ties share a rank; dense (1, 2, 2, 3) or competition (1, 2, 2, 4) counting.
         id: a name for messages and logs.
@@ -203,6 +205,22 @@ class Scorer(Protocol):
         """One result for each group, in input order."""
 
 
+def score_each(scorer: Scorer, groups: Sequence[ResponseGroup]) -> list[GroupScores | MRRewardError]:
+    """As `score_detailed`, with the error of a bad group in its place; what is no group's fault is raised.
+
+    The halves around a bad group are scored again, so a call with none costs nothing.
+    """
+    if not groups:
+        return []
+    try:
+        return [*scorer.score_detailed(groups)]
+    except (GroupError, MediaError, OverLengthError) as error:
+        if len(groups) == 1:
+            return [error]
+        half = len(groups) // 2
+        return score_each(scorer, groups[:half]) + score_each(scorer, groups[half:])
+
+
 def _one_each(values: Any, name: str, kinds: tuple[type, ...], group: ResponseGroup) -> tuple[Any, ...] | None:
     """A list with a value of these kinds for each response; None stays None."""
     if values is None:
@@ -223,12 +241,16 @@ def _normalise_messages(
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, Sequence) or not prompt:
-        raise GroupError(f"{name}: prompt is {prompt!r}, expected a string or a non-empty list of chat messages")
+        raise GroupError(
+            f"{name}: prompt is {shown(prompt, 200)}, expected a string or a non-empty list of chat messages"
+        )
     embedded: dict[str, list[Any]] = {kind: [] for kind in _MEDIA_TYPES}
     messages = []
     for i, message in enumerate(prompt):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise GroupError(f"{name}: message {i} is {message!r}, expected a dict with 'role' and 'content'")
+            raise GroupError(
+                f"{name}: message {i} is {shown(message, 200)}, expected a dict with 'role' and 'content'"
+            )
         content = message["content"]
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
@@ -246,14 +268,27 @@ def _normalise_block(block: Any, index: int, name: str, embedded: dict[str, list
     kind = block.get("type") if isinstance(block, Mapping) else None
     if kind == "text" and isinstance(block.get("text"), str):
         return {"type": "text", "text": block["text"]}
-    if kind in _MEDIA_TYPES:
-        if block.get(kind) is not None:
-            embedded[kind].append(block[kind])
-        return {"type": kind}
+    if kind in _IMAGE_BLOCKS:
+        if (image := image_of(block)) is not None:
+            embedded["image"].append(image)
+        return {"type": "image"}
+    if kind == "video":
+        if block.get("video") is not None:
+            embedded["video"].append(block["video"])
+        return {"type": "video"}
     raise GroupError(
-        f"{name}: a content block of message {index} is {block!r}, expected "
+        f"{name}: a content block of message {index} is {shown(block, 200)}, expected "
         "{'type': 'text', 'text': str}, {'type': 'image'} or {'type': 'video'}"
     )
+
+
+def image_of(block: Mapping[str, Any]) -> Any:
+    """The image that a content block carries; None for a placeholder or another block."""
+    if block.get("type") not in _IMAGE_BLOCKS:
+        return None
+    if block.get("base64") is not None:
+        return {"base64": block["base64"]}
+    return next((block[key] for key in ("image", "image_url", "path", "url") if block.get(key) is not None), None)
 
 
 def _match_media(
@@ -280,7 +315,7 @@ def _match_media(
     for medium in media if kind == "video" else ():
         if isinstance(medium, (str, bytes)) or not isinstance(medium, Sequence) or not medium:
             raise MediaError(
-                f"{name}: a video is {medium!r:.60}, expected a non-empty list of frames (images, paths, bytes); "
+                f"{name}: a video is {shown(medium, 60)}, expected a non-empty list of frames (images, paths, bytes); "
                 "read the frames from the file first"
             )
     return media

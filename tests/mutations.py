@@ -353,6 +353,27 @@ MUTATIONS = [
         "tests/templates/test_images.py",
     ),
     Mutation(
+        "the block of OpenAI is a placeholder",
+        "mr_reward.groups.image_of",
+        '("image", "image_url", "path", "url")',
+        '("image", "path", "url")',
+        "tests/test_groups.py",
+    ),
+    Mutation(
+        "one bad image takes the scores of the others",
+        "mr_reward.groups.score_each",
+        "score_each(scorer, groups[half:])",
+        "[error] * (len(groups) - half)",
+        "tests/cli/test_score.py",
+    ),
+    Mutation(
+        "a conversion does not look at its images",
+        "mr_reward.data.conversion.Conversion._finish",
+        "check_readable(group)",
+        "None",
+        "tests/cli/test_data_commands.py",
+    ),
+    Mutation(
         "a dark file of 16 bits is read as one of 8",
         "mr_reward.templates.images._upright_rgb",
         "sixteen=of_16_bits",

@@ -200,6 +200,26 @@ def test_responses_that_are_not_texts(responses: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("block", "image"),
+    [
+        ({"type": "image", "image": "a.png"}, "a.png"),
+        ({"type": "image", "path": "a.png"}, "a.png"),
+        ({"type": "image", "url": "a.png", "text": None, "image": None}, "a.png"),
+        ({"type": "image", "base64": "aGk="}, {"base64": "aGk="}),
+        ({"type": "image", "image": {"bytes": b"a", "path": None}}, {"bytes": b"a", "path": None}),
+        ({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}, {"url": "a.png", "detail": "low"}),
+        ({"type": "image_url", "image_url": "data:,"}, "data:,"),
+        ({"type": "input_image", "image_url": "a.png"}, "a.png"),
+    ],
+)
+def test_blocks_that_carry_an_image(block: dict[str, Any], image: Any) -> None:
+    """Of transformers, OpenAI's two interfaces and `datasets`, which fills the keys that a row lacks with None."""
+    group = ResponseGroup(prompt=turn({"type": "text", "text": "?", "image_url": None}, block), responses=["a"])
+    assert list(group.images) == [image]
+    assert group.messages[0]["content"] == [{"type": "text", "text": "?"}, {"type": "image"}]
+
+
+@pytest.mark.parametrize(
     ("prompt", "message"),
     [
         ([], "prompt is .*non-empty list"),
@@ -211,7 +231,8 @@ def test_responses_that_are_not_texts(responses: Any, message: str) -> None:
         ([{"role": None, "content": "a"}], "message 0"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": None}], "content of message 1 is NoneType"),
         (turn({"type": "audio", "audio": b""}), "a content block of message 0 is .*'audio'"),
-        (turn({"type": "image_url", "image_url": "http://a"}), "content block"),
+        (turn({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}), "content block"),
+        (turn({"type": "file", "file": {"file_data": "a" * 500}}), "content block.*'file_data': '.500 characters.'"),
         (turn({"text": "no type"}), "content block"),
         (turn({"type": "text"}), "content block"),
         (turn({"type": "text", "text": 4}), "content block"),

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from mr_reward.cli.options import BAD_ROWS
 from mr_reward.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ def convert(
 
     Data sets: mm_rlhf, llava_critic, rlaif_v, vlfeedback, povid, wildvision, tulu, skywork, nectar, pku_saferlhf.
 
-    Rows without a preference (ties, both bad) are counted and left out. A row that contradicts the published schema is
-    an error with its file, line and field.
+    Rows without a preference (ties, both bad) are counted and left out. A row that contradicts the published schema,
+    or whose images cannot be read, is an error with its file, line and field; with --skip-bad such rows are listed
+    and left out, and the exit code is 3.
 
     Example: mr-reward data convert nectar berkeley-nest/Nectar nectar.jsonl --limit 10000
     """
@@ -82,6 +84,8 @@ def convert(
     if len(groups.bad_rows) > _SHOWN_BAD_ROWS:
         console.print(f"... and {len(groups.bad_rows) - _SHOWN_BAD_ROWS} more")
     console.print(f"licence of the data: {converter.licence}")
+    if groups.bad_rows:
+        raise typer.Exit(BAD_ROWS)
 
 
 @data.command()

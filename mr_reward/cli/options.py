@@ -11,6 +11,8 @@ from mr_reward.errors import ConfigurationError
 if TYPE_CHECKING:
     import torch
 
+BAD_ROWS = 3  # exit code of a command that has done everything but some rows, which were bad
+
 Model = Annotated[str, typer.Argument(help="Reward model: a folder or hub id")]
 Device = Annotated[str | None, typer.Option(help="As torch spells it; else cuda if there is one")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the checkpoint's")]

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mr_reward.cli.options import Device, Dtype, MaxTokens, NumOrders, OverLength, torch_dtype
+from mr_reward.cli.options import BAD_ROWS, Device, Dtype, MaxTokens, NumOrders, OverLength, torch_dtype
 from mr_reward.data.jsonl import ResumableJsonLines, json_line, read_json_lines
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
-from mr_reward.groups import GroupScores
+from mr_reward.groups import GroupScores, score_each
 
 if TYPE_CHECKING:
     from mr_reward.groups import ResponseGroup, Scorer
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _RESULT_KEYS = {*GroupScores.__slots__, "error", "scored_with"}
 _MEDIA_KEYS = ("image", "images", "video", "videos")
+_PATH_KEYS = (*_MEDIA_KEYS, "image_url", "path", "url")  # in content blocks
 _STREAM = "-"
 
 
@@ -42,7 +43,7 @@ def score(
         Path | None, typer.Option(help="Folder that paths of images and videos count from; else the source's")
     ] = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Write the error of a bad line in its place instead of stopping")
+        bool, typer.Option("--skip-bad", help="Write the error of a bad line in its place and go on; exit code 3")
     ] = False,
     chunk: Annotated[int, typer.Option(min=1, help="Groups that are read, scored and written at a time")] = 64,
     device: Device = None,
@@ -55,7 +56,8 @@ def score(
 
     A line is an object with `prompt` (text or chat messages), `responses` and, if there are any, `images` or `videos`
     as paths; other keys come back as they are. With --out, the same command given again resumes a run that was
-    interrupted: lines that are in the file are not scored again, and none is lost.
+    interrupted: lines that are in the file are not scored again, and none is lost. With --skip-bad a line that is no
+    group, or whose images cannot be read or are not taken by the model, comes back with `error`; the exit code is 3.
 
     Example: mr-reward score rm groups.jsonl --out scores.jsonl
 
@@ -76,10 +78,10 @@ def score(
             total = sum(1 for line in stream if line.strip())
             stream.seek(0)
         lines = _parse(stream, "standard input" if source == _STREAM else source, root, target)
-        done, write = 0, _write_to_standard_output
+        done, bad, write = 0, 0, _write_to_standard_output
         if target is not None:
             file = stack.enter_context(ResumableJsonLines(target))
-            done, write = _check_done(file, lines, known), file.write
+            (done, bad), write = _check_done(file, lines, known), file.write
         bar = stack.enter_context(tqdm(total=total, initial=done, unit=" groups", desc="scoring"))
         try:
             counts = _run(lines, scorer, known[0], write, bar, chunk=chunk, skip_bad=skip_bad)
@@ -89,10 +91,13 @@ def score(
             raise
     table = Table("groups", "", title=None if out == _STREAM else out)
     numbers = {"scored now": counts["scored"], "scored before": done, "dropped": counts["dropped"]}
-    numbers |= {"bad lines": counts["bad"], "responses cut off": counts["truncated"]}
+    bad += counts["bad"]
+    numbers |= {"bad lines": bad, "responses cut off": counts["truncated"]}
     for name, number in numbers.items():
         table.add_row(name, str(number))
     Console(stderr=True).print(table)
+    if bad:
+        raise typer.Exit(BAD_ROWS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +109,9 @@ class _Line:
     group: ResponseGroup | MRRewardError  # or why it is none
 
 
-def _check_done(file: ResumableJsonLines, lines: Iterator[_Line], known: Sequence[str]) -> int:
-    """How many lines of this input an earlier run has written; as many are taken from the input."""
-    count = 0
+def _check_done(file: ResumableJsonLines, lines: Iterator[_Line], known: Sequence[str]) -> tuple[int, int]:
+    """How many lines of this input an earlier run has written, and how many are bad; as many are taken from it."""
+    count = bad = 0
     for count, (number, row) in enumerate(file.rows(), start=1):
         line = next(lines, None)
         if not isinstance(row, dict) or "scored_with" not in row:
@@ -118,10 +123,11 @@ def _check_done(file: ResumableJsonLines, lines: Iterator[_Line], known: Sequenc
         elif _without_results(row) != line.row:
             problem = f"is not {line.where} with its scores, so the file belongs to another input"
         else:
+            bad += row.get("error") is not None
             continue
         where = f"{file.path}, line {number}"
         raise GroupError(f"{where}: {problem}; name another --out, or give the command that wrote it")
-    return count
+    return count, bad
 
 
 def _write_to_standard_output(rows: Iterable[Any]) -> None:
@@ -175,7 +181,7 @@ def _rebase(row: dict[str, Any], root: Path, folder: Path) -> dict[str, Any]:
 
     def rebased(value: Any, is_path: bool) -> Any:
         if isinstance(value, dict):
-            return {key: rebased(entry, is_path or key in _MEDIA_KEYS) for key, entry in value.items()}
+            return {key: rebased(entry, key in _PATH_KEYS) for key, entry in value.items()}
         if isinstance(value, list):
             return [rebased(entry, is_path) for entry in value]
         return rebase_path(value, root, folder) if is_path and isinstance(value, str) else value
@@ -199,25 +205,31 @@ def _run(
     """Score and write chunk by chunk; what has been scored is written, whatever comes after it."""
     counts: Counter[str] = Counter()
     while batch := list(islice(lines, chunk)):
-        bad = (i for i, line in enumerate(batch) if isinstance(line.group, MRRewardError) and not skip_bad)
-        stop = next(bad, None)
-        results = _score(batch[:stop], scorer, counts)
-        write({**line.row, **result, "scored_with": scored_with} for line, result in results)
+        if not skip_bad:  # no time is spent on what comes after a bad line
+            batch = batch[: next((i + 1 for i, line in enumerate(batch) if _is_error(line.group)), None)]
+        groups = [line.group for line in batch if not isinstance(line.group, MRRewardError)]
+        found = iter(score_each(scorer, groups))
+        results = [line.group if isinstance(line.group, MRRewardError) else next(found) for line in batch]
+        stop = None if skip_bad else next((i for i, result in enumerate(results) if _is_error(result)), None)
+        write(
+            {**line.row, **_result(line, result, counts), "scored_with": scored_with}
+            for line, result in zip(batch[:stop], results[:stop], strict=True)
+        )
         bar.update(len(batch[:stop]))
         if stop is not None:
-            raise GroupError(f"{batch[stop].where}: {batch[stop].group}. Fix it, or give --skip-bad")
+            raise GroupError(f"{batch[stop].where}: {results[stop]}. Fix it, or give --skip-bad")
     return counts
 
 
-def _score(batch: list[_Line], scorer: Scorer, counts: Counter[str]) -> Iterator[tuple[_Line, dict[str, Any]]]:
-    groups = [line.group for line in batch if not isinstance(line.group, MRRewardError)]
-    results = iter(scorer.score_detailed(groups))
-    for line in batch:
-        if isinstance(line.group, MRRewardError):
-            counts["bad"] += 1
-            yield line, {"scores": None, "error": str(line.group)}
-            continue
-        result = next(results)
-        counts["scored" if result.scores is not None else "dropped"] += 1
-        counts["truncated"] += sum(result.truncated)
-        yield line, result.to_dict()
+def _is_error(value: object) -> bool:
+    return isinstance(value, MRRewardError)
+
+
+def _result(line: _Line, result: GroupScores | MRRewardError, counts: Counter[str]) -> dict[str, Any]:
+    """What comes back with the line."""
+    if isinstance(result, MRRewardError):
+        counts["bad"] += 1
+        return {"scores": None, "error": f"{line.where}: {result}"}
+    counts["scored" if result.scores is not None else "dropped"] += 1
+    counts["truncated"] += sum(result.truncated)
+    return result.to_dict()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mr_reward.data.fields import is_empty, place_media, strip_placeholders
-from mr_reward.data.media_files import resolve_media
+from mr_reward.data.media_files import check_readable, resolve_media
 from mr_reward.data.sources import Row, RowSource
 from mr_reward.errors import GroupError, MRRewardError
 from mr_reward.groups import Message, ResponseGroup, dense_ranks
@@ -214,9 +214,10 @@ class Conversion:
         return counted() if self.converter.gather is None else self.converter.gather(counted())
 
     def _finish(self, group: ResponseGroup, number: int) -> ResponseGroup:
-        """Find the media, name the group, shuffle the responses."""
+        """Find the media and look whether they can be shown, name the group, shuffle the responses."""
         name = group.id if group.id is not None else f"{self.converter.name}-{number}"
         group = dataclasses.replace(resolve_media(group, self.media_root or self.rows.folder), id=name)
+        check_readable(group)
         if self.keep_order:
             return group
         # By the row's number too: ids need not be unique.

@@ -10,8 +10,9 @@ from typing import Any
 from PIL import Image
 
 from mr_reward.data.sources import Row
-from mr_reward.errors import GroupError
+from mr_reward.errors import GroupError, shown
 from mr_reward.groups import Message
+from mr_reward.templates.images import image_source
 
 _PLACEHOLDERS = re.compile(r"[ \t]*<(?:image|video)>[ \t]*")
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
@@ -31,7 +32,7 @@ def field(row: Any, name: str, kind: type | tuple[type, ...], *, at: str = "") -
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
         raise GroupError(
-            f"field {path!r} is {type(row[name]).__name__} ({row[name]!r:.60}), expected "
+            f"field {path!r} is {type(row[name]).__name__} ({shown(row[name], 60)}), expected "
             f"{' or '.join(k.__name__ for k in kinds)}; check data set and version"
         )
     return row[name]
@@ -39,7 +40,7 @@ def field(row: Any, name: str, kind: type | tuple[type, ...], *, at: str = "") -
 
 def wrong_field(path: str, value: object, expected: str) -> GroupError:
     """The error about a value that contradicts the published schema."""
-    return GroupError(f"field {path!r} is {value!r:.80}, expected {expected}; check data set and version")
+    return GroupError(f"field {path!r} is {shown(value)}, expected {expected}; check data set and version")
 
 
 def texts_field(row: Row, name: str) -> list[str]:
@@ -173,13 +174,11 @@ def turns_field(row: Row, name: str) -> tuple[str, str]:
 
 
 def image_field(row: Row, name: str) -> Any:
-    """A PIL image, a path, or the encoded bytes that `datasets` gives for an undecoded image."""
-    value = row.get(name)
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if value is None or value == "" or value == b"":
+    """A PIL image, an array, a path or URL, or encoded bytes; see `image_source`."""
+    value = image_source(row.get(name))
+    if value is None or isinstance(value, Mapping) or (isinstance(value, str | bytes) and not value):
         raise GroupError(f"field {name!r} is missing or empty, found {sorted(row)}; the published schema has an image")
-    if not isinstance(value, (str, bytes, Image.Image)):
+    if not isinstance(value, (str, bytes, Image.Image)) and not hasattr(value, "__array__"):
         raise wrong_field(name, value, "an image, a path or encoded bytes")
     return value
 

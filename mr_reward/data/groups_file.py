@@ -19,6 +19,7 @@ from mr_reward.data.jsonl import read_json_lines, write_json_lines
 from mr_reward.data.media_files import resolve_media, write_image
 from mr_reward.errors import GroupError, MRRewardError
 from mr_reward.groups import GroupScores, Message, ResponseGroup
+from mr_reward.templates.images import image_source, is_url
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -278,8 +279,9 @@ def _prompt(group: ResponseGroup) -> str | list[Message]:
 
 def _stored(image: Any, path: Path) -> str:
     """The path of an image as it stands in the file at `path`."""
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
+    image = image_source(image)
+    if is_url(image):
+        return str(image)
     if not isinstance(image, (str, Path)):
         image = write_image(image, path.with_name(f"{path.stem}_media"))
     return Path(os.path.relpath(image, path.parent)).as_posix()

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mr_reward.checkpoint.checksums import written_whole_file
-from mr_reward.errors import MediaError
+from mr_reward.errors import MediaError, shown
 from mr_reward.groups import ResponseGroup
-from mr_reward.templates.images import load_image
+from mr_reward.templates.images import image_source, is_url, load_image
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
+
+_LARGEST_ASPECT_RATIO = 200  # `smart_resize` in transformers' image processors of Qwen
 
 
 def resolve_media(group: ResponseGroup, root: Path, within: str | Path | None = None) -> ResponseGroup:
     """The group with media that can be opened: paths that exist, encoded bytes, PIL images.
 
-    Images are given as paths, bytes, PIL images or rows of `datasets` (`{"bytes": ..., "path": ...}`); a video is a
-    list of such frames, or of one path, that of a folder of frames. Relative paths count from `root`, and what a row
+    Images are given as `load_image` takes them; a video is a list of such frames, or of one path, that of a folder of
+    frames. Relative paths count from `root`, and what a row
     names has to lie in `within`, or, if that is None, in `root` or the working folder.
     """
     if not group.images and not group.videos:
@@ -38,9 +40,25 @@ def resolve_media(group: ResponseGroup, root: Path, within: str | Path | None = 
     return replace(group, prompt=group.messages, images=images, videos=videos)
 
 
+def check_readable(group: ResponseGroup) -> None:
+    """Decode all media of a group: MediaError for one that no model could be shown, with its place in the group."""
+    places = [(f"images[{i}]", image) for i, image in enumerate(group.images)]
+    places += [(f"videos[{i}][{j}]", frame) for i, video in enumerate(group.videos) for j, frame in enumerate(video)]
+    for field, source in places:
+        try:
+            size = load_image(source).size
+        except MediaError as error:
+            raise MediaError(f"{field}: {error}") from error
+        if max(size) > _LARGEST_ASPECT_RATIO * min(size):
+            raise MediaError(
+                f"{field}: the image {shown(source)} is {size[0]} x {size[1]}, and Qwen's processors take none that "
+                f"is more than {_LARGEST_ASPECT_RATIO} times as long as wide; crop or remove it"
+            )
+
+
 def rebase_path(path: str, root: Path, folder: Path) -> str:
-    """A path that counts from `root`, counted from `folder`; absolute ones and URLs stay as they are."""
-    if Path(path).is_absolute() or path.startswith(("http://", "https://")):
+    """A path that counts from `root`, counted from `folder`; absolute ones, URLs and other URIs stay as they are."""
+    if Path(path).is_absolute() or is_url(path) or path[:7].lower().startswith(("data:", "file://")):
         return path
     return Path(os.path.relpath(root / path, folder)).as_posix()
 
@@ -69,17 +87,19 @@ class _Roots(NamedTuple):
 
 
 def _resolve_image(image: Any, roots: _Roots, field: str) -> Any:
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, Image.Image):
+    try:
+        image = image_source(image)
+    except MediaError as error:
+        raise MediaError(f"{field}: {error}") from error
+    if isinstance(image, bytes):
+        _suffix(image, f"{field}: ")
         return image
-    if isinstance(image, (bytes, bytearray)):
-        _suffix(bytes(image), f"{field}: ")
-        return bytes(image)
+    if isinstance(image, Image.Image) or hasattr(image, "__array__"):
+        return image
     path = _path(image, roots, field)
     if not os.path.isfile(path):  # unlike the method, no error for a name that no file can have
         raise MediaError(
-            f"{field}: {str(path)!r:.300} is not a file; check the path and the folder that it counts from"
+            f"{field}: {shown(str(path), 300)} is not a file; check the path and the folder that it counts from"
         )
     return path
 
@@ -105,17 +125,20 @@ def _resolve_video(video: Sequence[Any], roots: _Roots, field: str) -> list[Any]
 
 def _path(value: Any, roots: _Roots, field: str) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
-        raise MediaError(f"{field}: is {value!r:.60}, expected a path, encoded bytes or a PIL image")
-    if str(value).startswith(("http://", "https://")):
-        raise MediaError(f"{field}: {value!r:.200} is a URL and nothing is fetched; download it and give the path")
+        raise MediaError(f"{field}: is {shown(value, 60)}, expected a path, encoded bytes or a PIL image")
+    if is_url(value):
+        raise MediaError(
+            f"{field}: {shown(value, 200)} is a URL and nothing is fetched; download it and give the path"
+        )
     path = roots.base / value
     # By name: a link in the folder was put there by who owns it.
     place = Path(os.path.abspath(path))
     if not any(place.is_relative_to(os.path.abspath(folder)) for folder in roots.allowed):
         # Rows come from anywhere, and what they name is opened, copied and shown.
         raise MediaError(
-            f"{field}: {str(value)!r:.200} leads out of {' and of '.join(repr(str(root)) for root in roots.allowed)}; "
-            "move the file there, or start from a folder that holds it"
+            f"{field}: {shown(str(value), 200)} leads out of "
+            f"{' and of '.join(repr(str(root)) for root in roots.allowed)}; move the file there, or start from a "
+            "folder that holds it"
         )
     return path
 
@@ -125,6 +148,10 @@ def _suffix(content: bytes, where: str = "") -> str:
     try:
         with Image.open(BytesIO(content)) as image:
             return f".{(image.format or 'image').lower()}".replace(".jpeg", ".jpg")
+    except UnidentifiedImageError as error:  # its text is the address of a buffer
+        raise MediaError(
+            f"{where}{len(content)} bytes are no image (no known type: cut off, or a web page?); replace or remove it"
+        ) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"{where}{len(content)} bytes are no image ({error}); replace or remove it") from error
 

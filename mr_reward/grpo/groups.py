@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mr_reward.errors import ConfigurationError, GroupAssemblyError, GroupError
-from mr_reward.groups import Message, ResponseGroup
+from mr_reward.groups import Message, ResponseGroup, image_of
 from mr_reward.templates.images import DecodedImages
 
 Completion = str | Sequence[Mapping[str, Any]]
@@ -248,7 +248,7 @@ def _carries_images(prompt: Prompt) -> bool:
     """Whether a content block has an image in it; what is no chat is refused later."""
     contents = [] if isinstance(prompt, str) else [m.get("content") for m in prompt if isinstance(m, Mapping)]
     blocks = [block for content in contents if isinstance(content, Sequence) for block in content]
-    return any(isinstance(block, Mapping) and block.get("image") is not None for block in blocks)
+    return any(isinstance(block, Mapping) and image_of(block) is not None for block in blocks)
 
 
 def _check_same_prompt(chunk: Sequence[tuple[int, int, RolloutRow]], start: int, num_generations: int) -> None:

@@ -53,7 +53,7 @@ def register(
             messages = kwargs.get("messages")
             if messages is None:
                 raise GroupError(f"ms-swift passed no messages, found {sorted(kwargs)}; another version than 4.6?")
-            images = [[_image(image) for image in row or ()] for row in kwargs.get("images") or [()] * len(messages)]
+            images = [list(row or ()) for row in kwargs.get("images") or [()] * len(messages)]
             prompts = [to_prompt(turns[:-1]) for turns in messages]
             return self.reward(prompts, completions, images=images, trainer_state=kwargs.get("trainer_state"))
 
@@ -77,8 +77,3 @@ def to_prompt(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             ]
         turns.append({"role": message["role"], "content": content})
     return turns
-
-
-def _image(image: Any) -> Any:
-    """A row of ms-swift holds paths, PIL images or `{"bytes": ..., "path": ...}`."""
-    return (image.get("bytes") or image.get("path")) if isinstance(image, Mapping) else image

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mr_reward.errors import GroupError, MediaError
 from mr_reward.groups import GroupScores, ResponseGroup
-from mr_reward.templates.images import load_image
+from mr_reward.templates.images import image_source, load_image
 
 # What the server opens; images of other kinds are sent as PNG. Pillow opens more, some through other programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -175,10 +175,9 @@ def _encode(source: Any) -> str:
 
 
 def _file_content(source: Any) -> bytes | None:
-    if isinstance(source, dict):
-        source = source.get("bytes") or source.get("path")
-    if isinstance(source, bytes | bytearray):
-        return bytes(source)
+    source = image_source(source)
+    if isinstance(source, bytes):
+        return source
     if isinstance(source, str | Path) and os.path.isfile(source) and os.access(source, os.R_OK):
         return Path(source).read_bytes()
     return None

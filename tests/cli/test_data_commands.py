@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -34,9 +36,9 @@ def best(group: ResponseGroup) -> str:
     return group.responses[list(group.rankings or ()).index(1)]
 
 
-def run(*arguments: object) -> str:
+def run(*arguments: object, exit_code: int = 0) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == exit_code, result.output
     return result.output
 
 
@@ -85,7 +87,7 @@ def test_a_bad_row_is_an_error_with_file_and_row_or_listed(tmp_path: Path) -> No
     with pytest.raises(GroupError, match="sky.jsonl, line 2: field 'chosen'"):
         run("data", "convert", "skywork", source, out)
     assert list(tmp_path.iterdir()) == [source], "nothing is left of what was begun"
-    output = run("data", "convert", "skywork", source, out, "--skip-bad")
+    output = run("data", "convert", "skywork", source, out, "--skip-bad", exit_code=3)
     assert f"bad: {source}, line 2: field 'chosen'" in output
     assert len(load_preferences(out)) == 2
 
@@ -96,7 +98,7 @@ def test_bad_rows_of_every_kind_are_listed(tmp_path: Path) -> None:
     lines = [good, json.dumps({**ROWS["tulu"], "chosen": 3}), "{", "[1]", json.dumps({"chosen": {}}), good]
     source = tmp_path / "t.jsonl"
     source.write_text("\n".join(lines) + "\n" + "{}\n" * 30)
-    output = run("data", "convert", "tulu", source, tmp_path / "out.jsonl", "--skip-bad")
+    output = run("data", "convert", "tulu", source, tmp_path / "out.jsonl", "--skip-bad", exit_code=3)
     for number, words in ((2, "'chosen' is int"), (3, "no JSON"), (4, "the row is [1]"), (5, "'chosen' is dict")):
         assert any(f"line {number}: " in line and words in line for line in output.splitlines()), (number, output)
     assert "... and 14 more" in output
@@ -109,9 +111,37 @@ def test_a_missing_picture_is_a_bad_row(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "r.jsonl", rows)
     with pytest.raises(GroupError, match=r"r.jsonl, line 2: images\[0\]: .*gone.png"):
         run("data", "convert", "rlaif_v", source, tmp_path / "out.jsonl")
-    run("data", "convert", "rlaif_v", source, tmp_path / "out" / "t.jsonl", "--skip-bad")
+    run("data", "convert", "rlaif_v", source, tmp_path / "out" / "t.jsonl", "--skip-bad", exit_code=3)
     assert len(load_preferences(tmp_path / "out" / "t.jsonl", media_within=tmp_path)) == 1
     assert "../here.png" in (tmp_path / "out" / "t.jsonl").read_text()
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_an_image_that_cannot_be_shown_is_a_bad_row(tmp_path: Path, embedded: bool) -> None:
+    """A file cut off, a web page and a strip that processors refuse went through as 0 bad, and ended the training."""
+    images = {"good": Image.new("RGB", (9, 9), "red"), "long": Image.new("RGB", (2400, 12))}
+    images |= {"strip": Image.new("RGB", (4000, 12)), "column": Image.new("RGB", (3, 700))}
+    files = {}
+    for name, image in images.items():
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        files[name] = buffer.getvalue()
+    files |= {"cut": files["long"][:-30], "page": b"<!DOCTYPE html><title>404</title>"}
+    rows = []
+    for name, content in files.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+        rows.append({**ROWS["rlaif_v"], "image": f"{name}.png"})
+        if embedded:
+            rows[-1]["image"] = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    source, out = write_jsonl(tmp_path / "r.jsonl", rows), tmp_path / "out.jsonl"
+    with pytest.raises(GroupError, match=r"r.jsonl, line 3: images\[0\]: .*4000 x 12"):
+        run("data", "convert", "rlaif_v", source, out)
+    output = run("data", "convert", "rlaif_v", source, out, "--skip-bad", exit_code=3)
+    assert len(load_preferences(out)) == 2
+    bad = [line for line in output.splitlines() if line.startswith("bad: ")]
+    words = ("4000 x 12", "3 x 700", "cannot be read", "no known type|are no image")
+    for number, (line, word) in enumerate(zip(bad, words, strict=True), start=3):
+        assert re.match(rf"bad: {source}, line {number}: images\[0\]: .*({word})", line) and len(line) < 400, line
 
 
 def test_a_folder_of_files_by_split_and_config(tmp_path: Path) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from http_server import running
+from PIL import Image
 from tiny_models import ROUNDING, random_image, random_text, reward_model
 from typer.testing import CliRunner
 
@@ -80,9 +85,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def run(*arguments: object, stdin: bytes | None = None) -> bytes:
+def run(*arguments: object, stdin: bytes | None = None, exit_code: int = 0) -> bytes:
     result = CliRunner().invoke(app, ["score", *map(str, arguments)], input=stdin, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == exit_code, result.output
     return result.stdout_bytes
 
 
@@ -263,12 +268,84 @@ def test_bad_lines(line: bytes, message: str, folder: Path, tmp_path: Path, monk
     with pytest.raises(GroupError, match=rf"standard input, line 3: .*{message}.*Fix it, or give --skip-bad"):
         run(folder / "rm", "--out", out, stdin=source)
     assert len(read_rows(out)) == 1, "what came before is kept"
-    run(folder / "rm", "--out", out, "--skip-bad", stdin=source)
+    run(folder / "rm", "--out", out, "--skip-bad", stdin=source, exit_code=3)
     first, bad, last = read_rows(out)
     assert first["scores"] == pytest.approx(last["scores"], abs=ROUNDING)
-    assert bad["scores"] is None and "error" in bad
-    run(folder / "rm", "--out", out, "--skip-bad", stdin=source)
+    assert bad["scores"] is None and bad["error"].startswith("standard input, line 3: ")
+    run(folder / "rm", "--out", out, "--skip-bad", stdin=source, exit_code=3)
     assert len(read_rows(out)) == 3, "a bad line is known again"
+
+
+def write_bad_images(folder: Path) -> dict[str, str]:
+    """Files that a model or a decoder refuses, and what is said of them."""
+    Image.new("RGB", (4000, 12)).save(folder / "strip.png")
+    (folder / "page.png").write_text("<!DOCTYPE html><title>404</title>")
+    buffer = BytesIO()
+    random_image(random.Random(0)).save(buffer, "PNG")
+    (folder / "cut.png").write_bytes(buffer.getvalue()[:-2000])
+    return {"strip.png": "aspect ratio", "page.png": "no known type of image", "cut.png": "truncated|cannot be read"}
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize("server", [False, True])
+def test_a_bad_image_is_an_error_in_its_line_and_the_others_are_scored(
+    folder: Path, tmp_path: Path, chunk: int, server: bool
+) -> None:
+    """A picture that the processor refuses, a file cut off and a web page: one of them ended everything."""
+    messages = write_bad_images(tmp_path)
+    random_image(random.Random(1)).save(tmp_path / "good.png")
+    order = ["good.png", "strip.png", "good.png", "good.png", "page.png", "cut.png", "good.png"]
+    rows = [{"prompt": f"What is {i}?", "responses": ["a", "b"], "images": [name]} for i, name in enumerate(order)]
+    source, out = tmp_path / "groups.jsonl", tmp_path / "scores.jsonl"
+    write_json_lines(source, rows)
+    good = [ResponseGroup(prompt=r["prompt"], responses=["a", "b"], images=[tmp_path / "good.png"]) for r in rows]
+    scorer = GroupScorer.from_pretrained(folder / "rm")
+    with ExitStack() as stack:
+        rm = stack.enter_context(running(build_app(scorer))) if server else folder / "rm"
+        with pytest.raises(GroupError, match=f"{source}, line 2: .*aspect ratio.*Fix it, or give --skip-bad"):
+            run(rm, source, "--out", out, "--chunk", chunk)
+        assert len(read_rows(out)) == 1, "what came before is kept"
+        run(rm, source, "--out", out, "--chunk", chunk, "--skip-bad", exit_code=3)
+        found = read_rows(out)
+        run(rm, source, "--out", out, "--chunk", chunk, "--skip-bad", exit_code=3)
+    assert read_rows(out) == found
+    for number, (name, row, group) in enumerate(zip(order, found, good, strict=True), start=1):
+        if name == "good.png":
+            assert row["scores"] == pytest.approx(scorer.score([group])[0], abs=ROUNDING)
+        else:
+            assert row["scores"] is None
+            assert re.match(rf"{source}, line {number}: .*({messages[name]})", row["error"]), row["error"]
+
+
+def test_images_in_every_form_are_one_picture(folder: Path, tmp_path: Path) -> None:
+    """Also from the file of scores, which lies in another folder: what names a file there still does."""
+    path = tmp_path / "data" / "a b.png"
+    path.parent.mkdir()
+    random_image(random.Random(7)).save(path)
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    uri = f"data:image/png;base64,{encoded}"
+    blocks = [{"type": "image", key: value} for key in ("image", "path", "url") for value in ("a b.png", uri)]
+    blocks += [{"type": "image", "base64": encoded}, {"type": "image", "image": {"path": "a b.png", "bytes": None}}]
+    for value in ("a b.png", path.as_uri(), uri):
+        blocks += [{"type": "image_url", "image_url": {"url": value, "detail": "auto"}}]
+        blocks += [{"type": "input_image", "image_url": value}]
+    chats = [[{"role": "user", "content": [block, {"type": "text", "text": "?"}]}] for block in blocks]
+    rows: list[dict[str, Any]] = [{"prompt": chat, "responses": ["a", "bb"]} for chat in chats]
+    for image in ("a b.png", uri, path.as_uri(), {"path": "a b.png"}):
+        rows += [{"prompt": "?", "responses": ["a", "bb"], "images": [image]}]
+        rows += [{"prompt": "?", "responses": ["a", "bb"], "image": image}]
+    source, out = path.with_name("groups.jsonl"), tmp_path / "out" / "scores.jsonl"
+    write_json_lines(source, rows)
+    run(folder / "rm", source, "--out", out)
+    group = ResponseGroup(prompt="?", responses=["a", "bb"], images=[path])
+    scorer = GroupScorer.from_pretrained(folder / "rm")
+    (expected,) = scorer.score([group])
+    found = read_rows(out)
+    assert close([row["scores"] for row in found], [expected or []] * len(rows))
+    again = scorer.score([one.group for one in read_scored(out, media_within=tmp_path)])
+    assert close([scores or [] for scores in again], [expected or []] * len(rows))
+    details = [row["prompt"][0]["content"][0].get("image_url") for row in found if isinstance(row["prompt"], list)]
+    assert {image["detail"] for image in details if isinstance(image, dict)} == {"auto"}
 
 
 def test_dropped_groups_stay_in_their_place(folder: Path) -> None:
