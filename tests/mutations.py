@@ -297,6 +297,20 @@ MUTATIONS = [
         "tests/data/test_converter_edges.py",
     ),
     Mutation(
+        "answers about different pictures are one group",
+        "mr_reward.data.trainer_formats.gather_by",
+        "[row.get(part) for part in key]",
+        "[row.get(part) for part in key[:1]]",
+        "tests/data/test_formats.py",
+    ),
+    Mutation(
+        "of two formats that fit the coarser one is taken",
+        "mr_reward.data.converters.recognise",
+        "form < other",
+        "form > other",
+        "tests/data/test_formats.py",
+    ),
+    Mutation(
         "resume: a torn line is kept",
         "mr_reward.data.jsonl.ResumableJsonLines",
         'line.endswith(b"\\n")',

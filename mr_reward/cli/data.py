@@ -33,7 +33,7 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count and list bad ro
 
 @data.command()
 def convert(
-    name: Annotated[str, typer.Argument(help="Data set, see the list above")],
+    name: Annotated[str, typer.Argument(help="Format or data set, see the list above, or auto")],
     source: Annotated[str, typer.Argument(help="A .jsonl, .json or .parquet file, a folder of them, or a hub id")],
     out: Annotated[Path, typer.Argument(help="The .jsonl file to write; images go to a folder beside it")],
     split: Annotated[
@@ -46,28 +46,37 @@ def convert(
     keep_order: Annotated[bool, typer.Option("--keep-order", help="Do not shuffle the responses of a group")] = False,
     skip_bad: SkipBad = False,
 ) -> None:
-    """Turn a public data set into ranked groups.
+    """Turn preference data into ranked groups.
 
-    Data sets: mm_rlhf, llava_critic, rlaif_v, vlfeedback, povid, wildvision, tulu, skywork, nectar, pku_saferlhf.
+    Names: auto, which goes by the fields of the first row; formats of trainers: groups, preference, unpaired,
+    sharegpt, sharegpt_kto, llama_factory_v1, alpaca, ms_swift, openai, verl; data sets: mm_rlhf, llava_critic,
+    rlaif_v, vlfeedback, povid, wildvision, tulu, skywork, nectar, pku_saferlhf, ultrafeedback, helpsteer2,
+    helpsteer2_preference, helpsteer3, rlhf_v, arena, hh_rlhf, rewardbench. docs/data-formats.md has a row of each.
 
     Rows without a preference (ties, both bad) are counted and left out. A row that contradicts the published schema,
     or whose images cannot be read, is an error with its file, line and field; with --skip-bad such rows are listed
     and left out, and the exit code is 3.
 
+    Example: mr-reward data convert auto pairs.parquet train.jsonl
+
     Example: mr-reward data convert nectar berkeley-nest/Nectar nectar.jsonl --limit 10000
     """
     from mr_reward.data.conversion import Conversion
-    from mr_reward.data.converters import get_converter
+    from mr_reward.data.converters import get_converter, recognise, with_axis
     from mr_reward.data.groups_file import save_preferences
     from mr_reward.data.sources import read_rows
 
-    converter = get_converter(name, axis=axis)
-    if not Path(source).exists():
-        split, config = split or converter.split, config or converter.config
+    if name == "auto":
+        converter = with_axis(recognise(read_rows(source, split=split, config=config)), axis)
+        logger.info("%s: its fields are those of %s", source, converter.name)
+    else:
+        converter = get_converter(name, axis=axis)
+        if not Path(source).exists():
+            split, config = split or converter.split, config or converter.config
     rows = read_rows(source, split=split, config=config, columns=converter.columns)
     groups = Conversion(converter, rows, media_root=media, limit=limit, skip_bad=skip_bad, keep_order=keep_order)
     count = save_preferences(tqdm(groups, desc=f"converting {name}", unit=" groups"), out)
-    table = Table("what", "rows", title=f"{name} -> {escape(str(out))}")
+    table = Table("what", "rows", title=f"{converter.name} -> {escape(str(out))}")
     table.add_row("rows read", str(groups.num_rows))
     table.add_row("groups written", str(count))
     for reason, number in groups.skipped.most_common():
@@ -83,7 +92,8 @@ def convert(
         console.print(f"bad: {row}", markup=False, highlight=False, soft_wrap=True)
     if len(groups.bad_rows) > _SHOWN_BAD_ROWS:
         console.print(f"... and {len(groups.bad_rows) - _SHOWN_BAD_ROWS} more")
-    console.print(f"licence of the data: {converter.licence}")
+    if converter.hub_id:
+        console.print(f"licence of {converter.hub_id}: {converter.licence}")
     if groups.bad_rows:
         raise typer.Exit(BAD_ROWS)
 

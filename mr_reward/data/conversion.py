@@ -34,7 +34,7 @@ _MEDIA_COLUMNS = {
     "video": ("video", "videos", "video_path"),
     "audio": ("audio", "audios"),
 }
-_PROMPT_COLUMNS = ("system", "system_prompt", "tools", "history", "input", "context")
+_PROMPT_COLUMNS = ("system", "system_prompt", "tools", "history", "input", "context", "question", "query")
 
 
 class ReadRow(Mapping[str, Any]):
@@ -66,6 +66,11 @@ def leave_out(row: Row, reason: str) -> None:
         row.left_out[reason] += 1
 
 
+def alternatives(*forms: str) -> tuple[frozenset[str], ...]:
+    """The columns of each form, from their names in a text."""
+    return tuple(frozenset(form.split()) for form in forms)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Converter:
     """How the rows of one data set, or of one format, become groups."""
@@ -77,8 +82,9 @@ class Converter:
     licence: str = "see its page"  # of the data; read it before you train on it
     config: str | None = None  # of the hub data set, if it has several
     split: str = "train"
-    # What every row has: a folder's other files are not read, and a file that has them is recognised.
-    columns: frozenset[str] = frozenset()
+    # What every row has, in one of the format's forms: a folder's other files are not read, and a file that has them
+    # is recognised.
+    columns: tuple[frozenset[str], ...] = ()
     fits: Callable[[Row], bool] | None = None  # a row with these columns is recognised if this agrees
     # A first look at all rows gives what else `convert` has to know. Most data sets need none.
     look: Callable[[Iterable[Row]], dict[str, Any]] | None = None

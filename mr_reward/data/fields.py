@@ -30,7 +30,7 @@ def field(row: Any, name: str, kind: type | tuple[type, ...], *, at: str = "") -
             f"field {path!r} is missing, found {sorted(row)}; the published schema has it, check data set and version"
         )
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
+    if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and not {bool, object} & set(kinds)):
         raise GroupError(
             f"field {path!r} is {type(row[name]).__name__} ({shown(row[name], 60)}), expected "
             f"{' or '.join(k.__name__ for k in kinds)}; check data set and version"
@@ -86,7 +86,7 @@ def _message(message: Any) -> Message | None:
     if not isinstance(message, Mapping):
         return None
     # Arrow has every key in every message, and None where it was not given.
-    kept = {key: value for key, value in message.items() if value is not None}
+    kept = {key: value for key, value in message.items() if value is not None and key != "loss_weight"}
     if "from" in kept and "role" not in kept:
         kept["role"], kept["content"] = _ROLES.get(kept.pop("from")), kept.pop("value", None)
     if not isinstance(kept.get("role"), str):

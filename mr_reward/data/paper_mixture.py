@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mr_reward.data.conversion import Converter, SkippedRow, graded_group, leave_out
+from mr_reward.data.conversion import Converter, SkippedRow, alternatives, graded_group, leave_out
 from mr_reward.data.fields import (
     field,
     image_field,
@@ -25,7 +25,7 @@ from mr_reward.data.fields import (
 )
 from mr_reward.data.sources import Row
 from mr_reward.errors import GroupError
-from mr_reward.groups import ResponseGroup
+from mr_reward.groups import Message, ResponseGroup
 
 logger = logging.getLogger(__name__)
 
@@ -111,14 +111,14 @@ def _povid(row: Row) -> ResponseGroup:
     return graded_group(question, [chosen, rejected], [1, 2], images=images, id=row_id(row))
 
 
-def _wildvision(row: Row) -> ResponseGroup:
-    """Two models' chats about an image and the user's vote; the prompt is everything before the last answers."""
+def arena_battle(row: Row) -> ResponseGroup:
+    """Two models' chats and the user's vote; the prompt is everything before the last answers."""
     winner = field(row, "winner", str)
-    if winner in ("tie", "tie (bothbad)"):
+    if winner.startswith("tie") or winner in ("both_bad", "bothbad"):
         raise SkippedRow(winner)
     if winner not in ("model_a", "model_b"):
         raise wrong_field("winner", winner, "model_a, model_b, tie or tie (bothbad)")
-    first, second = messages_field(row, "conversation_a"), messages_field(row, "conversation_b")
+    first, second = _battle_chat(row, "conversation_a"), _battle_chat(row, "conversation_b")
     if [turn for turn in first if turn["role"] == "user"] != [turn for turn in second if turn["role"] == "user"]:
         raise GroupError("fields 'conversation_a' and 'conversation_b' ask different questions, expected the same")
     if first[:-1] != second[:-1]:
@@ -127,9 +127,23 @@ def _wildvision(row: Row) -> ResponseGroup:
         first[:-1],
         [first[-1]["content"], second[-1]["content"]],
         [int(winner != "model_a"), int(winner != "model_b")],
-        images=[image_field(row, "image")],
         id=row_id(row, "question_id"),
+        **media_fields(row),
     )
+
+
+def _battle_chat(row: Row, name: str) -> list[Message]:
+    """VisionArena has a list around each turn."""
+    turns = field(row, name, list)
+    if turns and all(isinstance(turn, list) for turn in turns):
+        return messages_field({name: [message for turn in turns for message in turn]}, name)
+    return messages_field(row, name)
+
+
+def _wildvision(row: Row) -> ResponseGroup:
+    group = arena_battle(row)
+    image_field(row, "image")  # always there
+    return group
 
 
 _LEAST_AGREEMENT = 0.3
@@ -258,7 +272,9 @@ def _chat_pair(row: Row) -> ResponseGroup:
 
 def _nectar(row: Row) -> ResponseGroup:
     """Seven answers with GPT-4's ranks, 1 is best."""
-    turns = _dialogue(field(row, "prompt", str))
+    *turns, last = dialogue(row, "prompt")
+    if last["role"] != "assistant" or last["content"]:
+        raise wrong_field("prompt", row["prompt"], _DIALOGUE)
     responses, ranks = [], []
     for i, answer in enumerate(field(row, "answers", list)):
         rank = float(field(answer, "rank", (int, float), at=f"answers[{i}]"))
@@ -274,16 +290,22 @@ def _nectar(row: Row) -> ResponseGroup:
 _SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
 
 
-def _dialogue(text: str) -> list[dict[str, Any]]:
-    """`Human: ... Assistant: ... Human: ... Assistant:` -> messages."""
+_DIALOGUE = "'Human: ... Assistant: ...', in turns, with an empty last one in a prompt"
+
+
+def dialogue(row: Row, name: str) -> list[Message]:
+    """`Human: ... Assistant: ... Human: ... Assistant: ...` -> messages; the last one, an answer, may be empty."""
+    text = field(row, name, str)
     # Only at the start of a paragraph: a question may speak of "Human:" itself.
     opening, *parts = _SPEAKER.split(text)
     speakers, texts = parts[::2], [part.strip() for part in parts[1::2]]
     in_turns = bool(speakers) and speakers == ["Human", "Assistant"] * (len(speakers) // 2)
-    if opening.strip() or not in_turns or texts[-1] or not all(texts[:-1]):
-        raise wrong_field("prompt", text, "'Human: ... Assistant:', in turns, the last one empty")
-    pairs = zip(speakers[:-1], texts[:-1], strict=True)
-    return [{"role": "user" if speaker == "Human" else "assistant", "content": said} for speaker, said in pairs]
+    if opening.strip() or not in_turns or not all(texts[:-1]):
+        raise wrong_field(name, text, _DIALOGUE)
+    return [
+        {"role": "user" if speaker == "Human" else "assistant", "content": said}
+        for speaker, said in zip(speakers, texts, strict=True)
+    ]
 
 
 def _pku_saferlhf(row: Row, *, axis: str = "agree") -> ResponseGroup:
@@ -306,7 +328,7 @@ PAPER_MIXTURE = (
         _mm_rlhf,
         hub_id="yifanzhang114/MM-RLHF",
         look=_look_at_mm_rlhf,
-        columns=frozenset({"question", "models_output", "final_ranking"}),
+        columns=alternatives("question models_output final_ranking"),
     ),
     Converter(
         "llava_critic",
@@ -314,7 +336,7 @@ PAPER_MIXTURE = (
         hub_id="lmms-lab/llava-critic-113k",
         licence="apache-2.0",
         config="pairwise",
-        columns=frozenset({"id", "image", "conversations"}),
+        columns=alternatives("id image conversations"),
         fits=lambda row: _critic_parts(turns_field(row, "conversations")[0]) is not None,
     ),
     Converter(
@@ -322,19 +344,19 @@ PAPER_MIXTURE = (
         _rlaif_v,
         hub_id="openbmb/RLAIF-V-Dataset",
         licence="cc-by-nc-4.0",
-        columns=frozenset({"question", "chosen", "rejected", "image"}),
+        columns=alternatives("question chosen rejected image"),
     ),
     Converter(
         "vlfeedback",
         _vlfeedback,
         hub_id="MMInstruction/VLFeedback",
-        columns=frozenset({"prompt", "completions"}),
+        columns=alternatives("prompt completions"),
     ),
     Converter(
         "povid",
         _povid,
         hub_id="YiyangAiLab/POVID_preference_data_for_VLLMs",
-        columns=frozenset({"image", "conversations", "rejected_conversations"}),
+        columns=alternatives("image conversations rejected_conversations"),
     ),
     Converter(
         "wildvision",
@@ -342,7 +364,7 @@ PAPER_MIXTURE = (
         hub_id="WildVision/wildvision-battle",
         licence="odc-by",
         split="test",
-        columns=frozenset({"conversation_a", "conversation_b", "image", "winner"}),
+        columns=alternatives("conversation_a conversation_b image winner"),
     ),
     Converter(
         "tulu",
@@ -356,13 +378,13 @@ PAPER_MIXTURE = (
         _nectar,
         hub_id="berkeley-nest/Nectar",
         licence="apache-2.0, not to compete with OpenAI",
-        columns=frozenset({"prompt", "answers", "num_responses"}),
+        columns=alternatives("prompt answers num_responses"),
     ),
     Converter(
         "pku_saferlhf",
         _pku_saferlhf,
         hub_id="PKU-Alignment/PKU-SafeRLHF",
         licence="cc-by-nc-4.0",
-        columns=frozenset({"prompt", "response_0", "response_1", "better_response_id", "safer_response_id"}),
+        columns=alternatives("prompt response_0 response_1 better_response_id safer_response_id"),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,13 @@ class RowSource:
 
 
 def read_rows(
-    source: str | Path, *, split: str | None = None, config: str | None = None, columns: Collection[str] = ()
+    source: str | Path, *, split: str | None = None, config: str | None = None, columns: Sequence[Collection[str]] = ()
 ) -> RowSource:
     """Open a `.jsonl`, `.json` (one list) or `.parquet` file, a folder of them, or a data set of the hub (its id).
 
     Its rows are read when they are asked for. `split`: of the hub, `train` if None; of a folder, how the files'
-    names start. `config`: of the hub; of a folder, one above the files. `columns`: of a folder, files without them are
-    left alone. Images are `{"bytes": ..., "path": ...}`.
+    names start. `config`: of the hub; of a folder, one above the files. `columns`: the forms of a row; files of
+    a folder with none of them are left alone. Images are `{"bytes": ..., "path": ...}`.
     """
     path = Path(source)
     if path.is_file():
@@ -58,9 +58,10 @@ def read_rows(
     )
 
 
-def _files(folder: Path, split: str | None, config: str | None, columns: Collection[str]) -> list[Path]:
+def _files(folder: Path, split: str | None, config: str | None, columns: Sequence[Collection[str]]) -> list[Path]:
     """Files of the first kind of which there are some; others, like pairs made of the rows, may lie beside them."""
     others: list[str] = []
+    wanted = " or ".join(", ".join(sorted(form)) for form in columns)
     for suffix in SUFFIXES:
         found = [
             path
@@ -72,11 +73,11 @@ def _files(folder: Path, split: str | None, config: str | None, columns: Collect
         others += [path.name for path in found if path not in with_columns]
         if with_columns:
             if others:
-                logger.info("%s: left alone, without the fields %s: %s", folder, sorted(columns), ", ".join(others))
+                logger.info("%s: left alone, without the fields %s: %s", folder, wanted, ", ".join(others))
             return with_columns
     if others:
         raise ConfigurationError(
-            f"{folder}: no file has the fields {sorted(columns)}, found {', '.join(others)}; check data set and "
+            f"{folder}: no file has the fields {wanted}, found {', '.join(others)}; check data set and "
             "version, or give the file"
         )
     raise ConfigurationError(
@@ -85,10 +86,10 @@ def _files(folder: Path, split: str | None, config: str | None, columns: Collect
     )
 
 
-def _has(path: Path, columns: Collection[str]) -> bool:
-    """Whether the first row has these columns; what is no row is left to the reading."""
-    _, row = next(_read_file(path), ("", None))
-    return not isinstance(row, Mapping) or set(columns) <= set(row)
+def _has(path: Path, columns: Sequence[Collection[str]]) -> bool:
+    """Whether the first row has these columns, of one of the forms; what is no row is left to the reading."""
+    _, row = next(_read_file(path), ("", None)) if columns else ("", None)
+    return not isinstance(row, Mapping) or any(set(form) <= set(row) for form in columns)
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:

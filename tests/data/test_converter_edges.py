@@ -187,5 +187,5 @@ def test_mm_rlhf_folder_as_its_readme_has_it(tmp_path: Path) -> None:
     (tmp_path / "dpo_pairs.jsonl").write_text(json.dumps(pair) + "\n")
     rows = read_rows(tmp_path, columns=CONVERTERS["mm_rlhf"].columns)
     assert [row["id"] for _, row in rows] == ["mcq/1"]
-    with pytest.raises(ConfigurationError, match=r"no file has the fields .*'answers'.*data.jsonl, dpo_pairs.jsonl"):
+    with pytest.raises(ConfigurationError, match=r"has the fields answers, .*found data.jsonl, dpo_pairs.jsonl"):
         read_rows(tmp_path, columns=CONVERTERS["nectar"].columns)
