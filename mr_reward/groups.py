@@ -5,6 +5,8 @@ Files, benchmarks and trainers are read as groups; a `Scorer` turns groups into 
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
@@ -16,6 +18,8 @@ __all__ = ["GroupScores", "ResponseGroup", "Scorer", "dense_ranks", "undo_order"
 
 _MEDIA_TYPES = ("image", "video")
 _IMAGE_BLOCKS = ("image", "image_url", "input_image")  # of transformers and TRL; of OpenAI's two interfaces
+# What chat templates read of a turn beside role and content; the name of a tool's turn besides.
+_TURN_KEYS = ("tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 Message = dict[str, Any]
 T = TypeVar("T")
 
@@ -51,15 +55,20 @@ class ResponseGroup:
     Args:
         prompt: a string, or chat messages (`{"role": ..., "content": str | list of blocks}`). A block is
             `{"type": "text", "text": ...}`, `{"type": "image"}` or `{"type": "video"}`; a media block may carry its
-            medium under the key of its type, an image also as `image_url`, `path`, `url` or `base64`.
+            medium under the key of its type, an image also as `image_url`, `path`, `url` or `base64`. A message may
+            have `tool_calls`, beside which the content may be None, `tool_call_id` and `reasoning_content`, and a
+            tool's turn a `name`, for the backbone's chat template; other keys are ignored. If the last turn is the
+            assistant's, the responses continue it.
         responses: N >= 1 response texts. The empty text is a response.
         images: what `mr_reward.templates.load_image` takes (PIL images, paths, bytes, arrays), in the order of the
-            prompt's image placeholders. A prompt without placeholders gets one for each image at the start of its
-            first user turn (as TRL does).
+            prompt's image placeholders. In a prompt without placeholder blocks each `<image>` of its text is one;
+            without those, the images stand at the start of its first user turn (as in TRL). Without images `<image>`
+            is text.
         videos: the same for videos; a video is a sequence of frames (PIL images, paths or bytes), one frame a second.
         rankings: N ranks, 1 = best, ties share a rank; dense (1, 2, 2, 3) or competition (1, 2, 2, 4) counting.
         id: a name for messages and logs.
         source: the data set it came from, for reports by source.
+        tools: JSON schemas of the tools that the prompt's chat template is to name.
 
     Raises:
         GroupError: no responses, wrong types, mismatched lengths, rankings that are not ranks.
@@ -78,9 +87,11 @@ class ResponseGroup:
     rankings: Sequence[int] | None = None
     id: str | None = None
     source: str | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "responses", self._checked_responses())
+        object.__setattr__(self, "tools", self._checked_tools())
         messages, embedded = _normalise_messages(self.prompt, self.name)
         media = {}
         for kind, given in (("image", self.images), ("video", self.videos)):
@@ -132,6 +143,14 @@ class ResponseGroup:
                     "pass the text of the completion"
                 )
         return tuple(self.responses)
+
+    def _checked_tools(self) -> tuple[dict[str, Any], ...]:
+        tools = () if self.tools is None else self.tools
+        if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise GroupError(
+                f"{self.name}: tools is {shown(tools, 80)}, expected a list of JSON schemas, one dict a tool"
+            )
+        return tuple(_plain_json([dict(tool) for tool in tools], f"{self.name}: tools"))
 
     def _checked_rankings(self) -> tuple[int, ...]:
         if isinstance(self.rankings, Mapping) or not isinstance(self.rankings, Iterable):
@@ -247,21 +266,61 @@ def _normalise_messages(
     embedded: dict[str, list[Any]] = {kind: [] for kind in _MEDIA_TYPES}
     messages = []
     for i, message in enumerate(prompt):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+        calls = isinstance(message, Mapping) and message.get("tool_calls")
+        if (
+            not isinstance(message, Mapping)
+            or not isinstance(message.get("role"), str)
+            or ("content" not in message and not calls)
+        ):
             raise GroupError(
                 f"{name}: message {i} is {shown(message, 200)}, expected a dict with 'role' and 'content'"
             )
-        content = message["content"]
+        content = message.get("content")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
+        elif content is None and calls:
+            content = []
         if not isinstance(content, Sequence):
             raise GroupError(
                 f"{name}: content of message {i} is {type(content).__name__}, expected a string or a list of blocks"
             )
-        messages.append(
-            {"role": message["role"], "content": [_normalise_block(block, i, name, embedded) for block in content]}
-        )
+        keys = (*_TURN_KEYS, "name") if message["role"] == "tool" else _TURN_KEYS
+        rest = {key: message[key] for key in keys if message.get(key) is not None}
+        blocks = [_normalise_block(block, i, name, embedded) for block in content]
+        messages.append({"role": message["role"], "content": blocks, **_plain_json(rest, f"{name}: message {i}")})
     return messages, embedded
+
+
+def _plain_json(value: Any, name: str) -> Any:
+    """A copy made of what JSON has; chat templates, files and the wire take nothing else."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise GroupError(f"{name}: {error}; expected values that JSON has") from error
+
+
+def tools_of(column: Any) -> Any:
+    """The tools of a row: a list, or, as TRL's data sets may have it, the same as JSON text; None for no tools."""
+    if not isinstance(column, str):
+        return column or ()
+    try:
+        return json.loads(column)
+    except ValueError as error:
+        raise GroupError(
+            f"tools is {column!r:.80}, which is no JSON ({error}); give a list of JSON schemas"
+        ) from error
+
+
+def split_tags(text: str, kinds: Sequence[str] = _MEDIA_TYPES) -> list[dict[str, Any]]:
+    """Text in which `<image>` and `<video>` stand for media, as content blocks.
+
+    Example:
+        >>> split_tags("<image>What?")
+        [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]
+    """
+    pieces = re.split("|".join(f"(<{kind}>)" for kind in kinds), text)
+    tags = {f"<{kind}>": kind for kind in kinds}
+    return [{"type": tags[piece]} if piece in tags else {"type": "text", "text": piece} for piece in pieces if piece]
 
 
 def _normalise_block(block: Any, index: int, name: str, embedded: dict[str, list[Any]]) -> dict[str, Any]:
@@ -303,6 +362,8 @@ def _match_media(
         )
     media = tuple(embedded or given)
     if media and not placeholders:
+        placeholders = _place_tags(messages, kind, len(media), name)
+    if media and not placeholders:
         turn = next((message for message in messages if message["role"] == "user"), None)
         if turn is None:
             raise MediaError(f"{name}: {len(media)} {kind}s but no user turn in the prompt to show them in")
@@ -319,3 +380,22 @@ def _match_media(
                 "read the frames from the file first"
             )
     return media
+
+
+def _place_tags(messages: list[Message], kind: str, num_media: int, name: str) -> int:
+    """Make the `<image>` or `<video>` of the texts placeholder blocks; their number, 0 if there are none."""
+    tag = f"<{kind}>"
+    blocks = [block for message in messages for block in message["content"] if block["type"] == "text"]
+    num_tags = sum(block["text"].count(tag) for block in blocks)
+    if num_tags not in (0, num_media):
+        raise MediaError(
+            f"{name}: the text of the prompt has {num_tags} {tag} but {num_media} {kind}s came with it; give one for "
+            f"each {tag}, or say where they stand with blocks {{'type': '{kind}'}}, beside which {tag} is text"
+        )
+    for message in messages if num_tags else ():
+        message["content"] = [
+            part
+            for block in message["content"]
+            for part in (split_tags(block["text"], (kind,)) if tag in block.get("text", "") else [block])
+        ]
+    return num_tags

@@ -1,9 +1,9 @@
 """Groups in JSON Lines: ranked ones, and ones with their scores.
 
 One object per line: `prompt` (text or chat messages), `responses`, `rankings` (1 = best, ties share a rank) and, where
-there are any, `images`, `videos`, `id` and `source`. The paper's public data (`prompt, responses, rankings, image,
-video`, arXiv 2604.10966) reads as it is. A group that was scored has what scoring it gave besides: that is what
-`mr-reward score` and a GRPO run write, and `mr-reward inspect` reads.
+there are any, `images`, `videos`, `id`, `source` and `tools` (JSON schemas). The paper's public data (`prompt,
+responses, rankings, image, video`, arXiv 2604.10966) reads as it is. A group that was scored has what scoring it gave
+besides: that is what `mr-reward score` and a GRPO run write, and `mr-reward inspect` reads.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 from mr_reward.data.jsonl import read_json_lines, write_json_lines
 from mr_reward.data.media_files import resolve_media, write_image
 from mr_reward.errors import GroupError, MRRewardError
-from mr_reward.groups import GroupScores, Message, ResponseGroup
+from mr_reward.groups import GroupScores, Message, ResponseGroup, tools_of
 from mr_reward.templates.images import image_source, is_url
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_KEYS = {"prompt", "responses", "rankings", "image", "images", "video", "videos", "id", "source"}
+_KEYS = {"prompt", "responses", "rankings", "image", "images", "video", "videos", "id", "source", "tools"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -234,6 +234,7 @@ def group_from_row(row: Any, fallback_id: str, *, ranked: bool) -> ResponseGroup
         videos=[[video] if isinstance(video, str) else video for video in videos],
         id=str(row["id"]) if row.get("id") is not None else fallback_id,
         source=str(row["source"]) if row.get("source") is not None else None,
+        tools=tools_of(row.get("tools")),
     )
 
 
@@ -247,6 +248,7 @@ def row_from_group(group: ResponseGroup, path: Path) -> dict[str, Any]:
         "rankings": list(group.rankings or ()),
         "images": [_stored(image, path) for image in group.images],
         "videos": [[_stored(frame, path) for frame in video] for video in group.videos],
+        "tools": list(group.tools),
     }
     return {key: value for key, value in row.items() if value not in (None, [])}
 

@@ -20,6 +20,7 @@ from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.model.rows import plan_batches
 from mr_reward.model.scorer import GroupScorer
 from mr_reward.scorers.opening import default_device, open_scorer, require_local
+from mr_reward.templates.chat import ChatTemplate, is_prefilled
 
 
 class RewardModel:
@@ -150,6 +151,7 @@ class ClassifierScorer:
             )
         if self._tokenizer.chat_template is None:
             raise ConfigurationError(f"{name} has no chat template, so prompts cannot be written; save one with it")
+        self._chat = ChatTemplate(self._tokenizer, sees_images=False)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         model.config.pad_token_id = self._tokenizer.pad_token_id
@@ -181,16 +183,19 @@ class ClassifierScorer:
             raise GroupError(
                 f"{group.name}: has images or videos, a sequence classifier reads text; take another model"
             )
-        prompt = [
-            {"role": turn["role"], "content": "".join(block["text"] for block in turn["content"])}
-            for turn in group.messages
-        ]
-        return [
-            self._tokenizer.apply_chat_template(
-                [*prompt, {"role": "assistant", "content": response}], return_dict=True
-            )["input_ids"]
-            for response in group.responses
-        ]
+        self._chat.check(group)
+        options: dict[str, Any] = {"tools": list(group.tools)} if group.tools else {}
+        *earlier, last = group.messages
+        rows = []
+        for response in group.responses:
+            text = {"type": "text", "text": response}
+            if is_prefilled(group.messages):  # the response continues it
+                chat = [*earlier, {**last, "content": [*last["content"], text]}]
+            else:
+                chat = [*earlier, last, {"role": "assistant", "content": [text]}]
+            turns = [self._chat.turn(turn) for turn in chat]
+            rows.append(self._tokenizer.apply_chat_template(turns, return_dict=True, **options)["input_ids"])
+        return rows
 
 
 def load_scorer(

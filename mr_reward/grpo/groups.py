@@ -208,7 +208,7 @@ def prompt_fingerprint(group: ResponseGroup, digest: Callable[[Any], str] | None
 
 def _prompt_content(group: ResponseGroup, digest: Callable[[Any], str]) -> list[Any]:
     media = [*map(digest, group.images)], [[*map(digest, video)] for video in group.videos]
-    return [group.messages, media]
+    return [group.messages, media, *([group.tools] if group.tools else [])]
 
 
 def _hashed(content: list[Any]) -> str:
@@ -235,11 +235,13 @@ def _turn_text(message: Mapping[str, Any], name: str) -> str:
 
 
 def _without_empty_content(prompt: Prompt) -> Prompt:
-    """Give assistant turns that only call tools the empty text; `ResponseGroup` wants a content everywhere."""
+    """Give turns without content the empty text; `ResponseGroup` wants one, but beside tool calls, everywhere."""
     if isinstance(prompt, str):
         return prompt
     return [
-        {**message, "content": ""} if isinstance(message, Mapping) and message.get("content") is None else message
+        {**message, "content": ""}
+        if isinstance(message, Mapping) and message.get("content") is None and not message.get("tool_calls")
+        else message
         for message in prompt
     ]
 

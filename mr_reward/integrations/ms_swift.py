@@ -8,14 +8,12 @@ So `MultiResponseReward` itself does the work, groups over several ranks include
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mr_reward.errors import GroupError
+from mr_reward.groups import split_tags
 from mr_reward.grpo.reward import MultiResponseReward
-
-_IMAGE_TAG = "<image>"
 
 
 def register(
@@ -67,13 +65,9 @@ def to_prompt(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     >>> to_prompt([{"role": "user", "content": "<image>What?"}])
     [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]}]
     """
-    turns = []
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, str):
-            pieces = [piece for piece in re.split(f"({_IMAGE_TAG})", content) if piece]
-            content = [
-                {"type": "image"} if piece == _IMAGE_TAG else {"type": "text", "text": piece} for piece in pieces
-            ]
-        turns.append({"role": message["role"], "content": content})
-    return turns
+    return [
+        {**message, "content": split_tags(message["content"], ("image",))}
+        if isinstance(message.get("content"), str)
+        else dict(message)
+        for message in messages
+    ]

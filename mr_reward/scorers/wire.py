@@ -44,6 +44,12 @@ class WireTurn(_Message):
 
     role: str
     content: list[WireBlock]
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None  # of a tool
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    thinking: str | None = None
 
 
 class WireGroup(_Message):
@@ -55,6 +61,7 @@ class WireGroup(_Message):
     responses: list[str]
     images: list[str] = []  # base64 of image files, in the order of the placeholders
     videos: list[list[str]] = []  # the same for each frame of each video
+    tools: list[dict[str, Any]] = []  # JSON schemas
 
 
 class ScoreRequest(_Message):
@@ -121,7 +128,8 @@ class ErrorAnswer(_Message):
 
 def dump(message: BaseModel) -> bytes:
     """A message as JSON in ASCII, of which `json.loads` gives back every string and number as it was."""
-    return json.dumps(message.model_dump(), separators=(",", ":")).encode("ascii")
+    # What was not set stays away: a server of an earlier version knows no tools.
+    return json.dumps(message.model_dump(exclude_unset=True), separators=(",", ":")).encode("ascii")
 
 
 def explain(error: Exception) -> str:
@@ -139,7 +147,8 @@ def to_wire(group: ResponseGroup, id: str) -> WireGroup:
         images = [_encode(image) for image in group.images]
         videos = [[_encode(frame) for frame in video] for video in group.videos]
     sent = {"id": id, "name": group.id, "messages": group.messages, "responses": list(group.responses)}
-    return WireGroup.model_validate({**sent, "images": images, "videos": videos})
+    tools = {"tools": list(group.tools)} if group.tools else {}
+    return WireGroup.model_validate({**sent, "images": images, "videos": videos, **tools})
 
 
 def from_wire(message: WireGroup, max_pixels: int) -> ResponseGroup:
@@ -153,6 +162,7 @@ def from_wire(message: WireGroup, max_pixels: int) -> ResponseGroup:
         images=images,
         videos=videos,
         id=message.name,
+        tools=message.tools,
     )
 
 

@@ -24,12 +24,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from mr_reward.backbones.base import BackboneAdapter
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError
 from mr_reward.groups import ResponseGroup
+from mr_reward.templates.chat import (
+    TEMPLATE_ERRORS,
+    ChatTemplate,
+    chat_template_text,
+    encodable,
+    is_prefilled,
+    template_options,
+)
 from mr_reward.templates.images import DecodedImages, load_image
 
 TEMPLATE = "chat"
@@ -60,19 +67,8 @@ def check_template(template: str, layout: str = "causal") -> None:
 
 def template_hash(processor: Any, template: str = TEMPLATE) -> str:
     """Identify everything that turns a group into text: 16 hexadecimal digits."""
-    content = json.dumps([template, _TEMPLATE_VERSION, _chat_template(processor)])
+    content = json.dumps([template, _TEMPLATE_VERSION, chat_template_text(processor)])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _chat_template(processor: Any) -> str:
-    template = getattr(processor, "chat_template", None) or getattr(
-        getattr(processor, "tokenizer", None), "chat_template", None
-    )
-    if not template:
-        raise ConfigurationError(
-            f"{type(processor).__name__} has no chat template; set processor.chat_template before making the model"
-        )
-    return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +114,7 @@ class Renderer:
 
     def __init__(self, processor: Any, template: str = TEMPLATE, *, adapter: BackboneAdapter | None = None) -> None:
         check_template(template)
-        _chat_template(processor)
+        chat_template_text(processor)
         self.template = template
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.sees_images = self.tokenizer is not processor
@@ -134,6 +130,7 @@ class Renderer:
             # "<<|endoftext|>|image_pad|>" counts as one. A group's media were matched when it was made.
             self.processor.validate_inputs = functools.partial(_check_media, processor.validate_inputs)
         self.encode_text = TextEncoder(self.tokenizer)
+        self.chat = ChatTemplate(self.processor, sees_images=self.sees_images)
         if template in JOINED_TEMPLATES:
             self._control_token = self.encode_text.pattern()
             self._separator_id = self._find_separator()
@@ -147,7 +144,7 @@ class Renderer:
         """
         if self.template in JOINED_TEMPLATES:
             return self._render_joined(group)
-        prompt = self._render_messages(group, group.messages, add_generation_prompt=True)
+        prompt = self._render_messages(group, group.messages, **template_options(group))
         token_types = prompt.pop("mm_token_type_ids", None)
         return RenderedGroup(
             prompt_ids=prompt.pop("input_ids")[0],
@@ -158,7 +155,8 @@ class Renderer:
 
     def render_all(self, groups: Sequence[ResponseGroup]) -> list[RenderedGroup]:
         """As `render`, in one call of the processor where it can: its own work for a call is that for many prompts."""
-        if len(groups) == 1 or self.template in JOINED_TEMPLATES or any(group.videos for group in groups):
+        one_by_one = any(group.videos or group.tools or is_prefilled(group.messages) for group in groups)
+        if len(groups) == 1 or self.template in JOINED_TEMPLATES or one_by_one:
             return [self.render(group) for group in groups]
         # Groups with one prompt, as the same objects, are one chat.
         places: dict[Any, int] = {}
@@ -168,7 +166,7 @@ class Renderer:
         try:
             chats = [self._load_messages(group, group.messages, load) for group in prompts]
             found = self.processor.apply_chat_template(chats, **_PROMPT_OPTIONS, add_generation_prompt=True)
-        except (MRRewardError, ValueError, TemplateError):
+        except (MRRewardError, ValueError, *TEMPLATE_ERRORS):
             return [self.render(group) for group in groups]  # the one at fault says so under its name
         media = {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
         num_images = [len(group.images) for group in prompts]
@@ -191,7 +189,7 @@ class Renderer:
         """The prompt ends at the last control token before the responses; plain text behind it is the joiner's."""
         messages, user_text = self._joined_messages(group)
         before, after, after_ids = self._surroundings(messages)
-        prompt = self._render_messages(group, messages, add_generation_prompt=False)
+        prompt = self._render_messages(group, messages)
         token_types = prompt.pop("mm_token_type_ids", None)
         ids = prompt.pop("input_ids")[0]
         end = self.encode_text(before + _SLOT + after) + after_ids
@@ -219,6 +217,11 @@ class Renderer:
 
     def _joined_messages(self, group: ResponseGroup) -> tuple[list[dict[str, Any]], str]:
         """The chat with a slot for the responses, and the user's text that stands right before them."""
+        if group.tools or is_prefilled(group.messages):
+            raise GroupError(
+                f"{group.name}: template {self.template!r} takes no tools and no prompt that ends in an assistant "
+                f"turn; change the prompt, or train a model with template={TEMPLATE!r}"
+            )
         messages = [_media_first(message) for message in group.messages]
         if self.template == "mr2rm-assistant":
             return [*messages, {"role": "assistant", "content": [{"type": "text", "text": _SLOT}]}], ""
@@ -233,8 +236,7 @@ class Renderer:
 
     def _surroundings(self, messages: list[dict[str, Any]]) -> tuple[str, str, list[int]]:
         """What the chat template writes around the slot: text before, text after, ids from a control token on."""
-        if not self.sees_images:
-            messages = [{**m, "content": "".join(block["text"] for block in m["content"])} for m in messages]
+        messages = [self.chat.turn(message) for message in messages]
         (chat,) = self.processor.apply_chat_template([messages], tokenize=False, add_generation_prompt=False)
         head, slot, tail = chat.rpartition(_SLOT)
         starts = [match.end() for match in self._control_token.finditer(head)]
@@ -264,31 +266,31 @@ class Renderer:
         self, group: ResponseGroup, messages: list[dict[str, Any]], load: Callable[[Any], Any] = load_image
     ) -> list[dict[str, Any]]:
         """The chat as the processor takes it, with the group's media in it."""
+        if not self.sees_images and (group.images or group.videos):
+            raise MediaError(
+                f"{group.name}: {len(group.images)} images and {len(group.videos)} videos for a text-only "
+                "backbone; use a vision-language backbone or remove them"
+            )
+        self.chat.check(group)
+        turns = [self.chat.turn(message) for message in messages]
         if not self.sees_images:
-            if group.images or group.videos:
-                raise MediaError(
-                    f"{group.name}: {len(group.images)} images and {len(group.videos)} videos for a text-only "
-                    "backbone; use a vision-language backbone or remove them"
-                )
-            return [
-                {**message, "content": "".join(encodable(block["text"]) for block in message["content"])}
-                for message in messages
-            ]
+            return turns
         images, videos = iter(group.images), iter(group.videos)
         return [
             {
-                **message,
-                "content": [self._load_block(block, images, videos, group.name, load) for block in message["content"]],
+                **turn,
+                "content": [self._load_block(block, images, videos, group.name, load) for block in turn["content"]],
             }
-            for message in messages
+            for turn in turns
         ]
 
     def _render_messages(
-        self, group: ResponseGroup, messages: list[dict[str, Any]], *, add_generation_prompt: bool
+        self, group: ResponseGroup, messages: list[dict[str, Any]], **options: Any
     ) -> dict[str, Tensor]:
-        """Token ids and media tensors of a chat that holds the group's media."""
+        """Token ids and media tensors of a chat that holds the group's media; `options` of the chat template."""
         messages = self._load_messages(group, messages)
-        options: dict[str, Any] = {"processor_kwargs": {}} if self.sees_images else {}
+        if self.sees_images:
+            options["processor_kwargs"] = {}
         if group.videos:
             metadata = [
                 {"total_num_frames": len(video), "fps": _FRAMES_PER_SECOND, "frames_indices": list(range(len(video)))}
@@ -300,15 +302,18 @@ class Renderer:
                 [messages],
                 **_PROMPT_OPTIONS,
                 return_tensors="pt",
-                add_generation_prompt=add_generation_prompt,
                 **options,
             )
-        except TemplateError as error:  # Molmo2's takes no system turn, for instance
+        except TEMPLATE_ERRORS as error:  # Molmo2's takes no system turn, for instance
+            if isinstance(error, TypeError) and (group.images or group.videos):
+                raise  # of an image processor, rather
             roles = ", ".join(message["role"] for message in messages)
             raise GroupError(
                 f"{group.name}: the backbone's chat template refuses the turns ({roles}): {error}; change the prompt"
             ) from error
         except ValueError as error:
+            if "continue_final_message" in options:
+                raise GroupError(f"{group.name}: its last turn cannot be continued: {error}") from error
             if not (group.images or group.videos):
                 raise
             raise MediaError(
@@ -328,7 +333,7 @@ class Renderer:
         block: dict[str, Any], images: Any, videos: Any, name: str, load: Callable[[Any], Any]
     ) -> dict[str, Any]:
         if block["type"] == "text":
-            return {"type": "text", "text": encodable(block["text"])}
+            return block
         try:
             if block["type"] == "image":
                 return {"type": "image", "image": load(next(images))}
@@ -379,16 +384,6 @@ class Joiner:
             framing.append(([self.separator_id] * bool(i) + ids[:start], ids[end:]))
         framing[-1][1].extend(self.after_ids)
         return {"response_ids": response_ids, "framing": framing}
-
-
-def encodable(text: str) -> str:
-    """Replace lone surrogates, which no UTF-8 tokenizer takes, by U+FFFD.
-
-    Example:
-        >>> encodable("a" + chr(0xD800)) == "a" + chr(0xFFFD)
-        True
-    """
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class TextEncoder:

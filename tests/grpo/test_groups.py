@@ -223,6 +223,8 @@ def test_rollouts_need_one_completion_each() -> None:
 
 def test_turns_of_the_prompt_without_content_count_as_empty() -> None:
     prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]
+    assert read_rollouts([prompt], [""], {})[0][0].messages[1] == {**prompt[1], "content": []}
+    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]
     assert read_rollouts([prompt], [""], {})[0][0].messages[1]["content"] == [{"type": "text", "text": ""}]
 
 
