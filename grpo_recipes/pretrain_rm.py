@@ -18,14 +18,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.checkpoint.card import write_model_card
 from mr_reward.checkpoint.zero3 import outside_zero3
+from mr_reward.cli.errors import one_error_line
 from mr_reward.data.groups_file import load_preferences
 from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.evaluator import evaluate_groups
+from mr_reward.runs.recipe import parse_recipe
 from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments
 from mr_reward.worlds.handwriting import make_groups
 
@@ -148,4 +150,5 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    main(*TrlParser((RewardModelArguments, RewardTrainingArguments, ModelConfig)).parse_args_and_config())
+    with one_error_line():
+        main(*parse_recipe(RewardModelArguments, RewardTrainingArguments, ModelConfig))

@@ -28,8 +28,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import GRPOConfig, ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
+from mr_reward.cli.errors import one_error_line
 from mr_reward.evaluation.evaluator import evaluate_groups
 from mr_reward.evaluation.plots import plot_curves, plot_scored_groups
+from mr_reward.runs.recipe import parse_recipe
 from mr_reward.training.trainer import RewardTrainingArguments
 from mr_reward.worlds.handwriting import make_groups, make_sft_rows, make_tasks
 from mr_reward.worlds.handwriting_policy import handwriting_accuracy, policy_answers
@@ -256,4 +258,5 @@ def write_report(metrics: dict[str, Any], output: Path, console: Console) -> Non
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    main(*TrlParser((QuickstartArguments,)).parse_args_and_config())
+    with one_error_line():
+        main(*parse_recipe(QuickstartArguments))

@@ -20,8 +20,9 @@ from typing import Any
 
 from rich.console import Console
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
+from mr_reward.cli.errors import one_error_line
 from mr_reward.doctor import check_before_start, examine_recipe
 from mr_reward.doctor.findings import may_start, show_findings
 from mr_reward.errors import ConfigurationError
@@ -32,6 +33,7 @@ from mr_reward.runs.recipe import (
     load_prompts,
     make_reward,
     other_rewards,
+    parse_recipe,
     truths,
 )
 from mr_reward.runs.resume import ContinuedEpochs, checkpoint_to_resume
@@ -99,7 +101,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO)
     if "--dry_run" in sys.argv:
         return int(not dry_run(sys.argv[1:]))
-    recipe = TrlParser((HandwritingArguments, PolicyTrainingArguments, ModelConfig)).parse_args_and_config()
+    recipe = parse_recipe(HandwritingArguments, PolicyTrainingArguments, ModelConfig)
     if not check_before_start(*recipe):
         return 1
     trainer = train_policy(*recipe)
@@ -109,4 +111,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_error_line():
+        sys.exit(main())

@@ -25,7 +25,7 @@ __all__ = [
     "ResponseGroup",
 ]
 
-__getattr__ = lazy_exports(
+__getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "grpo.reward": ["MultiResponseReward"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -13,8 +14,10 @@ from mr_reward.moved import moved_name
 _EXTRAS = {"matplotlib": "eval"} | dict.fromkeys(("fastapi", "httpx2", "pydantic", "starlette", "uvicorn"), "serve")
 
 
-def lazy_exports(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """The `__getattr__` of a folder's `__init__`; `names`: module below the folder -> what it gives to the folder.
+def lazy_exports(
+    package: str, names: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a folder's `__init__`; `names`: module below it -> what that gives to the folder.
 
     Where a package of an extra is missing the error names the extra.
     """
@@ -34,4 +37,7 @@ def lazy_exports(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[
                 f"pip install 'mr-reward[{extra}]'"
             ) from error
 
-    return load
+    def names_of_all() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *homes})
+
+    return load, names_of_all

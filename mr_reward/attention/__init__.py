@@ -7,4 +7,4 @@ from mr_reward.exports import lazy_exports
 
 __all__: list[str] = []
 
-__getattr__ = lazy_exports(__name__, {})
+__getattr__, __dir__ = lazy_exports(__name__, {})

@@ -11,6 +11,6 @@ if TYPE_CHECKING:
 
 __all__ = ["outside_zero3", "weights_digest", "write_model_card"]
 
-__getattr__ = lazy_exports(
+__getattr__, __dir__ = lazy_exports(
     __name__, {"card": ["write_model_card"], "verify": ["weights_digest"], "zero3": ["outside_zero3"]}
 )

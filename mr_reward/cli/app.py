@@ -1,22 +1,20 @@
 """The commands put together, and how they report errors."""
 
 import logging
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mr_reward import __version__
 from mr_reward.cli.checkpoints import card, export, merge, verify
 from mr_reward.cli.data import data
 from mr_reward.cli.doctor import doctor
+from mr_reward.cli.errors import one_error_line
 from mr_reward.cli.evaluate import attack, compare, evaluate
 from mr_reward.cli.inspect import inspect
 from mr_reward.cli.mr2bench import mr2bench
 from mr_reward.cli.score import score
 from mr_reward.cli.serve import serve
-from mr_reward.errors import MRRewardError
 
 app = typer.Typer(
     help="Multi-response reward models: score, look at groups, check a run, evaluate, train on data, serve.",
@@ -50,8 +48,5 @@ def _options(
 def main() -> None:
     """Entry point of `mr-reward`: an error of this package or of a file is one line and exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with one_error_line():
         app()
-    except (MRRewardError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print("error:", error, style="red", markup=False, highlight=False)
-        sys.exit(1)

@@ -9,4 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["ScoredGroup", "load_preferences", "read_scored", "save_preferences", "write_scored"]
 
-__getattr__ = lazy_exports(__name__, {"groups_file": __all__})
+__getattr__, __dir__ = lazy_exports(__name__, {"groups_file": __all__})

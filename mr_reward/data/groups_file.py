@@ -35,7 +35,7 @@ class ScoredGroup:
         group: the group.
         result: its scores, or why there are none.
         rewards: N values that a trainer got, None for one that got none; None outside of training.
-        step: optimizer steps done when it was scored; None outside of training.
+        step: the optimizer step that it was scored for, as in the trainer's log; None outside of training.
 
     Raises:
         GroupError: the numbers of scores, flags or rewards differ from the number of responses.

@@ -13,6 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "check_before_start", "examine_machine", "examine_recipe"]
 
-__getattr__ = lazy_exports(
+__getattr__, __dir__ = lazy_exports(
     __name__, {"examine": ["check_before_start", "examine_machine", "examine_recipe"], "findings": ["Finding"]}
 )

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["attack_items", "evaluate_benchmark", "evaluate_groups", "load_scorer", "run_attacks"]
 
-__getattr__ = lazy_exports(
+__getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "attacks": ["attack_items", "run_attacks"],

@@ -10,4 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["GroupLog", "MultiResponseReward"]
 
-__getattr__ = lazy_exports(__name__, {"reward": ["MultiResponseReward"], "telemetry": ["GroupLog"]})
+__getattr__, __dir__ = lazy_exports(__name__, {"reward": ["MultiResponseReward"], "telemetry": ["GroupLog"]})

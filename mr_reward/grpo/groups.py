@@ -140,6 +140,12 @@ def is_evaluating(log_metric: Callable[..., None] | None) -> bool:
     return model is not None and not model.training
 
 
+def updates_per_generation(args: Any) -> int:
+    """How many optimizer updates one generation of completions serves, by a `GRPOConfig`; at least one."""
+    batches = args.steps_per_generation * args.num_iterations
+    return int(max(1, batches // args.gradient_accumulation_steps))
+
+
 def plan_groups(rows_by_rank: Sequence[Sequence[RolloutRow]], num_generations: int) -> list[PlannedGroup]:
     """Cut the global batch into groups and share them out. The same input gives the same plan on every rank.
 

@@ -28,6 +28,7 @@ from mr_reward.grpo.groups import (
     is_evaluating,
     plan_groups,
     read_rollouts,
+    updates_per_generation,
     whole_number,
     with_opening,
 )
@@ -240,7 +241,9 @@ class MultiResponseReward:
             PeerRankError: another rank failed.
         """
         state, log_metric, log_extra = (kwargs.get(name) for name in ("trainer_state", "log_metric", "log_extra"))
-        step = None if state is None else state.global_step
+        evaluating = is_evaluating(log_metric)
+        # As the trainer's log counts: what is scored after two steps is for the third, which logs itself as 3.
+        step = None if state is None else state.global_step + (not evaluating)
         with self._exchange.fail_together("reading the rollouts") as phase:
             size = group_size(log_metric, self.num_generations, self.num_generations_eval)
             local, rows = read_rollouts(prompts, completions, kwargs)
@@ -258,8 +261,14 @@ class MultiResponseReward:
             phase.at = _name_groups(prefix, own)
             phase.payload = self._score(own, local, prefix, step)
             if self._group_log is not None:
-                evaluating = is_evaluating(log_metric)
-                self._group_log.write(self.last_scored, step=step or 0, rank=rank, evaluating=evaluating)
+                args = getattr(getattr(log_metric, "__self__", None), "args", None)
+                self._group_log.write(
+                    self.last_scored,
+                    step=step or 0,
+                    rank=rank,
+                    evaluating=evaluating,
+                    num_steps=updates_per_generation(args) if hasattr(args, "num_iterations") else 1,
+                )
         by_index = {index: result for scored, _ in phase.gathered for index, result in scored.items()}
         results = [by_index[group.index] for group in plan]
 

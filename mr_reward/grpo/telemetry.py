@@ -116,12 +116,14 @@ METRIC_KEYS = tuple(measure([], [], 0.0))
 class GroupLog:
     """Writes the groups that a rank has scored to `step_00005.rank0.jsonl`, in an evaluation `eval_step_...`.
 
-    A file holds all groups of a step, whatever the number of reward calls, and appears when it is whole. A run that is
-    resumed writes the files of the steps that it repeats again. Images lie beside a file, each once.
+    Steps are numbered as in the trainer's log and in TRL's `completions_00005.parquet`: the first one is 1. Rollouts
+    that serve several steps stand under the first of them. A file holds all groups of a step, whatever the number of
+    reward calls, and appears when it is whole. A run that is resumed writes the files of the steps that it repeats
+    again. Images lie beside a file, each once.
 
     Args:
         folder: where to write; `mr-reward inspect` looks for `groups` in the output folder of a run.
-        every: write the steps that are a multiple of it; an evaluation is always written.
+        every: write what serves a step that is a multiple of it; an evaluation is always written.
 
     Raises:
         ConfigurationError: `every` is no whole number from 1 on.
@@ -136,9 +138,14 @@ class GroupLog:
         self._path: Path | None = None
         self._groups: list[ScoredGroup] = []
 
-    def write(self, groups: Sequence[ScoredGroup], *, step: int, rank: int, evaluating: bool) -> None:
-        """Write the groups that this rank has scored in a reward call, after `step` optimizer steps."""
-        if not groups or not (evaluating or step % self.every == 0):
+    def write(
+        self, groups: Sequence[ScoredGroup], *, step: int, rank: int, evaluating: bool, num_steps: int = 1
+    ) -> None:
+        """Write the groups that this rank has scored in a reward call, for `num_steps` optimizer steps from `step` on.
+
+        In an evaluation `step` is the last step that was done.
+        """
+        if not groups or not (evaluating or any(each % self.every == 0 for each in range(step, step + num_steps))):
             return
         path = self.folder / f"{'eval_' if evaluating else ''}step_{step:05d}.rank{rank}.jsonl"
         if path != self._path:

@@ -10,4 +10,6 @@ if TYPE_CHECKING:
 
 __all__ = ["compute_score", "compute_score_single", "register"]
 
-__getattr__ = lazy_exports(__name__, {"ms_swift": ["register"], "verl": ["compute_score", "compute_score_single"]})
+__getattr__, __dir__ = lazy_exports(
+    __name__, {"ms_swift": ["register"], "verl": ["compute_score", "compute_score_single"]}
+)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GroupScorer", "MultiResponseRewardConfig", "MultiResponseRewardModel"]
 
-__getattr__ = lazy_exports(
+__getattr__, __dir__ = lazy_exports(
     __name__,
     {"configuration": ["MultiResponseRewardConfig"], "model": ["MultiResponseRewardModel"], "scorer": ["GroupScorer"]},
 )

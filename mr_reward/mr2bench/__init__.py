@@ -9,4 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["build_benchmark", "write_benchmark"]
 
-__getattr__ = lazy_exports(__name__, {"build": __all__})
+__getattr__, __dir__ = lazy_exports(__name__, {"build": __all__})

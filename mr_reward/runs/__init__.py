@@ -9,4 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["PolicyValidation", "RunFigure", "WarningSigns"]
 
-__getattr__ = lazy_exports(__name__, {"callbacks": __all__})
+__getattr__, __dir__ = lazy_exports(__name__, {"callbacks": __all__})

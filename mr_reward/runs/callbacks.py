@@ -251,7 +251,10 @@ class PolicyValidation(TrainerCallback):
 
 
 class RunFigure(TrainerCallback):
-    """Writes `training.png` to a folder when training ends: rewards, spread, flips, correlation of score and length.
+    """Writes `training.png` to a folder when training ends: scores, spread, flips, correlation of score and length.
+
+    The mean of `multi_response_reward` itself is left out: its rewards compare, so it is the same at every step. Other
+    reward functions have a panel of their own.
 
     Only the main process writes. A resumed run shows the steps before the interruption too, from the checkpoint. The
     figure needs matplotlib (the extra `eval`); without it a warning says so when training begins.
@@ -282,7 +285,11 @@ class RunFigure(TrainerCallback):
 
 def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> bool:
     """Draw what a run has logged (`trainer.state.log_history`) as a PNG file; False if there was nothing to draw."""
-    panels = _panels(log_history, {"rewards": _mean_rewards(log_history, "rewards/"), **_TRAINING_PANELS})
+    rewards = _mean_rewards(log_history, "rewards/")
+    if any("mr_reward/score_mean" in entry for entry in log_history):
+        # A mean of its rewards is a constant by construction: 0 where they are centred, 0.5 for ranks and win rates.
+        rewards = [key for key in rewards if key != "rewards/multi_response_reward/mean"]
+    panels = _panels(log_history, {**_TRAINING_PANELS, "other rewards": rewards})
     if not panels:
         logger.warning("nothing was logged, so there is no figure %s; set logging_steps", path)
         return False

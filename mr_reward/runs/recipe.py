@@ -11,9 +11,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar
 
+import yaml
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
-from trl import GRPOConfig
+from trl import GRPOConfig, TrlParser
 
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup
@@ -100,6 +101,14 @@ class PolicyTrainingArguments(GRPOConfig):
     def __post_init__(self) -> None:
         self.ddp_backend = backend_for_deepspeed(self.ddp_backend, use_cpu=self.use_cpu)
         super().__post_init__()
+
+
+def parse_recipe(*types: type) -> tuple[Any, ...]:
+    """The arguments of a recipe script from its YAML file and command line; a field that does not exist is refused."""
+    try:
+        return tuple(TrlParser(types).parse_args_and_config())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"the recipe cannot be read: {error}") from error
 
 
 def load_prompts(

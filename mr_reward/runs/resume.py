@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig
 
+from mr_reward.grpo.groups import updates_per_generation
 from mr_reward.training.saving import which_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -33,12 +34,6 @@ def checkpoint_to_resume(args: GRPOConfig) -> str | None:
             period,
         )
     return which_checkpoint(args.resume_from_checkpoint, str(args.output_dir), args.world_size)
-
-
-def updates_per_generation(args: GRPOConfig) -> int:
-    """How many optimizer updates one generation of completions serves, at least one."""
-    batches = args.steps_per_generation * args.num_iterations
-    return max(1, batches // args.gradient_accumulation_steps)
 
 
 class ContinuedEpochs(TrainerCallback):

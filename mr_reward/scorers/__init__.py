@@ -10,4 +10,6 @@ if TYPE_CHECKING:
 
 __all__ = ["OffloadedScorer", "RemoteScorer", "open_scorer"]
 
-__getattr__ = lazy_exports(__name__, {"opening": ["OffloadedScorer", "open_scorer"], "remote": ["RemoteScorer"]})
+__getattr__, __dir__ = lazy_exports(
+    __name__, {"opening": ["OffloadedScorer", "open_scorer"], "remote": ["RemoteScorer"]}
+)

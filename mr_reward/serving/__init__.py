@@ -9,4 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["ServerLimits", "build_app", "serve"]
 
-__getattr__ = lazy_exports(__name__, {"server": __all__})
+__getattr__, __dir__ = lazy_exports(__name__, {"server": __all__})

@@ -9,4 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["load_image"]
 
-__getattr__ = lazy_exports(__name__, {"images": __all__})
+__getattr__, __dir__ = lazy_exports(__name__, {"images": __all__})

@@ -9,4 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["RewardTrainer", "RewardTrainingArguments"]
 
-__getattr__ = lazy_exports(__name__, {"trainer": ["RewardTrainer", "RewardTrainingArguments"]})
+__getattr__, __dir__ = lazy_exports(__name__, {"trainer": ["RewardTrainer", "RewardTrainingArguments"]})

@@ -7,6 +7,8 @@ import doctest
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 import textwrap
 import typing
 from pathlib import Path
@@ -73,6 +75,21 @@ EXPORTED = [
     # What a constant is stands beside it in the source; `cli` exports the program.
     if folder != "cli" and (inspect.isclass(value) or inspect.isfunction(value))
 ]
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_dir_lists_the_public_names(folder: str) -> None:
+    """In a process that has asked for none of them: that is what completion in a notebook looks at."""
+    package = importlib.import_module(f"mr_reward.{folder}".rstrip("."))
+    assert set(PUBLIC_NAMES[folder]) <= set(dir(package))
+
+
+def test_dir_needs_nothing_loaded() -> None:
+    code = (
+        "import sys, mr_reward; assert {*mr_reward.__all__, 'errors'} <= {*dir(mr_reward)}; "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_public_names_are_the_promised_ones() -> None:

@@ -80,7 +80,7 @@ def test_groups_rewards_and_logs(built: list[Any], caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         result = call(reward, ["p"] * 6 + ["q"] * 3, completions)
     assert result["rewards"] == [-1.0, 0.0, 1.0, 0.0, 0.0, 0.0, None, None, None]
-    assert caplog.messages == ["step 12 group 2 gets no reward: too long"]
+    assert caplog.messages == ["step 13 group 2 gets no reward: too long"]
     assert result["extra"] == {
         "mr_reward_group": [0, 0, 0, 1, 1, 1, 2, 2, 2],
         "mr_reward_score": [1.0, 2.0, 3.0, 4.0, 4.0, 4.0, None, None, None],
@@ -118,7 +118,7 @@ def test_scorer_gets_whole_groups_with_images_and_names(built: list[Any]) -> Non
     assert groups[2].responses == tuple(completion[0]["content"] for completion in completions[8:])
     assert groups[0].messages == groups[1].messages != groups[2].messages
     call(reward, prompts, completions)
-    assert reward._scorer.calls[1][0].id == "step 12 group 0"
+    assert reward._scorer.calls[1][0].id == "step 13 group 0"
 
 
 def test_works_without_what_trl_adds(built: list[Any]) -> None:
@@ -212,7 +212,7 @@ def test_failures_in_a_single_process_are_not_wrapped_but_named(built: list[Any]
     reward = MultiResponseReward("folder", 1)
     with pytest.raises(ValueError, match="could not convert") as caught:
         call(reward, ["p"] * 10, ["text"] * 10)
-    note = "mr_reward: failed while scoring, rank 0 at step 12 groups 0, 1, 2, 3, 4, 5, 6, 7 and 2 more: ValueError"
+    note = "mr_reward: failed while scoring, rank 0 at step 13 groups 0, 1, 2, 3, 4, 5, 6, 7 and 2 more: ValueError"
     assert caught.value.__notes__[0].startswith(note)
 
 

@@ -137,7 +137,7 @@ def test_one_failing_rank_stops_all_and_names_rank_and_group(launch: Launch, wor
     for rank, record in enumerate(records):
         broken = record["4x4"]
         assert broken["error"] == ("ZeroDivisionError" if rank == 1 else "PeerRankError")
-        assert "rank 1 at step 12 group 1: ZeroDivisionError: the scorer broke" in broken["message"]
+        assert "rank 1 at step 13 group 1: ZeroDivisionError: the scorer broke" in broken["message"]
         assert broken["metrics"] == {} and broken["extra"] == {}
 
         last = world_size - 1
@@ -169,7 +169,7 @@ def test_a_rank_out_of_memory_stops_all_and_names_it(launch: Launch) -> None:
     records = launch("memory", 3)
     for rank, record in enumerate(records):
         assert record["4x4"]["error"] == ("OutOfMemoryError" if rank == 1 else "PeerRankError")
-        assert "rank 1 at step 12 group 1: OutOfMemoryError: CUDA out of memory" in record["4x4"]["message"]
+        assert "rank 1 at step 13 group 1: OutOfMemoryError: CUDA out of memory" in record["4x4"]["message"]
         assert "out of memory; lower it" in record["4x4"]["message"]
         assert len(record["recovered"]["rewards"]) == 4, "the next call works"
 

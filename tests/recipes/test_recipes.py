@@ -132,3 +132,25 @@ def test_missing_reward_model_is_told_before_the_policy_is_loaded(tmp_path: Path
     assert (
         "not started" in result.stderr and "nowhere is no folder" in result.stderr and "Traceback" not in result.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("pretrain_rm.py", ["--output_dir", "out"], "error: model_name_or_path is missing"),
+        (
+            "train_policy.py",
+            ["--use_cpu", "true", "--output_dir", "out"],
+            "error: the recipe cannot be read: .*layuot",
+        ),
+        ("quickstart.py", [], "error: the recipe cannot be read: .*layuot"),
+    ],
+)
+def test_a_script_ends_with_one_line(script: str, arguments: list[str], message: str, tmp_path: Path) -> None:
+    """As the commands do; a traceback is for bugs."""
+    (tmp_path / "typo.yaml").write_text("layuot: set\n")
+    config = [] if script == "pretrain_rm.py" else ["--config", "typo.yaml"]
+    command = [sys.executable, str(RECIPES / script), *config, *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert re.search(f"^{message}", result.stderr.splitlines()[-1]), result.stderr

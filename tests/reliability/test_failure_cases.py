@@ -176,7 +176,7 @@ def test_16_a_group_that_only_the_reward_model_would_judge_and_drops(
     reward = MultiResponseReward(reward_model("llama"), num_generations=4, max_tokens_per_batch=2)
     before = {name: weight.clone() for name, weight in tiny.build_llama(3).named_parameters()}
     trainer = train(tmp_path, [reward], learning_rate=1e-2)
-    assert "step 0 group 0 gets no reward: over the token budget" in caplog.text
+    assert "step 1 group 0 gets no reward: over the token budget" in caplog.text
     log = [entry for entry in trainer.state.log_history if "mr_reward/dropped_groups" in entry]
     assert [entry["mr_reward/dropped_groups"] for entry in log] == [2.0, 2.0]
     for name, weight in trainer.model.named_parameters():

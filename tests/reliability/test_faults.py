@@ -127,7 +127,7 @@ def trainer(output: Path, scoring: MultiResponseRewardModel, *callbacks: Trainer
 def test_a_score_that_is_not_finite_stops_grpo_before_it_learns_from_it(tmp_path: Path) -> None:
     scoring = reward_model("llama", fresh=True)
     run = trainer(tmp_path, scoring, Poison(scoring, 3))
-    with pytest.raises(NonFiniteScoreError, match="step 3 group 0.*weights head.out.weight are not finite"):
+    with pytest.raises(NonFiniteScoreError, match="step 4 group 0.*weights head.out.weight are not finite"):
         run.train()
     last = last_complete_checkpoint(tmp_path)
     assert last == str(tmp_path / "checkpoint-3")

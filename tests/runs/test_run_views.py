@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -19,6 +21,7 @@ from mr_reward.data.groups_file import ScoredGroup, read_scored
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import GroupScores
 from mr_reward.grpo.telemetry import COLUMN_KEYS, GroupLog
+from mr_reward.runs import callbacks
 from mr_reward.runs.callbacks import RunFigure, plot_run
 
 
@@ -52,6 +55,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer.evaluate()
     (entry,) = [entry for entry in trainer.state.log_history if entry["step"] == 3 and "mr_reward/score_mean" in entry]
     assert 0.0 <= entry["mr_reward/order_flip_rate"] <= 1.0
+    (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
     return folder
 
 
@@ -75,10 +79,19 @@ def test_the_completions_table_tells_what_the_reward_model_did(run: Path) -> Non
 def test_logged_groups_are_those_of_the_table_and_can_be_scored_again(run: Path) -> None:
     folder = run / "out" / "groups"
     files = sorted(path.name for path in folder.glob("*.jsonl"))
-    assert files == ["eval_step_00003.rank0.jsonl", "step_00000.rank0.jsonl", "step_00002.rank0.jsonl"]
-    table = pandas.read_parquet(run / "out" / "completions" / "completions_00001.parquet")
-    logged = read_scored(folder / "step_00000.rank0.jsonl")
-    assert [scored.step for scored in logged] == [0, 0]
+    assert files == ["eval_step_00003.rank0.jsonl", "step_00002.rank0.jsonl"]  # of every second step
+    table = pandas.read_parquet(run / "out" / "completions" / "completions_00002.parquet")
+    logged = read_scored(folder / "step_00002.rank0.jsonl")
+    assert [scored.step for scored in logged] == table["step"].unique().tolist() * 2 == [2, 2]
+    assert [scored.group.id for scored in logged] == ["step 2 group 0", "step 2 group 1"]
+    # The metrics of a step are those of its groups.
+    history = json.loads((run / "history.json").read_text())
+    (entry,) = [entry for entry in history if entry["step"] == 2 and "mr_reward/score_mean" in entry]
+    scores = [score for scored in logged for score in scored.scores or ()]
+    assert entry["mr_reward/score_mean"] == pytest.approx(np.mean(scores))
+    (evaluated,) = [entry for entry in history if "eval_mr_reward/score_mean" in entry]
+    scores = [score for scored in read_scored(folder / files[0]) for score in scored.scores or ()]
+    assert evaluated["step"] == 3 and evaluated["eval_mr_reward/score_mean"] == pytest.approx(np.mean(scores))
     assert [list(scored.group.responses) for scored in logged] == [
         [completion[-1]["content"] for completion in group["completion"]]
         for _, group in table.groupby("mr_reward_group")
@@ -103,13 +116,22 @@ def test_the_figure_at_the_end(run: Path) -> None:
         assert len(figure.convert("RGB").getcolors(1 << 20) or ()) > 100
 
 
-def test_a_figure_shows_what_there_is(tmp_path: Path) -> None:
+def test_a_figure_shows_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     history = [{"step": i, "rewards/mine/mean": 0.1 * i, "mr_reward/score_spread": None} for i in range(3)]
     assert not plot_run([{"step": 1, "loss": 0.1}], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     assert plot_run(history, tmp_path / "deep" / "one.png")
     with Image.open(tmp_path / "deep" / "one.png") as figure:
         assert figure.width < 2 * figure.height  # a panel of the rewards alone
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(callbacks, "plot_curves", lambda panels, *_, **__: drawn.update(panels))
+    centred = [{**entry, "mr_reward/score_mean": 1.0, "rewards/multi_response_reward/mean": 0.0} for entry in history]
+    assert plot_run(centred, tmp_path / "two.png")
+    # First what moves; the mean of rewards that compare is the same at every step, by construction.
+    assert {name: list(curves) for name, curves in drawn.items()} == {
+        "score of the reward model": ["score_mean"],
+        "other rewards": ["mine"],
+    }
     other_rank = TrainerState(is_world_process_zero=False, log_history=history)
     RunFigure(tmp_path).on_train_end(TrainingArguments(str(tmp_path), use_cpu=True), other_rank, TrainerControl())
     assert not (tmp_path / "training.png").exists()
@@ -134,6 +156,12 @@ def test_group_log_keeps_all_calls_of_a_step_and_replaces_older_runs(tmp_path: P
         "step_00005.rank1.jsonl": ["d"],
         "eval_step_00003.rank1.jsonl": ["e"],
     }
+    for step in (1, 4, 7, 10):  # a generation serves three steps each, as the trainer's 5 and 10 are of 4 and 10
+        log.write([_scored(str(step))], step=step, rank=2, evaluating=False, num_steps=3)
+    assert sorted(path.name for path in tmp_path.glob("*rank2*")) == [
+        "step_00004.rank2.jsonl",
+        "step_00010.rank2.jsonl",
+    ]
     pickle.loads(pickle.dumps(GroupLog(tmp_path))).write([_scored("f")], step=0, rank=1, evaluating=False)
     assert [s.group.responses[0] for s in read_scored(tmp_path / "step_00000.rank1.jsonl")] == ["f"]
     for every in (0, -1, True, 1.5):
