@@ -395,6 +395,20 @@ MUTATIONS = [
         "tests/templates/test_images.py",
     ),
     Mutation(
+        "a bad row ends no evaluation, and is not told",
+        "mr_reward.evaluation.evaluator.score_benchmark",
+        "record.bad_row and not skip_bad",
+        "False",
+        "tests/evaluation/test_benchmark_runs.py",
+    ),
+    Mutation(
+        "the folder of the media is not looked at",
+        "mr_reward.evaluation.benchmarks.BenchmarkData.__iter__",
+        "self.media or self.rows.folder",
+        "self.rows.folder",
+        "tests/evaluation/test_benchmarks_official.py",
+    ),
+    Mutation(
         "the block of OpenAI is a placeholder",
         "mr_reward.groups.image_of",
         '("image", "image_url", "path", "url")',

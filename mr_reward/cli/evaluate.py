@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mr_reward.cli.options import Device, Dtype, MaxTokens, Model, OverLength, torch_dtype
+from mr_reward.cli.options import BAD_ROWS, Device, Dtype, MaxTokens, Model, OverLength, torch_dtype
 from mr_reward.errors import ConfigurationError
 
 
@@ -38,6 +38,12 @@ def evaluate(
     max_tokens: MaxTokens = 16384,
     over_length: OverLength = "drop_group",
     resamples: Annotated[int, typer.Option(help="Resamples of the intervals")] = 1000,
+    media: Annotated[
+        Path | None, typer.Option(help="Folder that paths of images and videos count from; else the source's")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="List bad rows, count their items as wrong, and go on; exit code 3")
+    ] = False,
 ) -> None:
     """Evaluate a reward model on a benchmark, by its official metric; an interrupted run resumes.
 
@@ -68,8 +74,12 @@ def evaluate(
         seed=seed,
         limit=limit,
         num_resamples=resamples,
+        media=media,
+        skip_bad=skip_bad,
     )
     show_report(report, Console())
+    if report.bad_rows:
+        raise typer.Exit(BAD_ROWS)
 
 
 def compare(

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mr_reward.data.fields import field, image_field, strip_placeholders, texts_field, wrong_field
-from mr_reward.data.groups_file import load_preferences
+from mr_reward.data.groups_file import group_from_row
+from mr_reward.data.jsonl import read_json_lines
 from mr_reward.data.media_files import resolve_media
 from mr_reward.data.sources import RowSource, read_rows
-from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
+from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError, shown
 from mr_reward.evaluation import official
 from mr_reward.groups import ResponseGroup, dense_ranks
 
@@ -31,6 +32,8 @@ class EvaluationItem:
     category: str  # the benchmark's own, by its official rule
     group: ResponseGroup  # with rankings, 1 = best; its id is the uid
     facts: Mapping[str, Any] = default(default_factory=dict)  # what the official metric needs beside them, JSON values
+    place: str = ""  # file and line, for messages
+    error: str | None = None  # why its group cannot be scored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,32 +60,59 @@ class BenchmarkData:
     benchmark: Benchmark
     source: str  # file, folder or hub id
     rows: RowSource
+    media: Path | None = None  # folder that relative paths count from; None for that of the source
+    skip_bad: bool = False  # give a bad row as an item with its error, or, if it is no item, count it, and go on
+    bad_rows: list[str] = default(default_factory=list)  # that are no item: place and reason
 
     def __iter__(self) -> Iterator[EvaluationItem]:
-        read = self.benchmark.read
-        if read is None:
-            for number, group in enumerate(load_preferences(self.source)):
-                uid = _numbered(number, group.id)
-                group = replace(group, id=uid, prompt=group.messages)
-                yield EvaluationItem(uid=uid, category=group.source or "all", group=group)
-            return
+        root = self.media or self.rows.folder
+        self.bad_rows.clear()
         for number, (place, row) in enumerate(self.rows):
+            item = None
             try:
-                _check_columns(self.benchmark, row)
-                item = read(row)
-                if item is None:
-                    continue
-                uid = _numbered(number, item.uid)
-                group = replace(resolve_media(item.group, self.rows.folder), id=uid, source=self.benchmark.name)
+                if isinstance(row, GroupError):
+                    raise row
+                item = self._read(row, place, number)
+                if item is not None:
+                    yield replace(item, group=resolve_media(item.group, root))
             except MRRewardError as error:
-                raise type(error)(f"{place}: {error}") from error
-            yield replace(item, uid=uid, group=group)
+                reason = str(error)
+                if isinstance(error, MediaError) and self.media is None:
+                    reason += " (paths count from the source's folder; `mr-reward evaluate` takes --media FOLDER)"
+                if not self.skip_bad:
+                    raise type(error)(f"{place}: {reason}") from error
+                if item is None:
+                    self.bad_rows.append(f"{place}: {reason}")
+                else:
+                    yield replace(item, error=reason)
+
+    def _read(self, row: Any, place: str, number: int) -> EvaluationItem | None:
+        """The item of a row, with its media as the row names them."""
+        if self.benchmark.read is None:
+            found = group_from_row(row, f"{Path(self.source).name}:{place.rpartition(' ')[2]}", ranked=True)
+            item = EvaluationItem(uid=found.id or "", category=found.source or "all", group=found)
+        else:
+            _check_columns(self.benchmark, row)
+            read = self.benchmark.read(row)
+            if read is None:
+                return None
+            item = replace(read, group=replace(read.group, prompt=read.group.messages, source=self.benchmark.name))
+        uid = _numbered(number, item.uid)
+        return replace(item, uid=uid, place=place, group=replace(item.group, id=uid, prompt=item.group.messages))
 
 
-def open_benchmark(name: str, source: str | Path | None = None, split: str | None = None) -> BenchmarkData:
+def open_benchmark(
+    name: str,
+    source: str | Path | None = None,
+    split: str | None = None,
+    *,
+    media: str | Path | None = None,
+    skip_bad: bool = False,
+) -> BenchmarkData:
     """Open a benchmark; its rows are read when they are asked for.
 
-    `source`: file, folder or hub id, None for where it is published. `split` of a folder: how its files begin.
+    `source`: file, folder or hub id, None for where it is published. `split` of a folder: how its files begin. `media`
+    and `skip_bad`: see `BenchmarkData`.
     """
     benchmark = get_benchmark(name)
     source = benchmark.hub_id if source is None else source
@@ -90,7 +120,17 @@ def open_benchmark(name: str, source: str | Path | None = None, split: str | Non
         raise ConfigurationError(f"benchmark {name} is not published on the hub; give its file or folder")
     if not Path(source).exists():
         split = split or benchmark.split
-    return BenchmarkData(benchmark, str(source), read_rows(source, split=split))
+    media = None if media is None else Path(media)
+    if media is not None and not media.is_dir():
+        raise ConfigurationError(f"--media {media} is no folder; give the one that the rows' paths count from")
+    rows = read_rows(source, split=split) if benchmark.read else _lines(Path(source))
+    return BenchmarkData(benchmark, str(source), rows, media, skip_bad)
+
+
+def _lines(path: Path) -> RowSource:
+    if not path.is_file():
+        raise GroupError(f"{path}: is not a file; give a .jsonl file with one ranked group per line")
+    return RowSource(str(path), path.parent, lambda: ((f"{path}, line {n}", row) for n, row in read_json_lines(path)))
 
 
 def get_benchmark(name: str) -> Benchmark:
@@ -160,18 +200,27 @@ def _multimodal_rewardbench(row: Row) -> EvaluationItem:
 
 
 _MM_RLHF_CATEGORIES = ("mcq", "long", "short", "safety", "video")
+# Columns that tell the category of a row whose image is embedded: `datasets` keeps the last part of its path only.
+_MM_RLHF_PLACES = ("path", "image_path", "video_path", "subset", "category", "type")
 
 
 def _mm_rlhf_rewardbench(row: Row) -> EvaluationItem:
     """The category is the first of the five that the path of the medium contains."""
-    path = row.get("image") or row.get("video")
-    if isinstance(path, Mapping):
-        path = path.get("path")
-    category = next((name for name in _MM_RLHF_CATEGORIES if name in str(path)), None)
+    medium = row.get("video") or row.get("image")
+    if medium is None:
+        medium = _first(row, ("path", "image_path", "video_path"))
+    path = medium.get("path") if isinstance(medium, Mapping) else medium
+    places = [path if isinstance(path, str) else None, *(row.get(name) for name in _MM_RLHF_PLACES)]
+    told = [place for place in places if isinstance(place, str)]
+    category = next((name for place in told for name in _MM_RLHF_CATEGORIES if name in place), None)
     if category is None:
-        raise GroupError(f"the path {path!r:.80} holds none of {', '.join(_MM_RLHF_CATEGORIES)}; check the data set")
+        raise GroupError(
+            f"the path {shown(told or path)} holds none of {', '.join(_MM_RLHF_CATEGORIES)}, and no column of "
+            f"{', '.join(_MM_RLHF_PLACES)} does; check the data set"
+        )
     uid = str(field(row, "id", (str, int)))
-    media: dict[str, Any] = {"videos": [[row["video"]]]} if row.get("video") else {"images": [row["image"]]}
+    in_video = bool(row.get("video")) or (not row.get("image") and category == "video")
+    media: dict[str, Any] = {"videos": _video({"video": medium})} if in_video else {"images": [medium]}
     responses = [field(row, "chosen", str), field(row, "rejected", str)]
     item = _item(uid, category, field(row, "prompt", str), responses, [0, 1], **media)
     return replace(item, facts={"id": uid})
@@ -268,7 +317,13 @@ _BENCHMARKS = (
         title="MM-RLHF-RewardBench",
         hub_id="yifanzhang114/MM-RLHF-RewardBench",
         split="train",
-        columns=(("id",), ("prompt",), ("chosen",), ("rejected",), ("image", "video")),
+        columns=(
+            ("id",),
+            ("prompt",),
+            ("chosen",),
+            ("rejected",),
+            ("image", "video", "path", "image_path", "video_path"),
+        ),
         read=_mm_rlhf_rewardbench,
         summarise=official.mm_rlhf_rewardbench,
         headline=("acc", "acc_plus"),

@@ -10,7 +10,7 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice, permutations
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 from mr_reward.data.jsonl import ResumableJsonLines
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.benchmarks import EvaluationItem, open_benchmark
-from mr_reward.evaluation.official import ItemRecord
+from mr_reward.evaluation.official import ItemRecord, bad_row
 from mr_reward.evaluation.report import ITEMS, Report, read_records, read_report, write_report
-from mr_reward.groups import GroupScores, ResponseGroup, Scorer
+from mr_reward.groups import GroupScores, ResponseGroup, Scorer, score_each
 from mr_reward.metrics import ranking_metrics
 
 logger = logging.getLogger(__name__)
@@ -117,6 +117,8 @@ def evaluate_benchmark(
     seed: int = 0,
     limit: int | None = None,
     num_resamples: int = 1000,
+    media: str | Path | None = None,
+    skip_bad: bool = False,
 ) -> Report:
     """Score a benchmark and write `items.jsonl`, `results.json` and figures; an interrupted run resumes.
 
@@ -130,13 +132,17 @@ def evaluate_benchmark(
         seed: of the orders.
         limit: only so many items; None for all.
         num_resamples: of the intervals.
+        media: folder that relative paths in the rows count from; None for the source's, for a hub id the working one.
+        skip_bad: go on after a row that is bad or whose media cannot be read or shown; it is listed in
+            `Report.bad_rows`, and as long as it is an item it counts as wrong.
 
     Returns:
         The report.
 
     Raises:
         ConfigurationError: no such benchmark or source, or the folder holds another run.
-        GroupError: a row contradicts the published schema.
+        GroupError: a row contradicts the published schema, or cannot be scored.
+        MediaError: its media cannot be read.
 
     Example:
         >>> from mr_reward.evaluation import evaluate_benchmark, load_scorer
@@ -144,17 +150,20 @@ def evaluate_benchmark(
         >>> evaluate_benchmark("vl_rewardbench", scorer, "results").metrics["macro"].value  # doctest: +SKIP
         0.822
     """
-    data = open_benchmark(benchmark, source, split)
+    data = open_benchmark(benchmark, source, split, media=media, skip_bad=skip_bad)
+    settings = {"benchmark": benchmark, "source": data.source, "split": split, "limit": limit}
     score_benchmark(
         scorer,
         islice(data, limit),
         Path(out) / ITEMS,
-        settings={"benchmark": benchmark, "source": data.source, "split": split, "limit": limit},
+        settings=settings | ({} if media is None else {"media": str(media)}),
+        skip_bad=skip_bad,
         num_orders=num_orders,
         seed=seed,
         total=limit or sum(data.benchmark.counts.values()) or None,
     )
     report = read_report(out, num_resamples=num_resamples)
+    report = replace(report, bad_rows=[*data.bad_rows, *report.bad_rows])
     write_report(report, out)
     return report
 
@@ -191,12 +200,14 @@ def score_benchmark(
     num_orders: int | None = None,
     seed: int = 0,
     total: int | None = None,
+    skip_bad: bool = False,
 ) -> list[ItemRecord]:
     """Score items and write a line for each as soon as it is known; what the file holds already is not scored again.
 
     The first line of the file says what the run is (`settings`: benchmark, source); another run's file is refused.
     `num_orders` None: 1 where the order cannot matter, else 8. One order where it cannot matter is the stored one.
-    Scores from elsewhere have that one, whatever `num_orders` is.
+    Scores from elsewhere have that one, whatever `num_orders` is. An item that cannot be scored is an error behind the
+    lines of those before it; with `skip_bad` it has a line with the reason.
     """
     path = Path(path)
     header = {"scorer": scorer.name, "num_orders": num_orders, "seed": seed, **settings}
@@ -232,18 +243,43 @@ def score_benchmark(
                 else draw_orders(item.uid, item.group.num_responses, 8 if num_orders is None else num_orders, seed)
                 for item in chunk
             ]
-            groups = [item.group for item, own in zip(chunk, orders, strict=True) for _ in own]
-            results = iter(score_in_orders(scorer, groups, [order for own in orders for order in own]))
+            shown = [(item, order) for item, own in zip(chunk, orders, strict=True) for order in own if not item.error]
+            each = _Each(scorer)
+            results = iter(score_in_orders(each, [item.group for item, _ in shown], [order for _, order in shown]))
             for item, own in zip(chunk, orders, strict=True):
-                records[item.uid] = _record(item, own, list(islice(results, len(own))))
-            file.write(asdict(records[item.uid]) for item in chunk)
+                found = [_bad(item.group, item.error)] * len(own) if item.error else list(islice(results, len(own)))
+                record = _record(item, own, found)
+                if record.bad_row and not skip_bad:
+                    raise GroupError(f"{record.bad_row}. Fix it, or give --skip-bad")
+                file.write([asdict(record)])
+                records[item.uid] = record
             bar.update(len(chunk))
     return list(records.values())
+
+
+class _Each:
+    """A scorer that drops a bad group with the reason, instead of ending the call."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.is_stored = _is_stored(scorer)
+
+    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+        """As of the scorer."""
+        found = zip(groups, score_each(self.scorer, groups), strict=True)
+        return [result if isinstance(result, GroupScores) else _bad(group, result) for group, result in found]
+
+
+def _bad(group: ResponseGroup, reason: object) -> GroupScores:
+    return GroupScores(scores=None, truncated=(False,) * group.num_responses, drop_reason=bad_row(reason))
 
 
 def _record(item: EvaluationItem, orders: Sequence[Sequence[int]], results: Sequence[GroupScores]) -> ItemRecord:
     """From the results of the K orders, each put back into the item's own; dropped in one is dropped."""
     dropped = [result for result in results if result.scores is None]
+    reason = dropped[0].drop_reason if dropped else None
+    if reason and item.place:
+        reason = reason.replace(bad_row(""), bad_row(f"{item.place}: "), 1)
     return ItemRecord(
         uid=item.uid,
         category=item.category,
@@ -251,7 +287,7 @@ def _record(item: EvaluationItem, orders: Sequence[Sequence[int]], results: Sequ
         lengths=[len(response) for response in item.group.responses],
         orders=[list(order) for order in orders],
         scores=None if dropped else [list(result.scores or ()) for result in results],
-        drop_reason=dropped[0].drop_reason if dropped else None,
+        drop_reason=reason,
         truncated=max(sum(result.truncated) for result in results),
         facts=dict(item.facts),
     )

@@ -26,8 +26,14 @@ from mr_reward.metrics import kendall_tau_b
 
 Array = NDArray[np.float64]
 _TOGETHER = ("id", "prompt")  # facts: items that share one are drawn together
+_BAD = "bad row: "
 _BLOCK = 1 << 22  # weights in memory at a time
 _strict_pair, _best_of_n, _tau_b, _category = map(attrgetter, ("strict_pair", "best_of_n", "tau_b", "category"))
+
+
+def bad_row(reason: object) -> str:
+    """The `drop_reason` of an item whose row is at fault."""
+    return f"{_BAD}{reason}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +49,12 @@ class ItemRecord:
     drop_reason: str | None = None
     truncated: int = 0  # responses whose end was cut off
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bad_row(self) -> str | None:
+        """Where it stands and why it could not be scored, if that was its row's fault."""
+        reason = self.drop_reason or ""
+        return reason.removeprefix(_BAD) if reason.startswith(_BAD) else None
 
     def judged(self, k: int) -> Judged:
         """As it was scored in its k-th order; items with fewer orders start over."""

@@ -23,6 +23,7 @@ from mr_reward.evaluation.plots import plot_items, plot_metrics, plot_position_b
 from mr_reward.metrics import order_flip_rate, score_length_correlation
 
 ITEMS = "items.jsonl"
+_SHOWN_BAD_ROWS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class Report:
     # orders), `score_spread` (standard deviation of a response's score over the orders, mean over all)
     order: dict[str, float]
     equal_scores: int  # items whose highest score several responses have
+    bad_rows: Sequence[str] = ()  # place and reason of rows that are no item, or whose item could not be scored
 
     @property
     def kept(self) -> list[ItemRecord]:
@@ -73,6 +75,7 @@ def make_report(
         equal_scores=sum(
             list(scores).count(max(scores)) > 1 for record in kept for scores in (record.scores or ())[:1]
         ),
+        bad_rows=[record.bad_row for record in records if record.bad_row is not None],
     )
 
 
@@ -91,6 +94,7 @@ def write_report(report: Report, folder: str | Path) -> None:
         "items_by_category": report.counts,
         "published_items_by_category": dict(report.benchmark.counts),
         "dropped": {record.uid: record.drop_reason for record in report.records if record.scores is None},
+        "bad_rows": list(report.bad_rows),
         "truncated_items": sum(record.truncated > 0 for record in report.records),
         "equal_scores": report.equal_scores,
         "score_length_correlation": score_length_correlation(first, lengths) if kept else math.nan,
@@ -145,6 +149,10 @@ def show_report(report: Report, console: Console) -> None:
         f"{report.equal_scores} with equal highest scores; in {num_orders} orders the winner changes for "
         f"{report.order['flip_rate']:.1%}, a score by {report.order['score_spread']:.3g}"
     )
+    for row in report.bad_rows[:_SHOWN_BAD_ROWS]:
+        console.print(f"bad: {row}", markup=False, highlight=False, soft_wrap=True)
+    if report.bad_rows:
+        console.print(f"{len(report.bad_rows)} bad rows; those that are items counted as wrong")
     for name, published in report.benchmark.counts.items():
         if counts.get(name, published) != published:
             console.print(f"{name}: {counts[name]} items, the published benchmark has {published}")

@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from published_schemas import write_jsonl
-from tiny_models import random_group, reward_model
+from tiny_models import random_group, random_image, reward_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.cli.app import app
 from mr_reward.data.groups_file import save_preferences
-from mr_reward.errors import ConfigurationError, GroupError
+from mr_reward.errors import ConfigurationError, GroupError, MediaError
 from mr_reward.evaluation.benchmarks import EvaluationItem
 from mr_reward.evaluation.evaluator import (
     ALL_ORDERS,
@@ -454,3 +455,76 @@ def test_the_handwriting_world_as_benchmarks(tmp_path: Path) -> None:
             assert (results["order"]["score_spread"] > 1e-4) == (layout == "causal"), (name, results["order"])
     rows = [json.loads(line) for line in (tmp_path / "world" / "pairs" / "test.jsonl").read_text().splitlines()]
     assert {tuple(row["human_ranking"]) for row in rows} == {(0, 1), (1, 0)}
+
+
+# --- bad rows ---
+
+
+@pytest.mark.parametrize("layout", ["set", "causal"])
+def test_bad_rows_are_listed_and_the_others_scored(layout: str, tmp_path: Path) -> None:
+    """One picture that cannot be read or shown ended the evaluation, and nothing said which."""
+    reward_model("qwen3_vl", layout).save_pretrained(tmp_path / "rm")
+    random_image(random.Random(0)).save(tmp_path / "good.png")
+    Image.new("RGB", (4000, 12)).save(tmp_path / "strip.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-2000])
+    (tmp_path / "page.png").write_text("<!DOCTYPE html>")
+    names = ["good", "strip", "good", "cut", "page", "gone", "good"]
+    rows = [
+        {"prompt": f"{i}?", "responses": ["a", "b", "cc"], "rankings": [1, 2, 2], "images": [f"{name}.png"]}
+        for i, name in enumerate(names)
+    ]
+    lines = [*map(json.dumps, rows), "{no json", json.dumps({**rows[0], "rankings": None})]
+    source, out, clean = tmp_path / "groups.jsonl", tmp_path / "out", tmp_path / "clean"
+    source.write_text("\n".join(lines) + "\n")
+    command = ["evaluate", "groups", str(tmp_path / "rm"), "--source", str(source), "--resamples", "10"]
+
+    def evaluate(*options: str, exit_code: int) -> str:
+        result = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
+        assert result.exit_code == exit_code, result.output
+        return result.stdout
+
+    with pytest.raises(MediaError, match=rf"{source}, line 6: .*gone.png' is not a file.*--media FOLDER"):
+        evaluate("--out", str(out), exit_code=1)
+    source.write_text("\n".join(lines[:5]) + "\n")
+    with pytest.raises(GroupError, match=rf"{source}, line 2: .*aspect ratio.*--skip-bad"):
+        evaluate("--out", str(out), exit_code=1)
+    assert len(read_records(out / "items.jsonl")[1]) == 1, "the first one is kept"
+    source.write_text("\n".join(lines) + "\n")
+    output = evaluate("--out", str(out), "--skip-bad", exit_code=3)
+    words = {
+        2: "aspect ratio",
+        4: "cannot be read",
+        5: "no known type",
+        6: "is not a file",
+        8: "no JSON",
+        9: "rankings",
+    }
+    for number, word in words.items():
+        assert any(f"bad: {source}, line {number}: " in line and word in line for line in output.splitlines()), output
+    assert "6 bad rows" in output
+    _, records = read_records(out / "items.jsonl")
+    assert [record.scores is None for record in records] == [name != "good" for name in names]
+    assert all((record.bad_row is None) == (record.scores is not None) for record in records)
+    results = json.loads((out / "results.json").read_text())
+    assert len(results["bad_rows"]) == 6 and results["items"] == 7
+    assert evaluate("--out", str(out), "--skip-bad", exit_code=3) == output, "known again, nothing is scored again"
+
+    source.write_text("\n".join(line if "good" in line else json.dumps(rows[0]) for line in lines[:7]) + "\n")
+    evaluate("--out", str(clean), exit_code=0)
+    for bad, good in zip(records, read_records(clean / "items.jsonl")[1], strict=True):
+        if bad.scores is not None:
+            assert bad.orders == good.orders and good.scores is not None
+            for mine, theirs in zip(bad.scores, good.scores, strict=True):
+                assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+def test_dropped_is_not_bad(tmp_path: Path) -> None:
+    (first, *_) = items(1)
+    long = ResponseGroup(prompt="?", responses=["a" * 500, "b"], rankings=[1, 2])
+    scorer = RewardModel(
+        GroupScorer(reward_model("llama", "set"), max_tokens_per_batch=300, over_length="drop_group"), "m"
+    )
+    given = [first, EvaluationItem(uid="long", category="", group=long)]
+    records = run(scorer, tmp_path / "items.jsonl", given, num_orders=1)
+    assert [record.bad_row for record in records] == [None, None]
+    assert records[1].scores is None and records[1].drop_reason == "over the token budget"

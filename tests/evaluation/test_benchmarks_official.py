@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from published_schemas import WRITERS, Row, write_jsonl
 from scipy.stats import kendalltau
 
-from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
+from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError
 from mr_reward.evaluation.benchmarks import BENCHMARKS, EvaluationItem, open_benchmark
 from mr_reward.evaluation.official import Judged, intervals, n_way, paired_interval, rewardbench_2
 
@@ -225,6 +226,36 @@ def test_wrong_values(name: str, change: Row, message: str, tmp_path: Path) -> N
     write_jsonl(tmp_path / "wrong" / "a.jsonl", [row])
     with pytest.raises(MRRewardError, match=message):
         list(open_benchmark(name, tmp_path / "wrong" / "a.jsonl"))
+
+
+def test_mm_rlhf_rewardbench_of_the_hub_holds_paths_and_copies_hold_images(tmp_path: Path) -> None:
+    """The published file names media that lie elsewhere; a copy with images keeps the last part of their paths."""
+    rows, items, _ = make("mm_rlhf_rewardbench", tmp_path / "media", 0)
+    columns = ("id", "prompt", "chosen", "rejected", "image", "video")
+    table = [{name: row.get(name) for name in columns} for row in rows]
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_list(table).to_parquet(tmp_path / "hub" / "train.parquet")
+    with pytest.raises(MediaError, match=r"train.parquet, row 1: .*mcq/000000.png.*--media FOLDER"):
+        list(open_benchmark("mm_rlhf_rewardbench", tmp_path / "hub"))
+    with pytest.raises(ConfigurationError, match="nowhere is no folder"):
+        open_benchmark("mm_rlhf_rewardbench", tmp_path / "hub", media=tmp_path / "nowhere")
+    found = list(open_benchmark("mm_rlhf_rewardbench", tmp_path / "hub", media=tmp_path / "media"))
+    assert [item.category for item in found] == [item.category for item in items]
+    assert [(i.group.images, i.group.videos) for i in found] == [(i.group.images, i.group.videos) for i in items]
+
+    embedded = []
+    for row in (row for row in rows if row.get("image")):
+        content = (tmp_path / "media" / row["image"]).read_bytes()
+        subset, _, name = row["image"].partition("/")
+        plain = {key: row[key] for key in ("id", "prompt", "chosen", "rejected")}
+        for path, more in ((row["image"], {}), (name, {"subset": subset}), (name, {"path": row["image"]})):
+            embedded.append((subset, {**plain, "image": {"bytes": content, "path": path}, **more}))
+    for subset, row in embedded:
+        item = BENCHMARKS["mm_rlhf_rewardbench"].read(row)
+        assert item is not None and item.category == subset
+    wrong = {**embedded[0][1], "image": {"bytes": b"a", "path": "1.png"}}
+    with pytest.raises(GroupError, match="holds none of mcq.* and no column of path, "):
+        BENCHMARKS["mm_rlhf_rewardbench"].read(wrong)
 
 
 def test_ranks_from_zero(tmp_path: Path) -> None:
