@@ -22,6 +22,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
+from mr_reward.checkpoint.verify import check_there
 from mr_reward.cli.errors import one_error_line
 from mr_reward.doctor import check_before_start, examine_recipe
 from mr_reward.doctor.findings import may_start, show_findings
@@ -57,6 +58,7 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
     """Train, write the policy to `args.output_dir`, and return the trainer with its history."""
     if not model_config.model_name_or_path:
         raise ConfigurationError("model_name_or_path is missing; give the policy's folder or hub id")
+    check_there(model_config.model_name_or_path, model_config.model_revision)
     if args.use_vllm and args.vllm_mode == "server":
         check_vllm_server(args, model_config.model_name_or_path, wait=args.vllm_server_timeout)
     reward = make_reward(arguments, args)

@@ -472,6 +472,20 @@ MUTATIONS = [
         "tests/backbones/test_molmo2.py",
     ),
     Mutation(
+        "hub: one is asked about what can only be a path",
+        "mr_reward.hub.why_missing",
+        "path.suffix in _FILE_SUFFIXES",
+        "False",
+        "tests/test_hub.py",
+    ),
+    Mutation(
+        "hub: a repository that nobody has is waited for by the loading",
+        "mr_reward.hub.why_missing",
+        "not cached",
+        "False",
+        "tests/test_hub.py",
+    ),
+    Mutation(
         "evaluation: a shuffle that scores from a file never saw is undone",
         "mr_reward.evaluation.evaluator.score_in_orders",
         "_is_stored(scorer)",

@@ -21,6 +21,7 @@ from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEI
 
 from mr_reward.checkpoint.checksums import CHECKSUM_FILE, changed_file, listed_files
 from mr_reward.errors import CheckpointError, MRRewardError
+from mr_reward.hub import why_missing
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,13 @@ class reading(AbstractContextManager[Any]):  # used as a verb, like `contextlib.
                 f"{self._name}: could not be loaded ({type(exc).__name__}: {str(exc)[:500]}). If the options are "
                 "right, a file in it is damaged; copy it again"
             ) from exc
+
+
+def check_there(name: str, revision: str | None = None, **options: Any) -> None:
+    """Refuse at once what is neither a folder nor a hub id that answers; `options` of `why_missing`."""
+    reason = why_missing(name, revision=revision, **options)
+    if reason is not None:
+        raise CheckpointError(f"{name} {reason}")
 
 
 def check_checksums(name: str, revision: str | None = None, *, verify: bool = False) -> None:
@@ -282,6 +290,8 @@ def safe_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def load_backbone(name: str, **options: Any) -> PreTrainedModel:
     """Load a backbone whose weights are all there; its language-model head is left aside."""
+    if reason := why_missing(name, revision=options.get("revision")):
+        raise CheckpointError(f"{name}: no backbone with safetensors weights could be loaded: it {reason}")
     if has_file(name, "adapter_config.json", options.get("revision")):  # transformers would load half of it
         raise CheckpointError(
             f"{name}: holds an adapter, expected a whole backbone; merge the adapter with the code that trained it"

@@ -77,8 +77,9 @@ def verify(model: Model) -> None:
     Example: mr-reward verify rm
     """
     from mr_reward.checkpoint.checksums import CHECKSUM_FILE
-    from mr_reward.checkpoint.verify import check_checksums, has_file
+    from mr_reward.checkpoint.verify import check_checksums, check_there, has_file
 
+    check_there(model)
     if not has_file(model, CHECKSUM_FILE):
         raise CheckpointError(f"{model}: no {CHECKSUM_FILE} there; pass a folder that save_pretrained has written")
     check_checksums(model, verify=True)

@@ -49,13 +49,13 @@ def evaluate(
 
     Example: mr-reward evaluate vl_rewardbench outputs/rm --out results/vl
     """
-    from mr_reward.evaluation.benchmarks import get_benchmark
+    from mr_reward.evaluation.benchmarks import locate_benchmark
     from mr_reward.evaluation.evaluator import ALL_ORDERS, evaluate_benchmark
     from mr_reward.evaluation.judges import load_scorer
     from mr_reward.evaluation.report import show_report
 
     num_orders = ALL_ORDERS if orders == "all" else _number(orders)
-    get_benchmark(benchmark)  # a wrong name is told before the model is loaded
+    locate_benchmark(benchmark, source)  # what is wrong there is told before the model is loaded
     loaded = load_scorer(
         scorer,
         device=device,

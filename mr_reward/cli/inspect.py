@@ -83,11 +83,12 @@ def _choose(inspected: list[Inspected], group: str | None) -> list[Inspected]:
 def _read_model(name: str) -> tuple[Renderer, Layout]:
     """What turns groups into tokens, and the layout; no weights are loaded."""
     from mr_reward.backbones import get_adapter
-    from mr_reward.checkpoint.verify import load_processor
+    from mr_reward.checkpoint.verify import check_there, load_processor
     from mr_reward.layouts import check_layout
     from mr_reward.model.configuration import MultiResponseRewardConfig
     from mr_reward.templates.rendering import Renderer
 
+    check_there(name)
     config = MultiResponseRewardConfig.from_pretrained(name)
     adapter = get_adapter(config.backbone_config)
     return Renderer(load_processor(name), config.template, adapter=adapter), check_layout(config.layout)

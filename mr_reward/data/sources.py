@@ -12,6 +12,7 @@ from typing import Any
 
 from mr_reward.data.jsonl import read_json_lines
 from mr_reward.errors import ConfigurationError, GroupError
+from mr_reward.hub import why_missing
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 def _hub_rows(hub_id: str, split: str, config: str | None) -> RowSource:
     import datasets
 
+    if reason := why_missing(hub_id, kind="dataset"):
+        raise ConfigurationError(f"data set {hub_id} {reason}")
     try:
         data = datasets.load_dataset(hub_id, config, split=split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:

@@ -21,6 +21,7 @@ from mr_reward.doctor.machine import check_devices, check_needed, check_output_f
 from mr_reward.doctor.reward_model import check_reward_folder, check_reward_of_run, score_whole
 from mr_reward.errors import ConfigurationError, MRRewardError
 from mr_reward.grpo.groups import PlannedGroup, RolloutRow, plan_groups
+from mr_reward.hub import why_missing
 from mr_reward.runs.launch import Launch, read_environment, read_launch
 from mr_reward.runs.recipe import (
     PolicyArguments,
@@ -289,7 +290,7 @@ def _check_policy(run: PlannedRun) -> Iterator[Finding]:
         text = f"trust_remote_code is on: Python code of {name} is run with your rights; read it first"
         yield Finding("yellow", "foreign code", text)
     try:
-        if has_file(name, "config.json"):
+        if why_missing(name) is None and has_file(name, "config.json"):
             if folder.is_dir() and not any((folder / file).is_file() for file in _OTHER_WEIGHTS):
                 weight_shapes(folder)
             AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)

@@ -37,6 +37,7 @@ from mr_reward.errors import (
     ScoringServerError,
 )
 from mr_reward.groups import ResponseGroup
+from mr_reward.hub import why_missing
 from mr_reward.model.configuration import MultiResponseRewardConfig, RewardMemory
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.scorer import GroupScorer
@@ -104,9 +105,8 @@ def _read_folder(
     `verify` reads every byte; not in a run that is about to start, where every rank asks.
     """
     what = "reward model"
-    if not Path(name).is_dir() and not has_file(name, "config.json"):
-        text = f"{name} is no folder, and no hub within reach has it; give the folder that pretrain_rm.py wrote"
-        return None, [Finding("red", what, text)]
+    if reason := why_missing(name):
+        return None, [Finding("red", what, f"{name} {reason}")]
     try:
         if has_file(name, "adapter_config.json") or has_file(name, "reward_model_config.json"):
             return None, [Finding("yellow", what, f"{name}: LoRA or the paper's format; merge it to check it")]

@@ -20,6 +20,7 @@ from mr_reward.data.sources import RowSource, read_rows
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError, shown
 from mr_reward.evaluation import official
 from mr_reward.groups import ResponseGroup, dense_ranks
+from mr_reward.hub import why_missing
 
 Row = Mapping[str, Any]
 
@@ -114,23 +115,31 @@ def open_benchmark(
     `source`: file, folder or hub id, None for where it is published. `split` of a folder: how its files begin. `media`
     and `skip_bad`: see `BenchmarkData`.
     """
-    benchmark = get_benchmark(name)
-    source = benchmark.hub_id if source is None else source
-    if source is None:
-        raise ConfigurationError(f"benchmark {name} is not published on the hub; give its file or folder")
-    if not Path(source).exists():
+    benchmark, place = locate_benchmark(name, source)
+    if not Path(place).exists():
         split = split or benchmark.split
     media = None if media is None else Path(media)
     if media is not None and not media.is_dir():
         raise ConfigurationError(f"--media {media} is no folder; give the one that the rows' paths count from")
-    rows = read_rows(source, split=split) if benchmark.read else _lines(Path(source))
-    return BenchmarkData(benchmark, str(source), rows, media, skip_bad)
+    rows = read_rows(place, split=split) if benchmark.read else _lines(Path(place))
+    return BenchmarkData(benchmark, place, rows, media, skip_bad)
 
 
 def _lines(path: Path) -> RowSource:
     if not path.is_file():
         raise GroupError(f"{path}: is not a file; give a .jsonl file with one ranked group per line")
     return RowSource(str(path), path.parent, lambda: ((f"{path}, line {n}", row) for n, row in read_json_lines(path)))
+
+
+def locate_benchmark(name: str, source: str | Path | None = None) -> tuple[Benchmark, str]:
+    """A benchmark, and where it is read from; what is not there is told before a model is loaded."""
+    benchmark = get_benchmark(name)
+    place = benchmark.hub_id if source is None else str(source)
+    if place is None:
+        raise ConfigurationError(f"benchmark {name} is not published on the hub; give its file or folder")
+    if reason := why_missing(place, kind="dataset"):
+        raise ConfigurationError(f"{benchmark.title}: {place} {reason}")
+    return benchmark, place
 
 
 def get_benchmark(name: str) -> Benchmark:

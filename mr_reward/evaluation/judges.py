@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mr_reward.checkpoint.verify import weights_digest
+from mr_reward.checkpoint.verify import check_there, weights_digest
 from mr_reward.data.jsonl import read_json_lines
 from mr_reward.errors import ConfigurationError, GroupError, NonFiniteScoreError
 from mr_reward.evaluation.evaluator import BenchmarkScorer
@@ -140,6 +140,7 @@ class ClassifierScorer:
     ) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        check_there(name)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         options = {} if dtype is None else {"dtype": dtype}
         model: Any = AutoModelForSequenceClassification.from_pretrained(

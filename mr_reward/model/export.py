@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mr_reward.checkpoint.checksums import written_whole
 from mr_reward.checkpoint.formats import is_lora, write_head
+from mr_reward.checkpoint.verify import check_there
 from mr_reward.errors import CheckpointError
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.templates.rendering import JOINED_TEMPLATES
@@ -16,6 +17,7 @@ from mr_reward.templates.rendering import JOINED_TEMPLATES
 
 def merge(adapter: str | Path, folder: str | Path) -> MultiResponseRewardModel:
     """Write the folder of a LoRA checkpoint merged into its backbone; scores stay the same, to rounding."""
+    check_there(str(adapter))
     if not is_lora(str(adapter)):
         raise CheckpointError(
             f"{adapter}: no adapter_config.json there, so nothing is to be merged; pass a checkpoint folder of a "

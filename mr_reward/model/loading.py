@@ -37,6 +37,7 @@ from mr_reward.checkpoint.verify import (
     check_loading_info,
     check_shards,
     check_template_hash,
+    check_there,
     load_backbone,
     load_processor,
     reading,
@@ -96,6 +97,7 @@ class LoadedModel(PreTrainedModel):
             A reward model with an untrained head, in evaluation mode.
 
         Raises:
+            CheckpointError: no such folder, and no hub that answers has it.
             ConfigurationError: a loaded model without a processor; unknown layout or template, or one that does not go
                 with the other.
             BackendError: the attention backend cannot express the layout.
@@ -107,6 +109,8 @@ class LoadedModel(PreTrainedModel):
             base, name = backbone.base_model, backbone.config.name_or_path or None
         else:
             name = str(backbone)
+            where = {key: load_options[key] for key in ("token", "cache_dir") if key in load_options}
+            check_there(name, load_options.get("revision"), **where)
             load_options |= load_attention(attn_implementation)
             base = AutoModel.from_pretrained(name, **safe_options(name, load_options))
             processor = processor if processor is not None else load_processor(name, load_options.get("revision"))
@@ -182,6 +186,7 @@ class LoadedModel(PreTrainedModel):
         attention = kwargs.pop("attn_implementation", None)
         kwargs |= load_attention(attention)
         info: dict[str, Any] = {}
+        check_there(name, revision)
         check_checksums(name, revision, verify=kwargs.pop("verify", False))
         check_shards(name, revision)
         with reading(name):

@@ -21,6 +21,7 @@ from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.groups import read_rollouts
 from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
 from mr_reward.grpo.telemetry import GroupLog
+from mr_reward.hub import why_missing
 from mr_reward.model.rows import OVER_LENGTH_POLICIES
 from mr_reward.scorers.opening import DTYPES, PLACEMENTS
 from mr_reward.training.trainer import backend_for_deepspeed
@@ -124,6 +125,8 @@ def load_prompts(
         return arguments.sources[name].load(arguments, split=split, evaluation=evaluation, seed=seed, limit=limit)
     if not Path(name).exists() and name.endswith((".json", ".jsonl")):
         raise ConfigurationError(f"dataset {name} is no file; give the file with the prompts")
+    if missing := why_missing(name, kind="dataset"):
+        raise ConfigurationError(f"dataset {name} {missing}")
     try:
         if name.endswith((".json", ".jsonl")):
             rows = load_dataset("json", data_files=name, split="train")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Where the weights are between two calls. The third place, a server on other GPUs, is `mr_reward.serving`.
 PLACEMENTS = ("resident", "offload")
+_ADDRESS = re.compile(r"[\w.-]+:\d+/?")  # a URL without its scheme
 _START_SECONDS = 120.0  # that a scoring server may take to come up
 
 
@@ -79,6 +81,10 @@ def open_scorer(
         if isinstance(source, MultiResponseRewardModel):
             _check_loaded(source, attn_implementation)
             scorer = GroupScorer(source, device=home, **options)
+        elif isinstance(source, str) and _ADDRESS.fullmatch(source) and not os.path.exists(source):
+            raise ConfigurationError(
+                f"{source} is no folder and no hub id; if a scoring server is meant, give http://{source}"
+            )
         elif isinstance(source, str | os.PathLike):
             scorer = GroupScorer.from_pretrained(
                 os.fspath(source), device=home, attn_implementation=attn_implementation, **options
