@@ -31,6 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mr_reward.attention.plan import Block, ComparisonPlan, GroupPlan, KernelCall, Ragged
+from mr_reward.attention.reach import Reach, each_reach
 from mr_reward.errors import BackendError
 from mr_reward.layouts import PADDING_SEGMENT, Layout, TokenKind, check_layout, visible
 
@@ -52,17 +53,24 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 _States = tuple[Tensor, Tensor, Tensor]
 
 
-def check_backend(layout: Layout, backend: str | None, media_blocks: bool = False) -> None:
+def check_backend(layout: Layout, backend: str | None, media_blocks: bool = False, reach: str = "") -> None:
     """Refuse a backend that cannot express the layout; the error says which can.
 
     `media_blocks`: the backbone's image tokens see each other in both directions. transformers asks flash attention
-    for that too, and gets a causal row without an error.
+    for that too, and gets a causal row without an error. `reach`: the limits of `describe_reach`; ours has none.
 
     Example:
         >>> check_backend("causal", "flash_attention_2")
         >>> check_backend("set", "sdpa", media_blocks=True)
     """
     able = [name for name in BACKENDS[check_layout(layout)] if not (media_blocks and name in _FLASH)]
+    if reach and backend in able:
+        able = [name for name in able if name != GROUP_ATTENTION]
+        if backend not in able:
+            raise BackendError(
+                f"attention backend {backend!r} cannot express the backbone's {reach}; use attn_implementation="
+                f"{' or '.join(map(repr, able))}"
+            )
     if backend not in able:
         blocks = " over image tokens that see each other in both directions" if media_blocks else ""
         otherwise = "" if media_blocks else ", or layout 'causal' if the backend must stay"
@@ -101,14 +109,25 @@ def is_flat(backend: str | None) -> bool:
 
 
 def flat_arguments(
-    layout: Layout, backend: str | None, plan: GroupPlan, segments: Tensor, kinds: Tensor, blocks: Tensor | None = None
+    layout: Layout,
+    backend: str | None,
+    plan: GroupPlan,
+    segments: Tensor,
+    kinds: Tensor,
+    blocks: Tensor | None = None,
+    places: Tensor | None = None,
+    reaches: dict[str, Reach] | Reach | None = None,
 ) -> dict[str, Any]:
     """The attention arguments of the backbone's forward for rows that lie end to end in one row without padding."""
     if backend == GROUP_ATTENTION:
         # The mask only stops transformers from making one: it passes one of four dimensions on as it is.
         return {"group_plan": plan, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=segments.device)}
     if backend == _FLEX:
-        return {"attention_mask": _block_mask(layout, plan, segments, kinds, blocks)}
+        return {
+            "attention_mask": each_reach(
+                reaches, lambda reach: _block_mask(layout, plan, segments, kinds, blocks, places, reach)
+            )
+        }
     lengths = torch.tensor([0, *plan.row_lengths])
     starts = lengths.cumsum(0).to(segments.device, torch.int32, non_blocking=True)
     longest = max(plan.row_lengths)
@@ -121,15 +140,24 @@ def flat_arguments(
     }
 
 
-def _block_mask(layout: Layout, plan: GroupPlan, segments: Tensor, kinds: Tensor, blocks: Tensor | None) -> BlockMask:
+def _block_mask(
+    layout: Layout,
+    plan: GroupPlan,
+    segments: Tensor,
+    kinds: Tensor,
+    blocks: Tensor | None,
+    places: Tensor | None,
+    reach: Reach,
+) -> BlockMask:
     """`mr_reward.layouts.visible` for rows that lie end to end."""
     row = plan.tokens // segments.shape[1]
     segment, kind = segments.flatten()[plan.tokens], kinds.flatten()[plan.tokens]
     comparison, summary = int(TokenKind.COMPARISON), int(TokenKind.SUMMARY)  # an enum would be lost in tracing
     block = torch.full_like(segment, -1) if blocks is None else blocks.flatten()[plan.tokens]
+    place = torch.zeros_like(segment) if places is None else places.flatten()[plan.tokens]
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = query >= key
+        seen = (query >= key) & reach.covers(place[query], place[key])
         if layout != "causal":
             seen = seen & ((segment[key] == 0) | (segment[key] == segment[query]))
         if layout == "set":
@@ -148,14 +176,32 @@ def attention_mask(
     kinds: Tensor,
     dtype: torch.dtype,
     blocks: Tensor | None = None,
-) -> Tensor:
-    """The mask argument for the backbone's forward."""
+    places: Tensor | None = None,
+    reaches: dict[str, Reach] | Reach | None = None,
+) -> Any:
+    """The mask argument for the backbone's forward; one for each type of layer if its layers see differently far.
+
+    `places` (B, L): of each token as if its response stood alone. For `causal` transformers makes the masks.
+    """
     if layout == "causal":
         return (segments != PADDING_SEGMENT).long()
-    mask = visible(layout, segments, kinds, blocks)[:, None]
-    if backend != "eager":
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    mask = visible(layout, segments, kinds, blocks)
+
+    def limited(reach: Reach) -> Tensor:
+        seen = mask
+        if places is not None and reach != Reach():
+            far = ~reach.covers(places[:, :, None], places[:, None, :])
+            # What is not limited: the summaries that a comparison sees, and blocks.
+            far &= ~((kinds == TokenKind.COMPARISON)[:, :, None] & (kinds == TokenKind.SUMMARY)[:, None, :])
+            if blocks is not None:
+                far &= ~((blocks[:, :, None] == blocks[:, None, :]) & (blocks >= 0)[:, :, None])
+            seen = mask & ~far
+        seen = seen[:, None]
+        if backend != "eager":
+            return seen
+        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+
+    return each_reach(reaches, limited)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,13 +9,12 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from mr_reward.attention.reach import ISOLATING_LAYERS
 from mr_reward.errors import BackendError
 from mr_reward.templates.rendering import TEMPLATE
 
 __all__ = ["MultiResponseRewardConfig", "RewardMemory", "activation_bytes", "check_layers", "context_tokens"]
-
-# Layers that a 4-D mask can isolate. A recurrent layer carries one response into the next whatever the mask says.
-_ISOLATING_LAYERS = {"full_attention", "sliding_attention"}
+_ORIGINAL_CONTEXT = "original_max_position_embeddings"
 
 
 @strict
@@ -70,7 +69,7 @@ class MultiResponseRewardConfig(PreTrainedConfig):
 
 def check_layers(config: MultiResponseRewardConfig) -> None:
     """Refuse layers through which responses would leak into each other whatever the mask says."""
-    layers = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _ISOLATING_LAYERS
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {*ISOLATING_LAYERS}
     if layers and config.layout != "causal":
         raise BackendError(
             f"the backbone has layers of type {', '.join(sorted(layers))}, which layout {config.layout!r} cannot "
@@ -81,8 +80,8 @@ def check_layers(config: MultiResponseRewardConfig) -> None:
 def context_tokens(backbone_config: PreTrainedConfig) -> int | None:
     """The largest number of positions a backbone can tell apart.
 
-    A sliding window counts as the limit: a 4-D mask replaces the window, so longer rows would be read in a way the
-    backbone was never trained for.
+    Rope of type `longrope` turns to other frequencies for the whole batch at the first position beyond the original
+    context, so a longer row would change the scores of the rows beside it: the original context is the limit.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -91,8 +90,9 @@ def context_tokens(backbone_config: PreTrainedConfig) -> int | None:
     """
     text = backbone_config.get_text_config()
     limits = [getattr(text, "max_position_embeddings", None)]
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-        limits.append(text.sliding_window)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        limits += [rope.get(_ORIGINAL_CONTEXT), getattr(text, _ORIGINAL_CONTEXT, None)]
     return min((limit for limit in limits if limit), default=None)
 
 

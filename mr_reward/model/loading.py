@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from mr_reward.attention.backends import check_backend, choose_attention, load_attention
+from mr_reward.attention.backends import check_backend, load_attention
 from mr_reward.backbones.base import BackboneAdapter
 from mr_reward.checkpoint.card import CARD_FILE, name_in_card, read_card, write_model_card
 from mr_reward.checkpoint.checksums import written_whole
@@ -47,6 +47,7 @@ from mr_reward.checkpoint.zero3 import outside_zero3
 from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.layouts import Layout, check_layout
 from mr_reward.model.configuration import MultiResponseRewardConfig
+from mr_reward.model.features import settle_attention
 from mr_reward.templates.rendering import JOINED_TEMPLATES, TEMPLATE, check_template, template_hash
 
 
@@ -90,7 +91,7 @@ class LoadedModel(PreTrainedModel):
             head_hidden_size: width of the value head's hidden layer; None for the backbone's width.
             head_activation: `selu` or a name of transformers' `ACT2FN`.
             score_scale: factor on the head's output; None for 1, or for 1 / sqrt(width) with the paper's templates.
-            attn_implementation: attention backend; None for the fastest, see `choose_attention`.
+            attn_implementation: attention backend; None for the fastest that gives the stock model's scores.
             **load_options: passed on to transformers' `from_pretrained` (`dtype`, `revision`).
 
         Returns:
@@ -134,7 +135,7 @@ class LoadedModel(PreTrainedModel):
             **load_attention(base.config.get_text_config()._attn_implementation),
         )
         model = cls(config, backbone=base)
-        choose_attention(base, attn_implementation)
+        settle_attention(model, attn_implementation)
         if model.readouts is not None:
             model.readouts.initialise_from(base.get_input_embeddings())
         model.to(base.device)
@@ -151,7 +152,7 @@ class LoadedModel(PreTrainedModel):
         # In a run under ZeRO-3 transformers would partition and initialise it.
         with torch.device("meta"), outside_zero3():
             model = cls(config)
-        choose_attention(model.backbone, None)
+        settle_attention(model, None)
         if attn_implementation is not None:  # set without a look for its packages, which this machine may lack
             model.backbone.config.get_text_config()._attn_implementation = attn_implementation
         found = model.backbone.config.get_text_config()._attn_implementation
@@ -213,7 +214,7 @@ class LoadedModel(PreTrainedModel):
                     model.model_card = read_card(name, revision)
                 found = template_hash(model.processor, model.config.template)
                 check_template_hash(name, model.config.template_hash, found)
-        choose_attention(model.backbone, attention)
+        settle_attention(model, attention)
         return (model, info) if wants_info else model
 
     @classmethod

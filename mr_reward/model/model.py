@@ -23,10 +23,12 @@ from transformers.utils import ModelOutput
 
 from mr_reward.attention.backends import GROUP_ATTENTION, attention_mask, check_backend, flat_arguments, is_flat
 from mr_reward.attention.plan import GroupPlan, PromptCache
+from mr_reward.attention.reach import describe_reach, has_attention_dropout, layer_reaches
 from mr_reward.backbones import get_adapter
+from mr_reward.backbones.base import continue_positions
 from mr_reward.checkpoint.zero3 import whole_weights
 from mr_reward.errors import BackendError, ConfigurationError
-from mr_reward.layouts import TokenKind, check_layout
+from mr_reward.layouts import PADDING_SEGMENT, TokenKind, check_layout
 from mr_reward.model.configuration import (
     MultiResponseRewardConfig,
     RewardMemory,
@@ -94,7 +96,7 @@ class MultiResponseRewardModel(LoadedModel):
         self.adapter = get_adapter(config.backbone_config)
         check_layers(config)
         self.backbone = backbone if backbone is not None else AutoModel.from_config(config.backbone_config)
-        check_backend(layout, self.attention_backend, self.adapter.media_blocks)
+        self._check_backend()
         hidden_size = config.get_text_config().hidden_size
         # Templates that separate the responses by text read the scores at that text.
         self.readouts = None if config.template in JOINED_TEMPLATES else ReadoutVectors(hidden_size)
@@ -215,7 +217,7 @@ class MultiResponseRewardModel(LoadedModel):
     def _check(self, rows: Rows, arguments: dict[str, Any]) -> None:
         """Refuse what would replace the layout's mask or positions, or what nobody reads."""
         layout = self.config.layout
-        check_backend(layout, self.attention_backend, self.adapter.media_blocks)
+        self._check_backend()
         for key, value in arguments.items():
             if value is None or value is False:  # by identity: a mask tensor cannot be compared
                 continue
@@ -231,6 +233,10 @@ class MultiResponseRewardModel(LoadedModel):
                 f"forward got unknown media {sorted(unknown)}; this backbone takes {self.adapter.media_keys}"
             )
 
+    def _check_backend(self) -> None:
+        reach = describe_reach(self.backbone.config)
+        check_backend(self.config.layout, self.attention_backend, self.adapter.media_blocks, reach)
+
     def _read_padded(self, rows: Rows) -> Tensor:
         """The rows as they are under a dense mask, the reference: (B, N, H), anything in empty slots."""
         embeds = self._embed(rows.input_ids, rows.kinds)
@@ -238,7 +244,14 @@ class MultiResponseRewardModel(LoadedModel):
         hidden = self.backbone(
             inputs_embeds=embeds,
             attention_mask=attention_mask(
-                self.config.layout, self.attention_backend, rows.segments, rows.kinds, embeds.dtype, blocks
+                self.config.layout,
+                self.attention_backend,
+                rows.segments,
+                rows.kinds,
+                embeds.dtype,
+                blocks,
+                _places(rows),
+                layer_reaches(self.backbone.config),
             ),
             position_ids=self._positions(rows),
             use_cache=False,
@@ -269,7 +282,16 @@ class MultiResponseRewardModel(LoadedModel):
             position_ids=squeeze(self._positions(rows, cache)),
             use_cache=cache is not None,
             past_key_values=cache,
-            **flat_arguments(self.config.layout, self.attention_backend, plan, rows.segments, rows.kinds, blocks),
+            **flat_arguments(
+                self.config.layout,
+                self.attention_backend,
+                plan,
+                rows.segments,
+                rows.kinds,
+                blocks,
+                _places(rows),
+                layer_reaches(self.backbone.config),
+            ),
             **self.adapter.forward_arguments(self.backbone, input_ids, media),
         ).last_hidden_state[0]
         places = torch.zeros(rows.segments.numel(), dtype=torch.long, device=tokens.device)
@@ -371,6 +393,8 @@ class FastPath:
             return model.attention_backend
         if not _has_kernel(device.type, dtype, training=training):
             return "sdpa"
+        if training and has_attention_dropout(model.backbone.config):
+            return "sdpa"
         place = device.type, dtype
         if place not in self._passed and model.device.type == device.type and dtype == _dtype(model, device):
             self._passed[place] = _passes_check(model, device, dtype)
@@ -379,6 +403,12 @@ class FastPath:
     def count_fallback(self, model: MultiResponseRewardModel, device: torch.device) -> None:
         """A pass under the dense mask: counted if it is there because the check failed."""
         self.num_fallbacks += self._passed.get((device.type, _dtype(model, device))) is False
+
+
+def _places(rows: Rows) -> Tensor:
+    """(B, L), which token of its row each would be if its response stood alone behind the prompt."""
+    counted = (rows.segments != PADDING_SEGMENT).long().cumsum(-1) - 1
+    return continue_positions(counted, rows.segments, rows.offsets)
 
 
 def _dtype(model: MultiResponseRewardModel, device: torch.device) -> torch.dtype:
