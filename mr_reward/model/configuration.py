@@ -91,8 +91,9 @@ def context_tokens(backbone_config: PreTrainedConfig) -> int | None:
     text = backbone_config.get_text_config()
     limits = [getattr(text, "max_position_embeddings", None)]
     rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        limits += [rope.get(_ORIGINAL_CONTEXT), getattr(text, _ORIGINAL_CONTEXT, None)]
+    for one in (rope, *(part for part in rope.values() if isinstance(part, dict))):  # of all layers, or of each type
+        if one.get("rope_type") == "longrope":
+            limits += [one.get(_ORIGINAL_CONTEXT), getattr(text, _ORIGINAL_CONTEXT, None)]
     return min((limit for limit in limits if limit), default=None)
 
 
