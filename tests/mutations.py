@@ -220,6 +220,13 @@ MUTATIONS = [
         "tests/grpo/test_groups.py",
     ),
     Mutation(
+        "the user's own scores are lost",
+        "mr_reward.cli.score._parse",
+        "_own_row(value)",
+        "_without_results(value)",
+        "tests/cli/test_score.py",
+    ),
+    Mutation(
         "owner wrong",
         "mr_reward.grpo.groups._balance",
         "min(group.holders, key=lambda rank: (load[rank], rank))",

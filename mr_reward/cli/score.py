@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import logging
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RESULT_KEYS = {*GroupScores.__slots__, "error", "scored_with"}
+_ALL_RESULTS = {*GroupScores.__slots__} - {"order_flip_rate"}  # the youngest of them
 _MEDIA_KEYS = ("image", "images", "video", "videos")
 _PATH_KEYS = (*_MEDIA_KEYS, "image_url", "path", "url")  # in content blocks
 _STREAM = "-"
@@ -37,7 +39,9 @@ _STREAM = "-"
 
 def score(
     model: Annotated[str, typer.Argument(help="Reward model (folder or hub id), or the URL of `mr-reward serve`")],
-    source: Annotated[str, typer.Argument(help=".jsonl file with a group on each line; - for standard input")] = "-",
+    source: Annotated[
+        str, typer.Argument(help="File with a group on each line (.jsonl, .jsonl.gz) or a list (.json); - for a pipe")
+    ] = "-",
     out: Annotated[str, typer.Option(help=".jsonl file to write, or to resume; - for standard output")] = "-",
     media: Annotated[
         Path | None, typer.Option(help="Folder that paths of images and videos count from; else the source's")
@@ -55,9 +59,10 @@ def score(
     """Score groups: each line comes back with `scores`, in the order of its responses.
 
     A line is an object with `prompt` (text or chat messages), `responses` and, if there are any, `images` or `videos`
-    as paths; other keys come back as they are. With --out, the same command given again resumes a run that was
-    interrupted: lines that are in the file are not scored again, and none is lost. With --skip-bad a line that is no
-    group, or whose images cannot be read or are not taken by the model, comes back with `error`; the exit code is 3.
+    as paths; other keys come back as they are, those that results would replace as `input_scores`. With --out, the
+    same command given again resumes a run that was interrupted: lines that are in the file are not scored again, and
+    none is lost. With --skip-bad a line that is no group, or whose images cannot be read or are not taken by the
+    model, comes back with `error`; the exit code is 3.
 
     Example: mr-reward score rm groups.jsonl --out scores.jsonl
 
@@ -74,7 +79,7 @@ def score(
     with ExitStack() as stack:
         stream = sys.stdin.buffer if source == _STREAM else stack.enter_context(Path(source).open("rb"))
         total = None
-        if source != _STREAM:
+        if source.endswith(".jsonl"):
             total = sum(1 for line in stream if line.strip())
             stream.seek(0)
         lines = _parse(stream, "standard input" if source == _STREAM else source, root, target)
@@ -156,19 +161,45 @@ def _parse(stream: BinaryIO, name: str, root: Path, target: Path | None) -> Iter
     from mr_reward.data.groups_file import group_from_row
     from mr_reward.data.media_files import resolve_media
 
-    for number, value in read_json_lines(stream):
-        row: dict[str, Any] = {"line": number}
+    for where, value in _read(name, stream):
+        place = where.removeprefix(f"{name}, ")  # "line 7"
+        row: dict[str, Any] = {"line": int(place.rpartition(" ")[2])}
         group: ResponseGroup | MRRewardError
         try:
             if isinstance(value, GroupError):
                 raise value
             if not isinstance(value, dict):
                 raise GroupError(f"the row is no object: {value!r:.60}")
-            row = _without_results(value)
-            group = resolve_media(group_from_row(row, f"line {number}", ranked=False), root)
+            row = _own_row(value)
+            group = resolve_media(group_from_row(row, place, ranked=False), root)
         except MRRewardError as error:
             group = error
-        yield _Line(f"{name}, line {number}", row if target is None else _rebase(row, root, target.parent), group)
+        yield _Line(where, row if target is None else _rebase(row, root, target.parent), group)
+
+
+def _read(name: str, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """Where each row stands, and the row: of a .json file that holds a list, of a packed file, of lines."""
+    if name.endswith(".json"):
+        is_list = stream.read(4096).lstrip()[:1] == b"["
+        stream.seek(0)
+        if is_list:
+            from mr_reward.data.sources import read_rows
+
+            yield from read_rows(name)
+            return
+    lines = gzip.open(stream) if name.endswith(".jsonl.gz") else stream
+    yield from ((f"{name}, line {number}", row) for number, row in read_json_lines(lines))
+
+
+def _own_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without what an earlier scoring gave; the user's own keys of such names become `input_...`."""
+    if "scored_with" in row or _ALL_RESULTS <= row.keys():
+        return _without_results(row)
+    own = {f"input_{key}" if key in _RESULT_KEYS else key: value for key, value in row.items()}
+    if len(own) < len(row):
+        names = ", ".join(sorted(key for key in _RESULT_KEYS & row.keys() if f"input_{key}" in row))
+        raise GroupError(f"the keys {names} would come back as input_..., which the row has too; rename one of them")
+    return own
 
 
 def _without_results(row: Mapping[str, Any]) -> dict[str, Any]:

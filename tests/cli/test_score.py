@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import os
@@ -346,6 +347,49 @@ def test_images_in_every_form_are_one_picture(folder: Path, tmp_path: Path) -> N
     assert close([scores or [] for scores in again], [expected or []] * len(rows))
     details = [row["prompt"][0]["content"][0].get("image_url") for row in found if isinstance(row["prompt"], list)]
     assert {image["detail"] for image in details if isinstance(image, dict)} == {"auto"}
+
+
+def test_keys_of_the_users_own_are_kept(folder: Path, tmp_path: Path) -> None:
+    """`scores` of a person, `error` of a log: they come back, beside the results, and resuming knows them."""
+    mine = {"prompt": "?", "responses": ["a", "b"], "scores": [5, 1], "error": "none", "truncated": "no"}
+    source, out = tmp_path / "groups.jsonl", tmp_path / "scores.jsonl"
+    write_json_lines(source, [mine, {"prompt": "?", "responses": ["a", "b"]}])
+    for _ in range(2):
+        run(folder / "rm", source, "--out", out)
+        first, second = read_rows(out)
+        assert (first["input_scores"], first["input_error"], first["input_truncated"]) == ([5, 1], "none", "no")
+        assert first["scores"] == pytest.approx(second["scores"], abs=ROUNDING) and "error" not in first
+    # What this command or a run has written is scored anew, and what was the user's stays.
+    again = tmp_path / "again.jsonl"
+    run(folder / "other", out, "--out", again)
+    assert [set(row) for row in read_rows(again)] == [set(first), set(second)]
+    assert read_rows(again)[0]["input_scores"] == [5, 1]
+    logged = {key: value for key, value in second.items() if key != "scored_with"}
+    (row,) = map(json.loads, run(folder / "rm", stdin=json.dumps(logged).encode() + b"\n").splitlines())
+    assert set(row) == set(second), "no result of the run comes back as the user's own"
+    with pytest.raises(
+        GroupError, match="line 1: the keys scores would come back as input_..., which the row has too"
+    ):
+        run(folder / "rm", stdin=json.dumps({**mine, "input_scores": 1}).encode())
+
+
+def test_a_list_in_a_json_file_is_read(folder: Path, expected: list[list[float]], tmp_path: Path) -> None:
+    """And lines in a file that is called so, as before."""
+    rows = read_rows(folder / "data" / "groups.jsonl")
+    for content in (json.dumps(rows), "\n " + json.dumps(rows, indent=1), "\n".join(map(json.dumps, rows))):
+        source, out = folder / "data" / "groups.json", tmp_path / "scores.jsonl"
+        source.write_text(content)
+        for _ in range(2):  # the second time nothing is scored again
+            run(folder / "rm", source, "--out", out, "--chunk", 5)
+            assert close([row["scores"] for row in read_rows(out)], expected)
+        out.unlink()
+    packed = folder / "data" / "groups.jsonl.gz"
+    packed.write_bytes(gzip.compress((folder / "data" / "groups.jsonl").read_bytes()))
+    assert close([json.loads(line)["scores"] for line in run(folder / "rm", packed).splitlines()], expected)
+    source.write_text(json.dumps([*rows[:2], {"prompt": "?"}]))
+    with pytest.raises(GroupError, match=r"groups.json, item 3: keys \['responses'\] are missing"):
+        run(folder / "rm", source)
+    assert run(folder / "rm", source, "--skip-bad", exit_code=3).count(b"\n") == 3
 
 
 def test_dropped_groups_stay_in_their_place(folder: Path) -> None:
