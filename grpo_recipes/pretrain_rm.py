@@ -38,8 +38,9 @@ class RewardModelArguments:
 
     Args:
         layout: causal, isolated or set.
-        train_file: JSON Lines with `prompt, responses, rankings` and optional `image(s)`, `video`; or "handwriting".
-            Several files are mixed, with `mixture_weights` if given.
+        train_file: what `load_preferences` reads: a file or folder with `prompt, responses, rankings` and optional
+            `image(s)`, `video`, or in a format of docs/data-formats.md, or a hub id; or "handwriting". Several are
+            mixed, with `mixture_weights` if given.
         eval_file: the same for evaluation, one or several; None for no evaluation. "handwriting" uses its unseen
             validation scans.
         num_responses: N of the handwriting groups.
@@ -50,10 +51,10 @@ class RewardModelArguments:
     """
 
     layout: str = field(default="set", metadata={"help": "causal, isolated or set"})
-    train_file: list[str] = field(
-        default_factory=lambda: ["handwriting"], metadata={"help": ".jsonl files, or handwriting"}
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "Files or folders of ranked groups, hub ids, or handwriting"}
     )
-    eval_file: list[str] | None = field(default=None, metadata={"help": ".jsonl files, or handwriting"})
+    eval_file: list[str] | None = field(default=None, metadata={"help": "The same for evaluation"})
     num_responses: int = field(default=4, metadata={"help": "N of the handwriting groups"})
     num_train_groups: int = field(default=8192, metadata={"help": "Handwriting groups to train on"})
     num_eval_groups: int = field(default=256, metadata={"help": "Handwriting groups to evaluate on"})
@@ -77,7 +78,9 @@ def load_groups(
                 seed=seed,
             )
         else:
-            loaded[Path(source).stem] = load_preferences(source)
+            name = Path(source).stem
+            # Two files train.jsonl, in two folders, are two sets.
+            loaded[source if name in loaded else name] = load_preferences(source)
     return loaded
 
 
@@ -105,6 +108,8 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
     """Load, train, save, evaluate."""
     if not model_config.model_name_or_path:
         raise ConfigurationError("model_name_or_path is missing; give the backbone's folder or hub id")
+    if not arguments.train_file:
+        raise ConfigurationError("train_file is missing; give files of ranked groups, hub ids, or handwriting")
     # Data first: a wrong row must show before the backbone is loaded.
     train_groups = load_groups(arguments.train_file, arguments, "train", arguments.num_train_groups, args.seed)
     eval_groups: dict[str, list[ResponseGroup]] | None = None

@@ -374,6 +374,13 @@ MUTATIONS = [
         "tests/data/test_formats.py",
     ),
     Mutation(
+        "the largest score is ranked last",
+        "mr_reward.data.groups_file._by_scores",
+        "-score",
+        "score",
+        "tests/data/test_sources.py",
+    ),
+    Mutation(
         "resume: a torn line is kept",
         "mr_reward.data.jsonl.ResumableJsonLines",
         'line.endswith(b"\\n")',

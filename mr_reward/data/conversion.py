@@ -168,6 +168,7 @@ class Conversion:
     converter: Converter
     rows: RowSource
     _: dataclasses.KW_ONLY
+    media_within: str | Path | None = None  # see `resolve_media`
     media_root: Path | None = None  # relative paths in the rows count from here; the folder of the source if None
     limit: int | None = None  # stop after so many rows
     skip_bad: bool = False  # leave a bad row out and continue; otherwise it is an error with file, line and field
@@ -222,7 +223,8 @@ class Conversion:
     def _finish(self, group: ResponseGroup, number: int) -> ResponseGroup:
         """Find the media and look whether they can be shown, name the group, shuffle the responses."""
         name = group.id if group.id is not None else f"{self.converter.name}-{number}"
-        group = dataclasses.replace(resolve_media(group, self.media_root or self.rows.folder), id=name)
+        group = resolve_media(group, self.media_root or self.rows.folder, self.media_within)
+        group = dataclasses.replace(group, prompt=group.messages, id=name)
         check_readable(group)
         if self.keep_order:
             return group

@@ -9,17 +9,24 @@ besides: that is what `mr-reward score` and a GRPO run write, and `mr-reward ins
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mr_reward.data.jsonl import read_json_lines, write_json_lines
+from mr_reward.data.jsonl import write_json_lines
 from mr_reward.data.media_files import resolve_media, write_image
-from mr_reward.errors import GroupError, MRRewardError
-from mr_reward.groups import GroupScores, Message, ResponseGroup, tools_of
+from mr_reward.data.sources import RowSource, dataset_rows, is_hub_id, read_rows
+from mr_reward.errors import ConfigurationError, GroupError, MRRewardError, shown
+from mr_reward.groups import GroupScores, Message, ResponseGroup, dense_ranks, tools_of
 from mr_reward.templates.images import image_source, is_url
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from mr_reward.data.conversion import Converter
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,14 +75,16 @@ class ScoredGroup:
 
 
 def load_preferences(
-    path: str | Path, *, skip_bad: bool = False, media_within: str | Path | None = None
+    path: str | Path | Dataset, *, skip_bad: bool = False, media_within: str | Path | None = None
 ) -> list[ResponseGroup]:
-    """Read ranked groups.
+    """Read ranked groups. Rows of another format whose fields leave no doubt are converted, see docs/data-formats.md.
 
     Args:
-        path: a `.jsonl` file. `image` is one path, `images` a list of paths; `video` is one video and `videos` a list,
-            a video being a folder of frames, in the order of the numbers in their names, or a list of frame paths, one
-            frame a second. Relative paths count from the file's folder. Other keys are ignored.
+        path: a `.jsonl`, `.jsonl.gz`, `.json` or `.parquet` file, a folder of them or one that `save_to_disk` wrote, a
+            hub id (its split `train`), or a `datasets.Dataset`. Rows without `rankings` are ranked by their `scores`.
+            `image` is one path, `images` a list of paths; `video` is one video and `videos` a list, a video being a
+            folder of frames, in the order of the numbers in their names, or a list of frame paths, one frame a second.
+            Relative paths count from the file's folder. Other keys are ignored.
         skip_bad: leave out lines that are no valid group; they are listed in a warning, with their number.
         media_within: folder that the files named in rows have to lie in; None for the file's and the working folder.
 
@@ -89,7 +98,9 @@ def load_preferences(
     Example:
         >>> groups = load_preferences("train.jsonl")  # doctest: +SKIP
     """
-    expected = "a .jsonl file with one ranked group per line"
+    expected = "a file with one ranked group per line or row, see docs/data-formats.md"
+    if (rows := _open(path)) is not None and (converter := _other_format(rows)) is not None:
+        return _converted(converter, rows, skip_bad=skip_bad, media_within=media_within)
     return read_groups(
         path, lambda group, _: group, expected=expected, ranked=True, skip_bad=skip_bad, media_within=media_within
     )
@@ -184,7 +195,7 @@ def write_scored(groups: Iterable[ScoredGroup], path: str | Path) -> int:
 
 
 def read_groups(
-    path: str | Path,
+    path: str | Path | Dataset,
     make: Callable[[ResponseGroup, Mapping[str, Any]], T],
     *,
     expected: str,
@@ -193,24 +204,69 @@ def read_groups(
     media_within: str | Path | None = None,
 ) -> list[T]:
     """What `make` gives for each group of a file and its row. An error names file, line and what is `expected`."""
-    path = Path(path)
-    if not path.is_file():
+    rows = _open(path)
+    if rows is None:
         raise GroupError(f"{path}: is not a file; give {expected}")
     made, bad = [], []
-    for number, row in read_json_lines(path):
+    for place, row in rows:
+        file, _, number = place.rpartition(", ")
         try:
             if isinstance(row, GroupError):
                 raise row
-            group = group_from_row(row, f"{path.name}:{number}", ranked=ranked)
-            made.append(make(resolve_media(group, path.parent, media_within), row))
+            group = group_from_row(row, f"{Path(file).name}:{number.partition(' ')[2]}", ranked=ranked)
+            made.append(make(resolve_media(group, rows.folder, media_within), row))
         except MRRewardError as error:
             if not skip_bad:
-                raise GroupError(f"{path}, line {number}: {error}") from error
-            bad.append(f"line {number}: {error}")
+                raise GroupError(f"{place}: {error}") from error
+            bad.append(f"{number}: {error}")
     if bad:
-        logger.warning("%s: skipped %d bad lines\n%s", path, len(bad), "\n".join(bad))
+        logger.warning("%s: skipped %d bad lines\n%s", rows.name, len(bad), "\n".join(bad))
     if not made:
-        raise GroupError(f"{path}: holds no group; give {expected}")
+        raise GroupError(f"{rows.name}: holds no group; give {expected}")
+    return made
+
+
+def _open(source: str | Path | Dataset) -> RowSource | None:
+    """The rows, or None where there is no such file or folder and the name is no hub id."""
+    if not isinstance(source, str | Path):
+        return dataset_rows(source, "the data set", Path())
+    if not os.path.exists(source) and not is_hub_id(source):
+        return None
+    return read_rows(source)
+
+
+def _other_format(rows: RowSource) -> Converter | None:
+    """The format of rows that are no groups, if their fields leave no doubt."""
+    from mr_reward.data.converters import recognise
+
+    first = next((row for _, row in rows if isinstance(row, Mapping)), {})
+    if "responses" in first:
+        return None
+    try:
+        return recognise(rows)
+    except ConfigurationError:
+        return None  # the rows say themselves what they lack
+
+
+def _converted(
+    converter: Converter, rows: RowSource, *, skip_bad: bool, media_within: str | Path | None
+) -> list[ResponseGroup]:
+    from mr_reward.data.conversion import Conversion
+
+    groups = Conversion(converter, rows, skip_bad=skip_bad, keep_order=True, media_within=media_within)
+    made = list(groups)
+    left = {**groups.skipped, **groups.left_out, "bad": len(groups.bad_rows)}
+    logger.warning(
+        "%s: %d rows in the format %s became %d groups; left out: %s; fields not read: %s",
+        rows.name,
+        groups.num_rows,
+        converter.name,
+        len(made),
+        ", ".join(f"{count} {reason}" for reason, count in left.items() if count) or "nothing",
+        ", ".join(sorted(groups.unread)) or "none",
+    )
+    if not made:
+        raise GroupError(f"{rows.name}: holds no group with a preference; see what was left out")
     return made
 
 
@@ -219,6 +275,8 @@ def group_from_row(row: Any, fallback_id: str, *, ranked: bool) -> ResponseGroup
     required = ("prompt", "responses", "rankings") if ranked else ("prompt", "responses")
     if not isinstance(row, Mapping):
         raise GroupError(f"the row is {type(row).__name__}, expected an object with {', '.join(required)}")
+    if ranked and row.get("rankings") is None and row.get("scores") is not None:
+        row = {**row, "rankings": _by_scores(row["scores"])}
     missing = [key for key in required if row.get(key) is None]
     if missing:
         raise GroupError(f"keys {missing} are missing, found {sorted(row)}; known keys are {sorted(_KEYS)}")
@@ -236,6 +294,16 @@ def group_from_row(row: Any, fallback_id: str, *, ranked: bool) -> ResponseGroup
         source=str(row["source"]) if row.get("source") is not None else None,
         tools=tools_of(row.get("tools")),
     )
+
+
+def _by_scores(scores: Any) -> list[int]:
+    """Ranks by scores, larger is better, equal ones tie."""
+    numbers = isinstance(scores, list) and all(
+        isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score) for score in scores
+    )
+    if not numbers:
+        raise GroupError(f"scores is {shown(scores)}, expected a list of numbers, as there are no rankings")
+    return list(dense_ranks([-score for score in scores]))
 
 
 def row_from_group(group: ResponseGroup, path: Path) -> dict[str, Any]:

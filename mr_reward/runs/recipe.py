@@ -16,6 +16,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from trl import GRPOConfig, TrlParser
 
+from mr_reward.data.sources import SUFFIXES, is_saved, read_saved
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.groups import read_rollouts
@@ -123,13 +124,16 @@ def load_prompts(
         raise ConfigurationError(f"{'eval_' if evaluation else ''}dataset is missing; give the data set with prompts")
     if name in arguments.sources:
         return arguments.sources[name].load(arguments, split=split, evaluation=evaluation, seed=seed, limit=limit)
-    if not Path(name).exists() and name.endswith((".json", ".jsonl")):
+    is_file = name.endswith(SUFFIXES)
+    if not Path(name).exists() and is_file:
         raise ConfigurationError(f"dataset {name} is no file; give the file with the prompts")
     if missing := why_missing(name, kind="dataset"):
         raise ConfigurationError(f"dataset {name} {missing}")
     try:
-        if name.endswith((".json", ".jsonl")):
-            rows = load_dataset("json", data_files=name, split="train")
+        if is_file:
+            rows = load_dataset("parquet" if name.endswith(".parquet") else "json", data_files=name, split="train")
+        elif is_saved(Path(name)):
+            rows = read_saved(Path(name), split)
         else:
             rows = load_dataset(name, split=split)
     except (DatasetsError, StopIteration, ValueError) as error:  # an empty file is a StopIteration

@@ -10,10 +10,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator, init_empty_weights
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
@@ -24,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from mr_reward.checkpoint.checksums import write_checksums
 from mr_reward.checkpoint.verify import non_finite_cause
 from mr_reward.checkpoint.zero3 import match_partitioned_dtype, outside_zero3
+from mr_reward.data.groups_file import load_preferences
 from mr_reward.errors import ConfigurationError, NonFiniteScoreError
 from mr_reward.groups import ResponseGroup
 from mr_reward.model.model import MultiResponseRewardModel
@@ -44,7 +46,7 @@ logger = logging.getLogger(__name__)
 # Trained in full beside a LoRA adapter: both are new, an adapter on top of random weights could not learn them.
 _NEW_MODULES = ["head", "readouts"]
 
-Groups = Sequence[ResponseGroup]
+Groups: TypeAlias = Sequence[ResponseGroup] | Dataset
 
 
 @dataclass
@@ -135,9 +137,10 @@ class RewardTrainer(Trainer):
     Args:
         model: the reward model.
         args: training arguments.
-        train_dataset: ranked groups, each with at least 2 responses; or several sets by name, mixed with
+        train_dataset: ranked groups, each with at least 2 responses, or a `datasets.Dataset` as `load_preferences`
+            takes it, such as one in TRL's preference format; or several sets by name, mixed with
             `args.mixture_weights`.
-        eval_dataset: ranked groups, several sets by name, or None.
+        eval_dataset: the same for evaluation, or None.
         peft_config: LoRA configuration or None for full training. Empty `target_modules` means the linear layers of
             the language part; the value head and the readout vectors are trained in full beside it.
         **options: as transformers' `Trainer` (`callbacks`, `optimizers`).
@@ -170,7 +173,7 @@ class RewardTrainer(Trainer):
             for max_tokens in (args.max_tokens, args.eval_max_tokens or args.max_tokens)
         )
         show_progress = args.local_process_index == 0 and not args.disable_tqdm
-        training_sets = train_dataset if isinstance(train_dataset, Mapping) else {"training": train_dataset}
+        training_sets = _by_name(train_dataset, "training")
         data = TrainingGroups(
             [
                 check_groups(
@@ -189,15 +192,17 @@ class RewardTrainer(Trainer):
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
 
-        def evaluation_set(groups: Groups, name: str) -> EvaluationGroups:
+        def evaluation_set(groups: Sequence[ResponseGroup], name: str) -> EvaluationGroups:
             checked = check_groups(groups, eval_packer, name, training=False, show_progress=show_progress)
             return EvaluationGroups([group for group, _ in checked], num_orders=args.eval_orders, seed=args.seed)
 
         evaluation: Any = None
-        if isinstance(eval_dataset, Mapping):
-            evaluation = {name: evaluation_set(groups, name) for name, groups in eval_dataset.items()}
-        elif eval_dataset is not None:
-            evaluation = evaluation_set(eval_dataset, "evaluation")
+        if eval_dataset is not None:
+            evaluation = {
+                name: evaluation_set(groups, name) for name, groups in _by_name(eval_dataset, "evaluation").items()
+            }
+            if not isinstance(eval_dataset, Mapping):
+                evaluation = evaluation["evaluation"]
         if args.n_gpu > 1:  # transformers would cut the tensors of a batch for them, and media do not lie row by row
             logger.warning("training on one of %d GPUs; start with accelerate launch to use all", args.n_gpu)
             args._n_gpu = 1
@@ -362,6 +367,17 @@ class RewardTrainer(Trainer):
         merged: Any = adapted.merge_and_unload()
         merged.processor = trained.processor
         merged.save_pretrained(folder)
+
+
+def _by_name(given: Groups | Mapping[str, Groups], name: str) -> dict[str, Sequence[ResponseGroup]]:
+    """Sets of groups by name; a `Dataset` is read as one."""
+    if isinstance(given, DatasetDict):
+        raise ConfigurationError(f"the {name} data are a DatasetDict with {list(given)}; give one split of it")
+    sets = given if isinstance(given, Mapping) else {name: given}
+    for key, groups in sets.items():
+        if not isinstance(groups, Sequence | Dataset):
+            raise ConfigurationError(f"{key}: got {type(groups).__name__}, expected a list of groups or a Dataset")
+    return {key: load_preferences(one) if isinstance(one, Dataset) else one for key, one in sets.items()}
 
 
 def _with_lora(model: MultiResponseRewardModel, config: LoraConfig) -> nn.Module:

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig
@@ -232,3 +233,47 @@ def test_bad_lines_name_file_and_line(tmp_path: Path, line: str, words: str) -> 
     with pytest.raises(GroupError, match="bad.jsonl, line 2") as caught:
         load_preferences(path)
     assert words in str(caught.value)
+
+
+def test_takes_a_dataset_in_the_preference_format_of_trl(tmp_path: Path) -> None:
+    """The same steps as on groups made by hand: standard, and conversational with pictures inside the rows."""
+    random_texts = random.Random(3)
+    texts = ["".join(random_texts.choices("abcdef ", k=12)) for _ in range(24)]
+    rows = [{"prompt": f"Q{i}?", "chosen": texts[2 * i], "rejected": texts[2 * i + 1]} for i in range(12)]
+    groups = [
+        ResponseGroup(prompt=row["prompt"], responses=[row["chosen"], row["rejected"]], rankings=[1, 2])
+        for row in rows
+    ]
+    images = [Image.new("RGB", (28, 28), (20 * i, 0, 0)) for i in range(12)]
+    chats = {
+        "prompt": [[{"role": "user", "content": row["prompt"]}] for row in rows],
+        **{key: [[{"role": "assistant", "content": row[key]}] for row in rows] for key in ("chosen", "rejected")},
+        "images": [[image] for image in images],
+    }
+    features = {"images": datasets.Sequence(datasets.Image())}
+    conversational = datasets.Dataset.from_dict(chats).cast_column("images", features["images"])
+    with_images = [
+        ResponseGroup(prompt=group.messages, responses=group.responses, rankings=[1, 2], images=[image])
+        for group, image in zip(groups, images, strict=True)
+    ]
+    for family, dataset, expected in (
+        ("llama", datasets.Dataset.from_list(rows), groups),
+        ("qwen3_vl", conversational, with_images),
+    ):
+        losses = []
+        for data in (dataset, expected):
+            torch.manual_seed(0)  # of the head
+            trainer = RewardTrainer(reward_model("set", family), arguments(tmp_path), data, data)
+            trainer.train()
+            losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+            assert trainer.evaluate()["eval_loss"] > 0
+        assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_other_data_are_refused_by_name(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{"prompt": "Q", "chosen": "a", "rejected": "b"}])
+    splits = datasets.DatasetDict({"train": rows, "test": rows})
+    with pytest.raises(ConfigurationError, match="DatasetDict with .*train.*test.*give one split"):
+        RewardTrainer(reward_model("set", "llama"), arguments(tmp_path), splits)
+    with pytest.raises(ConfigurationError, match="IterableDataset, expected a list of groups or a Dataset"):
+        RewardTrainer(reward_model("set", "llama"), arguments(tmp_path), rows.to_iterable_dataset())
