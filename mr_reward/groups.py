@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from typing import Any, Protocol, TypeVar
 
@@ -222,6 +222,42 @@ class Scorer(Protocol):
 
     def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
         """One result for each group, in input order."""
+
+
+def as_groups(
+    given: ResponseGroup | Mapping[str, Any] | Sequence[ResponseGroup | Mapping[str, Any]],
+) -> Sequence[ResponseGroup]:
+    """Groups from what a user has at hand: groups or dicts of their fields, several or one.
+
+    Example:
+        >>> [group.id for group in as_groups({"prompt": "2 + 2?", "responses": ["4", "5"]})]
+        ['row 0']
+    """
+    several = [given] if isinstance(given, (ResponseGroup, Mapping)) else given
+    if isinstance(several, (str, bytes)) or not isinstance(several, Sequence):
+        raise GroupError(f"got {type(given).__name__}, expected groups: a list of ResponseGroup, or of dicts, or one")
+    return [one if isinstance(one, ResponseGroup) else _from_dict(one, f"row {i}") for i, one in enumerate(several)]
+
+
+def _from_dict(row: object, name: str) -> ResponseGroup:
+    """A group from its fields; `image` and `video` stand for one. A key that would not be read is refused."""
+    known = [each.name for each in fields(ResponseGroup)]
+    if not isinstance(row, Mapping):
+        raise GroupError(
+            f"{name} is {type(row).__name__}, expected a ResponseGroup or a dict with prompt and responses"
+        )
+    given = {key: value for key, value in row.items() if value is not None}
+    for kind in _MEDIA_TYPES:
+        if kind in given:
+            if f"{kind}s" in given:
+                raise GroupError(f"{name}: {kind} and {kind}s are both given; keep one of them")
+            given[f"{kind}s"] = [given.pop(kind)]
+    unknown = sorted(map(str, given.keys() - known))
+    missing = [key for key in ("prompt", "responses") if key not in given]
+    if unknown or missing:
+        told = [f"{word} {', '.join(keys)}" for word, keys in (("lacks", missing), ("has", unknown)) if keys]
+        raise GroupError(f"{name} {' and '.join(told)}, expected prompt, responses and any of {', '.join(known[2:])}")
+    return ResponseGroup(**{"id": name, **given})
 
 
 def score_each(scorer: Scorer, groups: Sequence[ResponseGroup]) -> list[GroupScores | MRRewardError]:

@@ -12,7 +12,7 @@ import math
 import operator
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +24,7 @@ import torch
 from mr_reward.attention.backends import GROUP_ATTENTION
 from mr_reward.checkpoint.verify import non_finite_cause
 from mr_reward.errors import ConfigurationError, NonFiniteScoreError
-from mr_reward.groups import GroupScores, ResponseGroup
+from mr_reward.groups import GroupScores, ResponseGroup, as_groups
 from mr_reward.metrics import order_flip_rate
 from mr_reward.model.chunks import score_over_prompt
 from mr_reward.model.configuration import RewardMemory
@@ -137,20 +137,26 @@ class GroupScorer:
         load_options = {key: value for key, value in given.items() if value is not None} | {"verify": verify}
         return cls(MultiResponseRewardModel.from_pretrained(pretrained_model_name_or_path, **load_options), **options)
 
-    def score(self, groups: Sequence[ResponseGroup]) -> list[list[float] | None]:
+    def score(
+        self, groups: ResponseGroup | Mapping[str, Any] | Sequence[ResponseGroup | Mapping[str, Any]]
+    ) -> list[list[float] | None]:
         """Score groups.
 
         Args:
-            groups: any number of groups of any size.
+            groups: any number of groups of any size: `ResponseGroup`, or dicts of its fields (with `image` or `video`
+                for a single one). One that is not in a list counts as a list of one.
 
         Returns:
             For each group its N scores in input order, or None if it was dropped (policy `drop_group` only).
 
         Raises:
+            GroupError: what was given is no group; a dict lacks a field, or has one that would not be read.
             OverLengthError: a group does not fit the budget.
             NonFiniteScoreError: the model gave NaN or infinity.
         """
-        return [None if result.scores is None else list(result.scores) for result in self.score_detailed(groups)]
+        return [
+            None if result.scores is None else list(result.scores) for result in self.score_detailed(as_groups(groups))
+        ]
 
     def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
         """Score groups and tell what happened to them.

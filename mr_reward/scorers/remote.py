@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -31,7 +31,7 @@ from mr_reward.errors import (
     OverLengthError,
     ScoringServerError,
 )
-from mr_reward.groups import GroupScores, ResponseGroup
+from mr_reward.groups import GroupScores, ResponseGroup, as_groups
 from mr_reward.scorers.wire import ErrorAnswer, Health, ScoreAnswer, dump, explain, to_wire
 
 logger = logging.getLogger(__name__)
@@ -136,9 +136,13 @@ class RemoteScorer:
             logger.info("scoring server %s: model %s, options %s", self.url, health.model_hash, health.options)
         return self._health
 
-    def score(self, groups: Sequence[ResponseGroup]) -> list[list[float] | None]:
+    def score(
+        self, groups: ResponseGroup | Mapping[str, Any] | Sequence[ResponseGroup | Mapping[str, Any]]
+    ) -> list[list[float] | None]:
         """For each group its N scores in input order, or None if the server dropped it."""
-        return [None if result.scores is None else list(result.scores) for result in self.score_detailed(groups)]
+        return [
+            None if result.scores is None else list(result.scores) for result in self.score_detailed(as_groups(groups))
+        ]
 
     def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
         """As `GroupScorer.score_detailed`, with the same errors about groups.

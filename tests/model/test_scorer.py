@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import LAYOUTS, assert_close, pack, random_group, random_text, reward_model, score
+from tiny_models import LAYOUTS, assert_close, pack, random_group, random_image, random_text, reward_model, score
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
-from mr_reward.errors import ConfigurationError, MediaError, NonFiniteScoreError, OverLengthError
+from mr_reward.errors import ConfigurationError, GroupError, MediaError, NonFiniteScoreError, OverLengthError
 from mr_reward.model.rows import Rows
 
 ROUNDING = 1e-5  # as in test_invariances
@@ -51,6 +51,52 @@ def alone(model: MultiResponseRewardModel, group: ResponseGroup) -> torch.Tensor
 
 
 # --- order and shape ---
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_one_group_and_dicts_are_scored_as_groups_are(seed: int) -> None:
+    rng = random.Random(seed)
+    scorer = GroupScorer(reward_model("qwen3_vl", "set"))
+    picture, other = random_image(rng), random_image(rng)
+    rows: list[dict[str, Any]] = [
+        {"prompt": random_text(rng), "responses": ["a", random_text(rng)], "image": picture, "rankings": None},
+        {"prompt": random_text(rng), "responses": [random_text(rng)] * 3, "images": [picture, other], "id": "mine"},
+        {
+            "prompt": [{"role": "user", "content": random_text(rng)}],
+            "responses": ("", "b"),
+            "video": [picture, picture],
+        },
+    ]
+    media = [{"images": [picture]}, {"images": [picture, other]}, {"videos": [[picture, picture]]}]
+    groups = [
+        ResponseGroup(prompt=row["prompt"], responses=row["responses"], **own)
+        for row, own in zip(rows, media, strict=True)
+    ]
+    expected = [scorer.score([group])[0] for group in groups]
+    for group, row, scores in zip(groups, rows, expected, strict=True):
+        assert scorer.score(group) == scorer.score(row) == scorer.score([row]) == [scores]
+    mixed = scorer.score((rows[0], groups[1], rows[2]))
+    assert all(a == pytest.approx(b, abs=ROUNDING) for a, b in zip(mixed, expected, strict=True))
+    assert scorer.score([]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt": "?"}, "row 0 lacks responses, expected prompt, responses and any of images"),
+        (
+            [{"prompt": "?", "responses": ["a"]}, {"prompt": "?", "response": "a"}],
+            "row 1 lacks responses and has response",
+        ),
+        ({"prompt": "?", "responses": ["a"], "image_path": "a.png"}, "row 0 has image_path, expected"),
+        ({"prompt": "?", "responses": ["a"], "image": "a", "images": ["b"]}, "image and images are both given"),
+        ("text", "got str, expected groups"),
+        (["text"], "row 0 is str, expected a ResponseGroup or a dict"),
+    ],
+)
+def test_what_is_no_group_is_told(given: Any, message: str) -> None:
+    with pytest.raises(GroupError, match=message):
+        GroupScorer(reward_model("llama")).score(given)
 
 
 @pytest.mark.parametrize("budget", [200, 600, 16384])
