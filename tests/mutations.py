@@ -451,6 +451,13 @@ MUTATIONS = [
         "tests/evaluation/test_benchmarks_official.py",
     ),
     Mutation(
+        "URLs are fetched without being asked",
+        "mr_reward.data.media_files._resolve_image",
+        "roots.fetch_urls and is_url(image)",
+        "is_url(image)",
+        "tests/cli/test_score.py",
+    ),
+    Mutation(
         "the block of OpenAI is a placeholder",
         "mr_reward.groups.image_of",
         '("image", "image_url", "path", "url")',

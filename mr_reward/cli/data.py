@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mr_reward.cli.options import BAD_ROWS
+from mr_reward.cli.options import BAD_ROWS, FetchUrls
 from mr_reward.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def convert(
     limit: Annotated[int | None, typer.Option(min=1, help="Read the first rows only")] = None,
     keep_order: Annotated[bool, typer.Option("--keep-order", help="Do not shuffle the responses of a group")] = False,
     skip_bad: SkipBad = False,
+    fetch_urls: FetchUrls = False,
 ) -> None:
     """Turn preference data into ranked groups.
 
@@ -74,7 +75,8 @@ def convert(
         if not Path(source).exists():
             split, config = split or converter.split, config or converter.config
     rows = read_rows(source, split=split, config=config, columns=converter.columns)
-    groups = Conversion(converter, rows, media_root=media, limit=limit, skip_bad=skip_bad, keep_order=keep_order)
+    choices = {"skip_bad": skip_bad, "keep_order": keep_order, "fetch_urls": fetch_urls}
+    groups = Conversion(converter, rows, media_root=media, limit=limit, **choices)
     count = save_preferences(tqdm(groups, desc=f"converting {name}", unit=" groups"), out)
     table = Table("what", "rows", title=f"{converter.name} -> {escape(str(out))}")
     table.add_row("rows read", str(groups.num_rows))

@@ -20,6 +20,10 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens of a forward pass, a
 OverLength = Annotated[str, typer.Option(help="drop_group, truncate_responses or error")]
 NumOrders = Annotated[int, typer.Option(min=1, help="Orders of the responses to average over (layout causal)")]
 
+FetchUrls = Annotated[
+    bool, typer.Option("--fetch-urls", help="Download images that are http or https URLs; else they are bad")
+]
+
 
 def torch_dtype(name: str | None) -> torch.dtype | None:
     """The dtype of `--dtype`, None if it was not given."""

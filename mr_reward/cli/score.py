@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mr_reward.cli.options import BAD_ROWS, Device, Dtype, MaxTokens, NumOrders, OverLength, torch_dtype
+from mr_reward.cli.options import BAD_ROWS, Device, Dtype, FetchUrls, MaxTokens, NumOrders, OverLength, torch_dtype
 from mr_reward.data.jsonl import ResumableJsonLines, json_line, read_json_lines
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
 from mr_reward.groups import GroupScores, score_each
@@ -55,6 +55,7 @@ def score(
     max_tokens: MaxTokens = 16384,
     over_length: OverLength = "drop_group",
     num_orders: NumOrders = 1,
+    fetch_urls: FetchUrls = False,
 ) -> None:
     """Score groups: each line comes back with `scores`, in the order of its responses.
 
@@ -82,7 +83,7 @@ def score(
         if source.endswith(".jsonl"):
             total = sum(1 for line in stream if line.strip())
             stream.seek(0)
-        lines = _parse(stream, "standard input" if source == _STREAM else source, root, target)
+        lines = _parse(stream, "standard input" if source == _STREAM else source, root, target, fetch_urls)
         done, bad, write = 0, 0, _write_to_standard_output
         if target is not None:
             file = stack.enter_context(ResumableJsonLines(target))
@@ -157,7 +158,7 @@ def _open_scorer(name: str, *, dtype: str | None, device: str | None, **options:
     return scorer, [checksum(model_hash, found) for found in ([settings] if is_url(name) else [settings, options])]
 
 
-def _parse(stream: BinaryIO, name: str, root: Path, target: Path | None) -> Iterator[_Line]:
+def _parse(stream: BinaryIO, name: str, root: Path, target: Path | None, fetch_urls: bool) -> Iterator[_Line]:
     from mr_reward.data.groups_file import group_from_row
     from mr_reward.data.media_files import resolve_media
 
@@ -171,7 +172,7 @@ def _parse(stream: BinaryIO, name: str, root: Path, target: Path | None) -> Iter
             if not isinstance(value, dict):
                 raise GroupError(f"the row is no object: {value!r:.60}")
             row = _own_row(value)
-            group = resolve_media(group_from_row(row, place, ranked=False), root)
+            group = resolve_media(group_from_row(row, place, ranked=False), root, fetch_urls=fetch_urls)
         except MRRewardError as error:
             group = error
         yield _Line(where, row if target is None else _rebase(row, root, target.parent), group)

@@ -173,6 +173,7 @@ class Conversion:
     limit: int | None = None  # stop after so many rows
     skip_bad: bool = False  # leave a bad row out and continue; otherwise it is an error with file, line and field
     keep_order: bool = False  # do not shuffle the responses
+    fetch_urls: bool = False  # download images that are http or https URLs
     num_rows: int = dataclasses.field(default=0, init=False)  # rows that were read
     # Rows without a preference, by reason.
     skipped: Counter[str] = dataclasses.field(default_factory=Counter, init=False)
@@ -223,7 +224,8 @@ class Conversion:
     def _finish(self, group: ResponseGroup, number: int) -> ResponseGroup:
         """Find the media and look whether they can be shown, name the group, shuffle the responses."""
         name = group.id if group.id is not None else f"{self.converter.name}-{number}"
-        group = resolve_media(group, self.media_root or self.rows.folder, self.media_within)
+        root = self.media_root or self.rows.folder
+        group = resolve_media(group, root, self.media_within, fetch_urls=self.fetch_urls)
         group = dataclasses.replace(group, prompt=group.messages, id=name)
         check_readable(group)
         if self.keep_order:

@@ -7,9 +7,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import Request, urlopen
 
 from PIL import Image, UnidentifiedImageError
 
@@ -21,19 +23,24 @@ from mr_reward.templates.images import image_source, is_url, load_image
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
 
+_LARGEST_DOWNLOAD = 64 << 20  # bytes of an image that is fetched
+_SECONDS = 30.0  # without an answer
 _LARGEST_ASPECT_RATIO = 200  # `smart_resize` in transformers' image processors of Qwen
 
 
-def resolve_media(group: ResponseGroup, root: Path, within: str | Path | None = None) -> ResponseGroup:
+def resolve_media(
+    group: ResponseGroup, root: Path, within: str | Path | None = None, *, fetch_urls: bool = False
+) -> ResponseGroup:
     """The group with media that can be opened: paths that exist, encoded bytes, PIL images.
 
     Images are given as `load_image` takes them; a video is a list of such frames, or of one path, that of a folder of
-    frames. Relative paths count from `root`, and what a row
-    names has to lie in `within`, or, if that is None, in `root` or the working folder.
+    frames. Relative paths count from `root`, and what a row names has to lie in `within`, or, if that is None, in
+    `root` or the working folder. `fetch_urls`: images behind http and https are downloaded; a row decides then what
+    this machine asks for.
     """
     if not group.images and not group.videos:
         return group
-    roots = _Roots(root, (root, Path.cwd()) if within is None else (Path(within),))
+    roots = _Roots(root, (root, Path.cwd()) if within is None else (Path(within),), fetch_urls)
     images = [_resolve_image(image, roots, f"images[{i}]") for i, image in enumerate(group.images)]
     videos = [_resolve_video(video, roots, f"videos[{i}]") for i, video in enumerate(group.videos)]
     # The messages hold the placeholders and no media; the prompt as given may still hold both.
@@ -84,11 +91,14 @@ def write_image(image: Any, folder: Path) -> Path:
 class _Roots(NamedTuple):
     base: Path  # relative paths count from here
     allowed: tuple[Path, ...]  # every path lies in one of these
+    fetch_urls: bool = False
 
 
 def _resolve_image(image: Any, roots: _Roots, field: str) -> Any:
     try:
         image = image_source(image)
+        if roots.fetch_urls and is_url(image):
+            image = _fetched(image)
     except MediaError as error:
         raise MediaError(f"{field}: {error}") from error
     if isinstance(image, bytes):
@@ -102,6 +112,19 @@ def _resolve_image(image: Any, roots: _Roots, field: str) -> Any:
             f"{field}: {shown(str(path), 300)} is not a file; check the path and the folder that it counts from"
         )
     return path
+
+
+def _fetched(url: str) -> bytes:
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "mr-reward"}), timeout=_SECONDS) as answer:
+            content = answer.read(_LARGEST_DOWNLOAD + 1)
+    except (OSError, ValueError, HTTPException) as error:
+        raise MediaError(f"{shown(url, 200)} cannot be fetched ({error}); download it and give the path") from error
+    if len(content) > _LARGEST_DOWNLOAD:
+        raise MediaError(
+            f"{shown(url, 200)} has more than {_LARGEST_DOWNLOAD >> 20} MiB; download it and give the path"
+        )
+    return content
 
 
 def _resolve_video(video: Sequence[Any], roots: _Roots, field: str) -> list[Any]:
@@ -128,7 +151,8 @@ def _path(value: Any, roots: _Roots, field: str) -> Path:
         raise MediaError(f"{field}: is {shown(value, 60)}, expected a path, encoded bytes or a PIL image")
     if is_url(value):
         raise MediaError(
-            f"{field}: {shown(value, 200)} is a URL and nothing is fetched; download it and give the path"
+            f"{field}: {shown(value, 200)} is a URL and nothing is fetched; download it and give the path, or "
+            "give --fetch-urls to `mr-reward score` or `mr-reward data convert`"
         )
     path = roots.base / value
     # By name: a link in the folder was put there by who owns it.

@@ -12,8 +12,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -390,6 +393,40 @@ def test_a_list_in_a_json_file_is_read(folder: Path, expected: list[list[float]]
     with pytest.raises(GroupError, match=r"groups.json, item 3: keys \['responses'\] are missing"):
         run(folder / "rm", source)
     assert run(folder / "rm", source, "--skip-bad", exit_code=3).count(b"\n") == 3
+
+
+def test_urls_are_fetched_when_asked_for(folder: Path, tmp_path: Path) -> None:
+    """From a server of its own; without the option nothing is asked of it, with it what is no image is a bad line."""
+    (tmp_path / "served").mkdir()
+    random_image(random.Random(7)).save(tmp_path / "served" / "a.png")
+    (tmp_path / "served" / "page.png").write_text("<!DOCTYPE html>")
+    asked: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            asked.append(self.path)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "served"))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        block = {"type": "image_url", "image_url": {"url": f"{base}/a.png"}}
+        rows: list[dict[str, Any]] = [
+            {"prompt": "?", "images": [f"{base}/{name}.png"]} for name in ("a", "page", "no")
+        ]
+        rows.append({"prompt": [{"role": "user", "content": [block, {"type": "text", "text": "?"}]}]})
+        stdin = b"".join(json.dumps({**row, "responses": ["a", "bb"]}).encode() + b"\n" for row in rows)
+        refused = run(folder / "rm", "--skip-bad", stdin=stdin, exit_code=3)
+        assert not asked and refused.count(b"nothing is fetched") == 4
+        found = [
+            json.loads(line)
+            for line in run(folder / "rm", "--skip-bad", "--fetch-urls", stdin=stdin, exit_code=3).splitlines()
+        ]
+        server.shutdown()
+    group = ResponseGroup(prompt="?", responses=["a", "bb"], images=[tmp_path / "served" / "a.png"])
+    (expected,) = GroupScorer.from_pretrained(folder / "rm").score([group])
+    assert close([found[0]["scores"], found[3]["scores"]], [expected or []] * 2)
+    assert "no known type" in found[1]["error"] and "404" in found[2]["error"]
+    assert found[0]["images"] == [f"{base}/a.png"]
 
 
 def test_dropped_groups_stay_in_their_place(folder: Path) -> None:
