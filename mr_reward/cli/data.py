@@ -6,7 +6,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -75,7 +75,7 @@ def convert(
         if not Path(source).exists():
             split, config = split or converter.split, config or converter.config
     rows = read_rows(source, split=split, config=config, columns=converter.columns)
-    choices = {"skip_bad": skip_bad, "keep_order": keep_order, "fetch_urls": fetch_urls}
+    choices: dict[str, Any] = {"skip_bad": skip_bad, "keep_order": keep_order, "fetch_urls": fetch_urls}
     groups = Conversion(converter, rows, media_root=media, limit=limit, **choices)
     count = save_preferences(tqdm(groups, desc=f"converting {name}", unit=" groups"), out)
     table = Table("what", "rows", title=f"{converter.name} -> {escape(str(out))}")

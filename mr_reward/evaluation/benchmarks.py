@@ -14,7 +14,6 @@ from typing import Any
 
 from mr_reward.data.fields import field, image_field, strip_placeholders, texts_field, wrong_field
 from mr_reward.data.groups_file import group_from_row
-from mr_reward.data.jsonl import read_json_lines
 from mr_reward.data.media_files import resolve_media
 from mr_reward.data.sources import RowSource, read_rows
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError, shown
@@ -121,14 +120,7 @@ def open_benchmark(
     media = None if media is None else Path(media)
     if media is not None and not media.is_dir():
         raise ConfigurationError(f"--media {media} is no folder; give the one that the rows' paths count from")
-    rows = read_rows(place, split=split) if benchmark.read else _lines(Path(place))
-    return BenchmarkData(benchmark, place, rows, media, skip_bad)
-
-
-def _lines(path: Path) -> RowSource:
-    if not path.is_file():
-        raise GroupError(f"{path}: is not a file; give a .jsonl file with one ranked group per line")
-    return RowSource(str(path), path.parent, lambda: ((f"{path}, line {n}", row) for n, row in read_json_lines(path)))
+    return BenchmarkData(benchmark, place, read_rows(place, split=split), media, skip_bad)
 
 
 def locate_benchmark(name: str, source: str | Path | None = None) -> tuple[Benchmark, str]:
