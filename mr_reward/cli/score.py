@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from mr_reward.cli.options import BAD_ROWS, Device, Dtype, FetchUrls, MaxTokens, NumOrders, OverLength, torch_dtype
 from mr_reward.data.jsonl import ResumableJsonLines, json_line, read_json_lines
-from mr_reward.errors import ConfigurationError, GroupError, MRRewardError
+from mr_reward.data.sources import is_hub_id
+from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError
 from mr_reward.groups import GroupScores, score_each
 
 if TYPE_CHECKING:
@@ -71,14 +72,16 @@ def score(
     """
     root = media if media is not None else Path() if source == _STREAM else Path(source).parent
     target = None if out == _STREAM else Path(out)
-    if source != _STREAM and not Path(source).is_file():
+    if source != _STREAM and not Path(source).exists() and not is_hub_id(source):
         raise GroupError(f"{source}: is not a file; give a .jsonl file with one group per line, or - to read a pipe")
     if target is not None and source != _STREAM and target.resolve() == Path(source).resolve():
         raise ConfigurationError(f"--out {out} is the file that is read; name another one")
     given: dict[str, Any] = {"max_tokens_per_batch": max_tokens, "over_length": over_length, "num_orders": num_orders}
     scorer, known = _open_scorer(model, device=device, dtype=dtype, **given)
     with ExitStack() as stack:
-        stream = sys.stdin.buffer if source == _STREAM else stack.enter_context(Path(source).open("rb"))
+        stream: BinaryIO = sys.stdin.buffer
+        if Path(source).is_file():
+            stream = stack.enter_context(Path(source).open("rb"))
         total = None
         if source.endswith(".jsonl"):
             total = sum(1 for line in stream if line.strip())
@@ -175,17 +178,43 @@ def _parse(stream: BinaryIO, name: str, root: Path, target: Path | None, fetch_u
             group = resolve_media(group_from_row(row, place, ranked=False), root, fetch_urls=fetch_urls)
         except MRRewardError as error:
             group = error
-        yield _Line(where, row if target is None else _rebase(row, root, target.parent), group)
+        yield _Line(where, _with_files(row if target is None else _rebase(row, root, target.parent), target), group)
+
+
+def _with_files(row: dict[str, Any], target: Path | None) -> dict[str, Any]:
+    """The row with images that it holds itself, as parquet and data sets do, written beside the output."""
+    from mr_reward.data.media_files import write_image
+
+    def outside(value: Any) -> Any:
+        if isinstance(value, dict) and set(value) == {"bytes", "path"}:
+            return value["path"] if value["bytes"] is None else outside(value["bytes"])
+        if isinstance(value, dict):
+            return {key: outside(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [outside(entry) for entry in value]
+        if not isinstance(value, bytes):
+            return value
+        if target is None:
+            raise GroupError("the rows hold images, which are written beside the scores; give --out FILE")
+        try:
+            return write_image(value, target.with_name(f"{target.stem}_media")).relative_to(target.parent).as_posix()
+        except MediaError:
+            return None  # the group's error says it
+
+    return {key: outside(value) for key, value in row.items()}
 
 
 def _read(name: str, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, and the row: of a .json file that holds a list, of a packed file, of lines."""
+    """Where each row stands, and the row: of a table, of a .json file with a list, of a packed file, of lines."""
+    from mr_reward.data.sources import read_rows
+
+    if name != "standard input" and (name.endswith(".parquet") or not Path(name).is_file()):
+        yield from read_rows(name)
+        return
     if name.endswith(".json"):
         is_list = stream.read(4096).lstrip()[:1] == b"["
         stream.seek(0)
         if is_list:
-            from mr_reward.data.sources import read_rows
-
             yield from read_rows(name)
             return
     lines = gzip.open(stream) if name.endswith(".jsonl.gz") else stream

@@ -21,6 +21,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from http_server import running
@@ -465,3 +466,23 @@ def test_a_full_disk_leaves_whole_lines(folder: Path, tmp_path: Path) -> None:
         )
     assert done.returncode == 1 and b"No space left on device" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_parquet_and_saved_data_sets_are_read_and_their_pictures_written(folder: Path, tmp_path: Path) -> None:
+    image = Image.new("RGB", (28, 28), "red")
+    image.save(tmp_path / "a.png")
+    row = {"prompt": "What?", "responses": ["one", "two"], "note": "mine"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**row, "images": ["a.png"]}) + "\n")
+    run(folder / "rm", tmp_path / "rows.jsonl", "--out", tmp_path / "lines.out.jsonl")
+    lines = read_rows(tmp_path / "lines.out.jsonl")
+    data = datasets.Dataset.from_list([{**row, "images": [image]}])
+    data.to_parquet(str(tmp_path / "rows.parquet"))
+    data.save_to_disk(str(tmp_path / "saved"))
+    for name in ("rows.parquet", "saved"):
+        out = tmp_path / f"{name}.out.jsonl"
+        for _ in range(2):  # the second time nothing is left to do
+            run(folder / "rm", tmp_path / name, "--out", out)
+        scored = read_rows(out)
+        assert [one["scores"] for one in scored] == [one["scores"] for one in lines] and scored[0]["note"] == "mine"
+        with Image.open(out.parent / scored[0]["images"][0]) as read:
+            assert read.size == (28, 28)
