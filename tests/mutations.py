@@ -535,6 +535,20 @@ MUTATIONS = [
         "tests/test_hub.py",
     ),
     Mutation(
+        "doctor: a field that does not exist is let through",
+        "mr_reward.doctor.examine.examine_recipe",
+        "_unknown_fields(unknown, [name for part in parsed for name in vars(part)])",
+        "[]",
+        "tests/doctor/test_doctor.py",
+    ),
+    Mutation(
+        "doctor: text beside images is no problem",
+        "mr_reward.runs.recipe._read_groups",
+        "value != []",
+        "value is []",
+        "tests/doctor/test_doctor.py",
+    ),
+    Mutation(
         "evaluation: a shuffle that scores from a file never saw is undone",
         "mr_reward.evaluation.evaluator.score_in_orders",
         "_is_stored(scorer)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from mr_reward.doctor.findings import Finding, may_start, show_findings
 from mr_reward.doctor.machine import check_devices, check_needed, check_output_folder, check_versions
 from mr_reward.doctor.reward_model import check_reward_folder, check_reward_of_run, score_whole
 from mr_reward.errors import ConfigurationError, MRRewardError
+from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.groups import PlannedGroup, RolloutRow, plan_groups
 from mr_reward.hub import why_missing
 from mr_reward.runs.launch import Launch, read_environment, read_launch
@@ -43,7 +45,7 @@ _SHOWN_RANKS, _SHOWN_GROUPS = 4, 6  # of the ranks as many at either end
 
 @dataclass
 class PlannedRun:
-    """A run as its recipe describes it; ConfigurationError if prompts or rewards cannot be read."""
+    """A run as its recipe describes it; what cannot be read of it is in `problems`."""
 
     recipe: PolicyArguments
     args: GRPOConfig
@@ -52,11 +54,23 @@ class PlannedRun:
     use_cpu: bool  # what the recipe says
 
     def __post_init__(self) -> None:
-        if not self.model_config.model_name_or_path:
-            raise ConfigurationError("model_name_or_path is missing; give the policy's folder or hub id")
-        self.policy: str = self.model_config.model_name_or_path
-        self.prompts = first_prompts(self.recipe)  # some, with any one response
-        self.num_reward_funcs = 1 + len(other_rewards(self.recipe, self.args))
+        self.problems: list[Finding] = []
+        self.policy: str = self.model_config.model_name_or_path or ""
+        if not self.policy:
+            self._note("model_name_or_path is missing; give the policy's folder or hub id")
+        self.prompts: list[ResponseGroup] = []  # some, with any one response
+        try:
+            self.prompts = first_prompts(self.recipe)
+        except (MRRewardError, OSError, ValueError) as error:
+            self._note(str(error))
+        self.num_reward_funcs: int | None = None
+        try:
+            self.num_reward_funcs = 1 + len(other_rewards(self.recipe, self.args))
+        except (MRRewardError, OSError, ValueError) as error:
+            self._note(str(error))
+
+    def _note(self, problem: str) -> None:
+        self.problems.append(Finding("red", "configuration", problem))
 
     @property
     def is_here(self) -> bool:
@@ -109,10 +123,13 @@ def examine_recipe(
             launch = replace(launch, num_processes=num_processes)
         parser = TrlParser((recipe_type, planned_arguments(launch.num_processes), ModelConfig))
         parser.error = _refuse  # argparse would end the process
-        recipe, args, model_config = parser.parse_args_and_config(args=list(arguments))
-        run = PlannedRun(recipe, args, model_config, launch, args.asks_for_cpu)
+        *parsed, unknown = parser.parse_args_and_config(args=list(arguments), return_remaining_strings=True)
+        recipe, args, model_config = parsed
     except (MRRewardError, OSError, ValueError, yaml.YAMLError) as error:
-        return [Finding("red", "configuration", str(error))]
+        # Without TRL's own configuration little of the run can be asked; the machine and the model can.
+        return [Finding("red", "configuration", str(error)), *check_versions(), *_check_named(arguments)]
+    run = PlannedRun(recipe, args, model_config, launch, args.asks_for_cpu)
+    run.problems += _unknown_fields(unknown, [name for part in parsed for name in vars(part)])
     findings = _check_run(run)
     if score and may_start(findings) and recipe.reward_model is not None:
         findings.append(score_whole(recipe.reward_model, run.prompts, **scorer_options(recipe)))
@@ -181,6 +198,7 @@ def _check_run(run: PlannedRun) -> list[Finding]:
     given = str(args.resume_from_checkpoint or "false")  # on the command line everything is text
     resume = given.lower() == "true" if given.lower() in ("true", "false") else given
     findings = [
+        *run.problems,
         *check_versions(),
         *check_needed(_needed_packages(run), here=run.is_here),
         check_devices(use_cpu=run.use_cpu, bf16=bool(args.bf16), num_local_processes=launch.num_local_processes),
@@ -270,7 +288,9 @@ def _check_groups(run: PlannedRun) -> Iterator[Finding]:
 def _check_rewards(run: PlannedRun) -> Iterator[Finding]:
     """Functions, weights and prompts."""
     weights, functions = run.args.reward_weights, run.num_reward_funcs
-    if weights is not None and len(weights) != functions:
+    if functions is None:
+        pass
+    elif weights is not None and len(weights) != functions:
         text = f"{len(weights)} weights for {functions} reward functions; give one for each"
         yield Finding("red", "reward_weights", text)
     else:
@@ -279,12 +299,14 @@ def _check_rewards(run: PlannedRun) -> Iterator[Finding]:
     read, unread = f"read {len(run.prompts)} of them", unread_data(run.recipe)
     if unread:
         yield Finding("yellow", "prompts", f"{read}; not looked at, as on the hub: {', '.join(unread)}")
-    else:
+    elif run.prompts:
         yield Finding("green", "prompts", read)
 
 
 def _check_policy(run: PlannedRun) -> Iterator[Finding]:
     """Whether transformers would find the policy's files; no weight is loaded."""
+    if not run.policy:
+        return
     name, folder = run.policy, Path(run.policy)
     if getattr(run.args, "trust_remote_code", False):
         text = f"trust_remote_code is on: Python code of {name} is run with your rights; read it first"
@@ -327,6 +349,32 @@ def _check_vllm(run: PlannedRun) -> Iterator[Finding]:
         sleep = "with" if args.vllm_enable_sleep_mode else "without"
         text = f"colocated, {args.vllm_gpu_memory_utilization:.0%} of each GPU, {sleep} sleep"
         yield Finding("green", "vLLM", text)
+
+
+def _unknown_fields(given: Sequence[str], known: Sequence[str]) -> Iterator[Finding]:
+    """A line for each field that does not exist, with the nearest that does."""
+    for name in (part.removeprefix("--") for part in given if part.startswith("--")):
+        near = difflib.get_close_matches(name, known, n=1)
+        text = f"there is no field {name}; {f'{near[0]} is one' if near else 'take it out'}"
+        yield Finding("red", "configuration", text)
+
+
+def _check_named(arguments: Sequence[str]) -> Iterator[Finding]:
+    """Whether the models that a recipe names are there, where nothing else of it can be looked at."""
+    given = list(arguments)
+    for what, field in (("policy", "model_name_or_path"), ("reward model", "reward_model")):
+        name = given[given.index(f"--{field}") + 1] if f"--{field}" in given[:-1] else _in_file(given, field)
+        elsewhere = what == "policy" and _HUB_ID.fullmatch(name or "")  # as in `_check_policy`
+        if name is not None and not elsewhere and (reason := why_missing(name)):
+            yield Finding("red", what, f"{name} {reason}")
+
+
+def _in_file(given: Sequence[str], field: str) -> str | None:
+    try:
+        found = yaml.safe_load(Path(given[given.index("--config") + 1]).read_text())[field]
+        return found if isinstance(found, str) else None
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return None  # said already
 
 
 def _refuse(message: str) -> NoReturn:

@@ -83,15 +83,18 @@ class PolicyArguments:
             "reward_placement": PLACEMENTS,
             "reward_dtype": (None, *DTYPES),
         }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                shown = ", ".join(map(str, allowed))
-                raise ConfigurationError(f"{name} is {getattr(self, name)!r}, expected one of {shown}")
+        problems = [
+            f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(str, allowed))}"
+            for name, allowed in choices.items()
+            if getattr(self, name) not in allowed
+        ]
         for name in ("reward_max_tokens", "reward_num_orders"):
             if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected at least 1")
+                problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.log_groups_steps < 0:
-            raise ConfigurationError(f"log_groups_steps is {self.log_groups_steps}, expected 0 for never, or more")
+            problems.append(f"log_groups_steps is {self.log_groups_steps}, expected 0 for never, or more")
+        if problems:
+            raise ConfigurationError("; ".join(problems))
 
 
 @dataclass
@@ -202,15 +205,16 @@ def first_prompts(arguments: PolicyArguments, count: int = 64) -> list[ResponseG
     """The first prompts of both data sets as groups, if they are on this machine."""
     groups, elsewhere = [], unread_data(arguments)
     for name, evaluation in ((arguments.dataset, False), (arguments.eval_dataset, True)):
-        if name is not None and (name not in elsewhere or name.endswith((".json", ".jsonl"))):
+        if name is not None and name not in elsewhere:
             groups += _read_groups(name, load_prompts(arguments, evaluation=evaluation, limit=count))
     return groups
 
 
 def unread_data(arguments: PolicyArguments) -> list[str]:
-    """The data sets that are not on this machine."""
+    """The data sets that are not on this machine, but may be on a hub."""
     named = (name for name in (arguments.dataset, arguments.eval_dataset) if name is not None)
-    return [name for name in named if name not in arguments.sources and not Path(name).exists()]
+    elsewhere = (name for name in named if name not in arguments.sources and not Path(name).exists())
+    return [name for name in elsewhere if not name.endswith((".json", ".jsonl"))]
 
 
 def _read_groups(name: str, rows: Dataset) -> list[ResponseGroup]:
@@ -222,4 +226,10 @@ def _read_groups(name: str, rows: Dataset) -> list[ResponseGroup]:
                 f"dataset {name}, row {number}: prompt is {prompt!r}, expected text or a list of messages"
             )
     columns = {column: rows[column] for column in ("image", "images") if column in rows.column_names}
+    text = next((number for number, prompt in enumerate(rows["prompt"]) if isinstance(prompt, str)), None)
+    if text is not None and any(value != [] for values in columns.values() for value in values):
+        raise ConfigurationError(
+            f"dataset {name}, row {text}: prompt is text beside the column {', '.join(columns)}, where TRL's trainers "
+            "expect chat messages; write [{'role': 'user', 'content': ...}]"
+        )
     return read_rollouts(rows["prompt"], [""] * len(rows), columns)[0]

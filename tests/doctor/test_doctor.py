@@ -152,6 +152,66 @@ def test_other_mistakes(options: dict[str, Any], message: str, check: Check) -> 
     assert not passed and message in shown, shown
 
 
+def red(shown: str) -> list[str]:
+    """What is red, of the table in one line."""
+    return [row.split("│")[0].strip() for row in re.findall(r"● red │ ([^●]*)", shown)]
+
+
+def test_all_problems_are_shown_at_once(check: Check, folder: Path) -> None:
+    """What would show one after the other: slips in two fields, prompts, weights, reward model, policy, length."""
+    (folder / "questions.jsonl").write_text('{"question": "?"}\n')
+    wrong = {
+        "num_generatoins": 4,
+        "reward_modell": "rm",
+        "dataset": "questions.jsonl",
+        "reward_weights": ["1", "1", "1"],
+        "reward_model": "./nowhere",
+        "model_name_or_path": "./none",
+        "vllm_max_model_length": 1000,
+    }
+    passed, shown = check(LORA, **wrong)
+    assert not passed
+    kinds = ["configuration"] * 3 + ["reward_weights", "policy", "vLLM", "reward model"]
+    assert sorted(red(shown)) == sorted(kinds), shown
+    for part in (
+        "there is no field num_generatoins; num_generations is one",
+        "there is no field reward_modell; reward_model is one",
+        "columns ['question'], expected prompt among them",
+        "./nowhere is no folder",
+    ):
+        assert part in shown, shown
+    _, shown = check(LORA, reward="best", reward_placement="elsewhere", reward_model="./nowhere")
+    assert "reward is 'best'" in shown and "reward_placement is 'elsewhere'" in shown
+    assert sorted(red(shown)) == ["configuration", "reward model"]
+
+
+def test_a_slip_in_the_file_and_one_without_a_neighbour(check: Check, folder: Path) -> None:
+    recipe = yaml.safe_load((RECIPES / LORA).read_text())
+    (folder / "slip.yaml").write_text(yaml.safe_dump({**recipe, "learning_rat": 1e-5, "zzzz": 1}))
+    passed, shown = check(str(folder / "slip.yaml"))
+    assert not passed and "there is no field learning_rat; learning_rate is one" in shown
+    assert "there is no field zzzz; take it out" in shown and red(shown) == ["configuration"] * 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_red"),
+    [
+        ([{"prompt": "?", "images": ["a.png"]}], True),
+        ([{"prompt": "?", "image": "a.png"}], True),
+        ([{"prompt": "?", "images": []}], False),
+        ([{"prompt": [{"role": "user", "content": "?"}], "images": ["a.png"]}], False),
+    ],
+)
+def test_text_beside_images_is_red(rows: list[dict[str, Any]], is_red: bool, check: Check, folder: Path) -> None:
+    """GRPOTrainer takes chat messages only where there are images."""
+    from PIL import Image
+
+    Image.new("RGB", (56, 56)).save(folder / "a.png")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    passed, shown = check(LORA, dataset="rows.jsonl")
+    assert passed is not is_red and ("prompt is text beside the column" in shown) is is_red, shown
+
+
 def test_foreign_code_is_told(check: Check) -> None:
     """It is the user's to decide, so it stops nothing."""
     quiet, loud = (check(LORA, trust_remote_code=on) for on in (False, True))
