@@ -21,7 +21,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
 
-from mr_reward.errors import MRRewardError
+from mr_reward.errors import MRRewardError, shown
 from mr_reward.groups import ResponseGroup
 from mr_reward.integrations.collector import GroupCollector
 from mr_reward.model.scorer import GroupScorer
@@ -144,11 +144,11 @@ def _read(post: _Post, endings: Sequence[str], media_root: Path | None) -> list[
 def _image(name: str, root: Path | None) -> Path:
     if root is None:
         raise ValueError(
-            f"the label names the image {name[:80]!r}, but the server was started without a folder of images"
+            f"the label names the image {shown(name)}, but the server was started without a folder of images"
         )
     path = (root / name).resolve()
     if not path.is_relative_to(root.resolve()) or not path.is_file():
-        raise ValueError(f"the image {name[:80]!r} is no file in the server's folder of images")
+        raise ValueError(f"the image {shown(name)} is no file in the server's folder of images")
     return path
 
 
