@@ -38,6 +38,7 @@ class RewardModelArguments:
 
     Args:
         layout: causal, isolated or set.
+        thoughts: what is judged of responses with `<think>`: included, stripped or refused; see `from_backbone`.
         train_file: what `load_preferences` reads: a file or folder with `prompt, responses, rankings` and optional
             `image(s)`, `video`, or in a format of docs/data-formats.md, or a hub id; or "handwriting". Several are
             mixed, with `mixture_weights` if given.
@@ -51,6 +52,7 @@ class RewardModelArguments:
     """
 
     layout: str = field(default="set", metadata={"help": "causal, isolated or set"})
+    thoughts: str = field(default="included", metadata={"help": "included, stripped or refused"})
     train_file: list[str] | None = field(
         default=None, metadata={"help": "Files or folders of ranked groups, hub ids, or handwriting"}
     )
@@ -124,6 +126,7 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
     model = MultiResponseRewardModel.from_backbone(
         model_config.model_name_or_path,
         layout=arguments.layout,
+        thoughts=arguments.thoughts,
         **{key: value for key, value in load_options.items() if value is not None},
     )
     # A single set is reported without its name, so that metric_for_best_model need not know the file's.

@@ -19,7 +19,8 @@ __all__ = ["GroupScores", "ResponseGroup", "Scorer", "dense_ranks", "undo_order"
 _MEDIA_TYPES = ("image", "video")
 _IMAGE_BLOCKS = ("image", "image_url", "input_image")  # of transformers and TRL; of OpenAI's two interfaces
 # What chat templates read of a turn beside role and content; the name of a tool's turn besides.
-_TURN_KEYS = ("tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_TURN_KEYS = ("tool_calls", "tool_call_id", *REASONING_KEYS)
 Message = dict[str, Any]
 T = TypeVar("T")
 

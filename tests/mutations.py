@@ -311,6 +311,20 @@ MUTATIONS = [
         "tests/templates/test_chat.py -k tags",
     ),
     Mutation(
+        "an answer is read inside an open thought",
+        "mr_reward.templates.thoughts.ThoughtRules.encode",
+        "self._closed if inside == text else self.opened",
+        "self.opened",
+        "tests/templates/test_chat.py -k thought",
+    ),
+    Mutation(
+        "tools of the trainer are left out",
+        "mr_reward.grpo.groups.read_rollouts",
+        "tools=tools[i]",
+        "tools=()",
+        "tests/templates/test_chat.py -k policy_saw",
+    ),
+    Mutation(
         "a changed template is accepted",
         "mr_reward.checkpoint.verify.check_template_hash",
         "found != trained_with",

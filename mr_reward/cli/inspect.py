@@ -91,4 +91,6 @@ def _read_model(name: str) -> tuple[Renderer, Layout]:
     check_there(name)
     config = MultiResponseRewardConfig.from_pretrained(name)
     adapter = get_adapter(config.backbone_config)
-    return Renderer(load_processor(name), config.template, adapter=adapter), check_layout(config.layout)
+    return Renderer(load_processor(name), config.template, thoughts=config.thoughts, adapter=adapter), check_layout(
+        config.layout
+    )

@@ -113,7 +113,7 @@ def _read_folder(
         check_config_keys(name, None, MultiResponseRewardConfig)
         config = MultiResponseRewardConfig.from_pretrained(name)
         processor = load_processor(name)
-        check_template_hash(name, config.template_hash, template_hash(processor, config.template))
+        check_template_hash(name, config.template_hash, template_hash(processor, config.template, config.thoughts))
         model = MultiResponseRewardModel.without_weights(config, attention)
     except (MRRewardError, OSError, ValueError) as error:
         return None, [Finding("red", "attention" if isinstance(error, BackendError) else what, str(error))]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mr_reward.errors import ConfigurationError, GroupAssemblyError, GroupError
-from mr_reward.groups import Message, ResponseGroup, image_of
+from mr_reward.groups import REASONING_KEYS, Message, ResponseGroup, image_of, tools_of
 from mr_reward.templates.images import DecodedImages
 
 Completion = str | Sequence[Mapping[str, Any]]
@@ -62,6 +62,8 @@ def read_rollouts(
 
     With `environments` TRL appends what each one's `reset` has returned to the prompt, so the rollouts of one prompt
     may end in different texts: those are kept apart from what has to be equal.
+
+    Tools are those that the trainer shows the policy; without a trainer, those of the `tools` column.
     """
     images = columns.get("images")  # wins over `image`, as in TRL
     if images is None:
@@ -72,13 +74,15 @@ def read_rollouts(
             f"got {len(prompts)} prompts, {len(completions)} completions and {len(images)} entries in the image "
             "column, expected one of each per rollout; pass what GRPOTrainer passes to a reward function"
         )
+    tools = _rollout_tools(columns, len(prompts))
     groups = []
     for i, (prompt, completion, media) in enumerate(zip(prompts, completions, images, strict=True)):
         name = f"rollout {i}"
         groups.append(
             ResponseGroup(
                 prompt=_without_empty_content(prompt),
-                responses=[completion_text(completion, name=name)],
+                responses=[completion_text(completion, name=name, thoughts=True)],
+                tools=tools[i],
                 images=() if media is None or _carries_images(prompt) else media,
                 id=name,
             )
@@ -182,13 +186,30 @@ def plan_groups(rows_by_rank: Sequence[Sequence[RolloutRow]], num_generations: i
     return _balance(groups, num_ranks=len(rows_by_rank))
 
 
-def completion_text(completion: Completion, *, name: str = "completion") -> str:
+def _rollout_tools(columns: Mapping[str, Any], count: int) -> list[Any]:
+    """The JSON schemas of the tools that each rollout's prompt named."""
+    trainer: Any = getattr(columns.get("log_metric"), "__self__", None)
+    if not hasattr(trainer, "num_generations"):  # no GRPOTrainer
+        column = columns.get("tools")
+        return [()] * count if column is None else [tools_of(tools) for tools in column]
+    if by_environment := getattr(trainer, "_env_tools", None):
+        shown = [by_environment[name] for name in trainer._batch_environments]
+    else:
+        shown = [getattr(trainer, "tools", None) or ()] * count
+    if not any(shown):
+        return shown
+    from transformers.utils import get_json_schema
+
+    return [[tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools] for tools in shown]
+
+
+def completion_text(completion: Completion, *, name: str = "completion", thoughts: bool = False) -> str:
     """The text of a completion that the reward model is to judge: what a reader of the chat would see the policy say.
 
     That is the content of the assistant turns, several joined by a blank line; a missing content is the empty text.
-    Left out: tool calls, tool results and other turns, and reasoning that TRL's response parser has moved to a key of
-    its own (reasoning inside the content stays). Nothing else changes: lone surrogates, control tokens as text and
-    white space are kept.
+    Left out: tool calls, tool results and other turns, and, without `thoughts`, reasoning that TRL's response parser
+    has moved to a key of its own (reasoning inside the content stays); with it, it stands before the content again.
+    Nothing else changes: lone surrogates, control tokens as text and white space are kept.
     """
     if isinstance(completion, str):
         return completion
@@ -200,7 +221,11 @@ def completion_text(completion: Completion, *, name: str = "completion") -> str:
                 "completions that GRPOTrainer passes to a reward function"
             )
         if message.get("role") == "assistant":
-            turns.append(_turn_text(message, name))
+            text = _turn_text(message, name)
+            reasoning = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), None)
+            if thoughts and reasoning:
+                text = "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" + text
+            turns.append(text)
     return "\n\n".join(turn for turn in turns if turn)
 
 

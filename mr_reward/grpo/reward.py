@@ -35,6 +35,7 @@ from mr_reward.grpo.groups import (
 from mr_reward.grpo.telemetry import GroupLog, describe_rows, measure
 from mr_reward.model.rows import check_over_length
 from mr_reward.scorers.opening import is_url, open_scorer
+from mr_reward.templates.chat import is_prefilled
 
 if TYPE_CHECKING:
     import torch
@@ -109,8 +110,9 @@ class MultiResponseReward:
     processes accelerate fills it up with the first prompts of the set, as whole groups, which then count twice. In the
     first call the ranks compare checksums of their reward models, as ZeRO-3 can make them differ without an error.
 
-    What is judged: the content of the assistant turns, without tool calls, tool results or reasoning that was parsed
-    into a key of its own. A plain-text prompt counts as one user turn. Where the first observations of TRL's
+    What is judged: the content of the assistant turns, without tool calls and tool results; reasoning that was parsed
+    into a key of its own stands before it again and counts as the model's `thoughts` say. The prompt is rendered with
+    the trainer's tools. A plain-text prompt counts as one user turn. Where the first observations of TRL's
     environments differ within a group, the prompt is what they have in common, and each response begins with the rest
     of its own; a warning says so once.
 
@@ -211,7 +213,7 @@ class MultiResponseReward:
             self._scorer = open_scorer(server, token=server_token, expected_hash=server_hash)
         self._exchange = Exchange(timeout=timedelta(seconds=timeout))
         self._ranks_agree = False
-        self._told_of_openings = False
+        self._told_of_openings = self._told_of_prefill = False
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Pickle the arguments: a copy loads the checkpoint again, and has its own device and process group."""
@@ -303,6 +305,13 @@ class MultiResponseReward:
                 if not self._told_of_openings:
                     logger.warning("%s: its environments began differently; each response begins with its own", name)
                 self._told_of_openings = True
+            if is_prefilled(messages) and not self._told_of_prefill:
+                logger.warning(
+                    "%s: its prompt ends in an assistant turn, and each response is judged as the rest of that turn; "
+                    "GRPOTrainer of TRL 1.16 closes it and lets the policy begin a new one",
+                    name,
+                )
+                self._told_of_prefill = True
             groups.append(replace(prompt, prompt=messages, responses=planned.responses, id=name))
         started = time.perf_counter()
         results = self._scorer.score_detailed(groups)

@@ -53,7 +53,8 @@ def register(
                 raise GroupError(f"ms-swift passed no messages, found {sorted(kwargs)}; another version than 4.6?")
             images = [list(row or ()) for row in kwargs.get("images") or [()] * len(messages)]
             prompts = [to_prompt(turns[:-1]) for turns in messages]
-            return self.reward(prompts, completions, images=images, trainer_state=kwargs.get("trainer_state"))
+            columns = {"images": images, "tools": kwargs.get("tools")}
+            return self.reward(prompts, completions, **columns, trainer_state=kwargs.get("trainer_state"))
 
     orms[name] = MultiResponseORM
     return MultiResponseORM

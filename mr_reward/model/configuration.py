@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from mr_reward.attention.reach import ISOLATING_LAYERS
 from mr_reward.errors import BackendError
 from mr_reward.templates.rendering import TEMPLATE
+from mr_reward.templates.thoughts import THOUGHTS
 
 __all__ = ["MultiResponseRewardConfig", "RewardMemory", "activation_bytes", "check_layers", "context_tokens"]
 _ORIGINAL_CONTEXT = "original_max_position_embeddings"
@@ -29,6 +30,7 @@ class MultiResponseRewardConfig(PreTrainedConfig):
         head_bias: the head's last layer has a bias.
         score_scale: factor on the head's output.
         template: name of the prompt template (see `mr_reward.templates.rendering`).
+        thoughts: what is judged of responses with thoughts: `included`, `stripped` or `refused`.
         template_hash: hash of the template and of the processor's chat template at training time.
         backbone_name_or_path: where the backbone came from.
         backbone_revision: its commit on the hub, if known.
@@ -49,6 +51,7 @@ class MultiResponseRewardConfig(PreTrainedConfig):
     head_bias: bool = False
     score_scale: float = 1.0
     template: str = TEMPLATE
+    thoughts: str = THOUGHTS[0]
     template_hash: str | None = None
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None

@@ -49,6 +49,7 @@ from mr_reward.layouts import Layout, check_layout
 from mr_reward.model.configuration import MultiResponseRewardConfig
 from mr_reward.model.features import settle_attention
 from mr_reward.templates.rendering import JOINED_TEMPLATES, TEMPLATE, check_template, template_hash
+from mr_reward.templates.thoughts import THOUGHTS, check_thoughts
 
 
 class LoadedModel(PreTrainedModel):
@@ -69,6 +70,7 @@ class LoadedModel(PreTrainedModel):
         *,
         layout: Layout | str = "set",
         template: str = TEMPLATE,
+        thoughts: str = THOUGHTS[0],
         processor: Any = None,
         head_hidden_size: int | None = None,
         head_activation: str = "silu",
@@ -87,6 +89,8 @@ class LoadedModel(PreTrainedModel):
                 language-model head is left aside).
             layout: `causal`, `isolated` or `set`.
             template: `chat`; or with layout `causal` `mr2rm-assistant` or `mr2rm-user`.
+            thoughts: what is judged of responses with thoughts (`<think>`): `included`, all that was written;
+                `stripped`, the answer alone; `refused`, none: an error. The same in training, scoring and GRPO.
             processor: the processor or tokenizer; None loads it from the same place.
             head_hidden_size: width of the value head's hidden layer; None for the backbone's width.
             head_activation: `selu` or a name of transformers' `ACT2FN`.
@@ -104,6 +108,7 @@ class LoadedModel(PreTrainedModel):
             BackendError: the attention backend cannot express the layout.
         """
         check_template(template, check_layout(layout))
+        check_thoughts(thoughts)
         if isinstance(backbone, PreTrainedModel):
             if processor is None:
                 raise ConfigurationError("a loaded backbone comes without its processor; pass processor=...")
@@ -128,7 +133,8 @@ class LoadedModel(PreTrainedModel):
             head_bias=joined,
             score_scale=score_scale,
             template=template,
-            template_hash=template_hash(processor, template),
+            template_hash=template_hash(processor, template, thoughts),
+            thoughts=thoughts,
             backbone_name_or_path=name,
             backbone_revision=getattr(base.config, "_commit_hash", None),
             # A new configuration would reset the choice in the backbone's.
@@ -212,7 +218,7 @@ class LoadedModel(PreTrainedModel):
                     align_weights(model)
                     model.processor = load_processor(name, revision)
                     model.model_card = read_card(name, revision)
-                found = template_hash(model.processor, model.config.template)
+                found = template_hash(model.processor, model.config.template, model.config.thoughts)
                 check_template_hash(name, model.config.template_hash, found)
         settle_attention(model, attention)
         return (model, info) if wants_info else model

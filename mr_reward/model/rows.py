@@ -106,7 +106,7 @@ class Packer:
     def of(cls, model: MultiResponseRewardModel, *, max_tokens: int, over_length: str = "error") -> Packer:
         """The packer of a model's rows."""
         return cls(
-            Renderer(model.processor, model.config.template, adapter=model.adapter),
+            Renderer(model.processor, model.config.template, thoughts=model.config.thoughts, adapter=model.adapter),
             layout=model.config.layout,
             max_tokens=max_tokens,
             context_tokens=model.context_tokens,

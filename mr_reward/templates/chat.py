@@ -87,6 +87,10 @@ class ChatTemplate:
             return {**rest, "content": [_encodable(block) for block in blocks]}
         return {**rest, "content": "".join(encodable(block["text"]) for block in blocks if block["type"] == "text")}
 
+    def text(self, messages: Sequence[Message], **options: Any) -> str:
+        """The chat of a group's messages as text, its media as placeholders."""
+        return self._render([self.turn(message) for message in messages], options)
+
     def check(self, group: ResponseGroup) -> None:
         """Refuse a prompt of which the template leaves something out, or that has no turn to continue."""
         last = group.messages[-1]

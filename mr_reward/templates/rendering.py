@@ -38,6 +38,7 @@ from mr_reward.templates.chat import (
     template_options,
 )
 from mr_reward.templates.images import DecodedImages, load_image
+from mr_reward.templates.thoughts import THOUGHTS, ThoughtRules, opened_thought
 
 TEMPLATE = "chat"
 JOINED_TEMPLATES = ("mr2rm-assistant", "mr2rm-user")
@@ -65,10 +66,16 @@ def check_template(template: str, layout: str = "causal") -> None:
         )
 
 
-def template_hash(processor: Any, template: str = TEMPLATE) -> str:
+def template_hash(processor: Any, template: str = TEMPLATE, thoughts: str = THOUGHTS[0]) -> str:
     """Identify everything that turns a group into text: 16 hexadecimal digits."""
-    content = json.dumps([template, _TEMPLATE_VERSION, chat_template_text(processor)])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    content: list[Any] = [template, _TEMPLATE_VERSION, chat_template_text(processor)]
+    if template == TEMPLATE and opened_thought(
+        ChatTemplate(processor, sees_images=getattr(processor, "tokenizer", processor) is not processor)
+    ):
+        content.append("an opened thought is closed")  # answers stood inside of it before
+    if thoughts != THOUGHTS[0]:
+        content.append(thoughts)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +83,8 @@ class RenderedGroup:
     """Token ids of one group, not laid out yet."""
 
     prompt_ids: Tensor  # (P,) int64, media placeholders expanded
-    response_ids: list[list[int]]  # N lists of token ids, none of them special or added
+    # N lists of token ids, none of them special or added but the marks of a thought that the chat template opens
+    response_ids: list[list[int]]
     # Tensors of the prompt's media by name, as the processor makes them; empty for text
     media: dict[str, Tensor] = field(default_factory=dict)
     mm_token_type_ids: Tensor | None = None  # (P,) int64, 0 text, 1 image, 2 video; None for text-only backbones
@@ -112,7 +120,14 @@ class RenderedGroup:
 class Renderer:
     """Turns groups into token ids with a `ProcessorMixin` (vision-language) or a tokenizer (text-only)."""
 
-    def __init__(self, processor: Any, template: str = TEMPLATE, *, adapter: BackboneAdapter | None = None) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        template: str = TEMPLATE,
+        *,
+        thoughts: str = THOUGHTS[0],
+        adapter: BackboneAdapter | None = None,
+    ) -> None:
         check_template(template)
         chat_template_text(processor)
         self.template = template
@@ -131,6 +146,7 @@ class Renderer:
             self.processor.validate_inputs = functools.partial(_check_media, processor.validate_inputs)
         self.encode_text = TextEncoder(self.tokenizer)
         self.chat = ChatTemplate(self.processor, sees_images=self.sees_images)
+        self.thoughts = ThoughtRules(thoughts, self.chat, self.tokenizer)
         if template in JOINED_TEMPLATES:
             self._control_token = self.encode_text.pattern()
             self._separator_id = self._find_separator()
@@ -146,16 +162,20 @@ class Renderer:
             return self._render_joined(group)
         prompt = self._render_messages(group, group.messages, **template_options(group))
         token_types = prompt.pop("mm_token_type_ids", None)
+        ids = prompt.pop("input_ids")[0]
+        end = len(ids) if is_prefilled(group.messages) else self.thoughts.cut(ids, group.name)
         return RenderedGroup(
-            prompt_ids=prompt.pop("input_ids")[0],
-            response_ids=self.encode_text.encode_all(group.responses),
+            prompt_ids=ids[:end],
+            response_ids=self.thoughts.encode(group, self.encode_text.encode_all),
             media=prompt,
-            mm_token_type_ids=None if token_types is None else token_types[0].long(),
+            mm_token_type_ids=None if token_types is None else token_types[0, :end].long(),
         )
 
     def render_all(self, groups: Sequence[ResponseGroup]) -> list[RenderedGroup]:
         """As `render`, in one call of the processor where it can: its own work for a call is that for many prompts."""
-        one_by_one = any(group.videos or group.tools or is_prefilled(group.messages) for group in groups)
+        one_by_one = self.thoughts.opened or any(
+            group.videos or group.tools or is_prefilled(group.messages) for group in groups
+        )
         if len(groups) == 1 or self.template in JOINED_TEMPLATES or one_by_one:
             return [self.render(group) for group in groups]
         # Groups with one prompt, as the same objects, are one chat.
@@ -174,7 +194,9 @@ class Renderer:
         no_types: list[None] = [None] * len(prompts)
         ids = [torch.tensor(ids) for ids in found["input_ids"]]
         types = [None if own is None else torch.tensor(own) for own in found.get("mm_token_type_ids", no_types)]
-        responses = iter(self.encode_text.encode_all([text for group in groups for text in group.responses]))
+        responses = iter(
+            self.encode_text.encode_all([text for group in groups for text in self.thoughts.judged(group)])
+        )
         return [
             RenderedGroup(
                 prompt_ids=ids[place],
@@ -198,7 +220,7 @@ class Renderer:
                 f"{type(self.tokenizer).__name__} tokenizes the end of a rendered chat in another way than its parts; "
                 f"template {self.template!r} does not work with it, use {TEMPLATE!r}"
             )
-        texts = [encodable(response) for response in group.responses]
+        texts = [encodable(response) for response in self.thoughts.judged(group)]
         joiner = Joiner(
             encode=self.encode_text,
             separator_id=self._separator_id,

@@ -13,13 +13,13 @@ import trl
 from tiny_models import family, random_image, reward_model
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
-from mr_reward import GroupScorer, ResponseGroup
+from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel, ResponseGroup
 from mr_reward.data import load_preferences, save_preferences
 from mr_reward.errors import ConfigurationError, GroupError, MediaError
 from mr_reward.grpo.groups import read_rollouts
 from mr_reward.integrations.verl import _rollout
 from mr_reward.scorers.wire import WireGroup, dump, from_wire, to_wire
-from mr_reward.templates.rendering import Renderer
+from mr_reward.templates.rendering import Renderer, template_hash
 from mr_reward.worlds import tiny
 
 _TOKENIZER = tiny.build_tokenizer()
@@ -324,3 +324,127 @@ def test_text_with_tags_survives_a_file(tmp_path: Path) -> None:
     for one in (group(beside, images=IMAGES[:1], rankings=[1, 2]), group("a <image>", rankings=[1, 2])):
         save_preferences([one], tmp_path / "g.jsonl")
         assert load_preferences(tmp_path / "g.jsonl")[0].messages == one.messages
+
+
+# --- thoughts ---
+
+THINKING = ("qwen3_5_think", "deepseek_r1_distill", "nemotron_3_nano", "qwen3_8")
+
+
+def full_text(renderer: Renderer, one: ResponseGroup, index: int = 0) -> str:
+    rendered = renderer.render(one)
+    return str(renderer.tokenizer.decode(rendered.prompt_ids.tolist() + rendered.response_ids[index]))
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_an_answer_stands_behind_the_thought_that_the_template_opens(name: str) -> None:
+    """As the template writes an assistant turn; a thought that the response ends stands in the open one."""
+    made = tokenizer(name)
+    renderer = Renderer(made)
+    turns = [{"role": "user", "content": "2 + 2?"}]
+    whole = made.apply_chat_template([*turns, {"role": "assistant", "content": "4"}], tokenize=False)
+    opened = made.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert opened.endswith("<think>\n")
+    one = group(turns, ["4", "2 and 2\n</think>\n\n4", "<think>\n2 and 2\n</think>\n\n4", "<think>\nHm"])
+    assert whole.startswith(full_text(renderer, one, 0))
+    assert full_text(renderer, one, 1) == full_text(renderer, one, 2) == opened + "2 and 2\n</think>\n\n4"
+    assert full_text(renderer, one, 3) == opened + "Hm"
+    # The marks are tokens, as the policy has them.
+    close = made.convert_tokens_to_ids("</think>")
+    assert renderer.render(one).response_ids[1].count(close) == 1
+    both = renderer.render_all([one, group("a")])
+    assert [r.response_ids for r in both] == [renderer.render(g).response_ids for g in (one, group("a"))]
+    assert both[0].prompt_ids.tolist() == renderer.render(one).prompt_ids.tolist()
+
+
+def test_a_template_that_opens_no_thought_is_left_alone() -> None:
+    renderer = Renderer(tokenizer("qwen3"))
+    texts = ["<think>a</think>b", "b"]
+    rendered = renderer.render(group("a", texts))
+    assert rendered.response_ids == renderer.encode_text.encode_all(texts)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think"])
+def test_thoughts_are_stripped_or_refused(name: str) -> None:
+    made = tokenizer(name)
+    answers = ["4", "5", "", "4"]
+    texts = ["2 and 2</think>4", "<think>\nx\n</think>\n\n5", "<think>unfinished", "4"]
+    stripped = Renderer(made, thoughts="stripped")
+    expected = Renderer(made).render(group("a", answers))
+    assert stripped.render(group("a", texts)).response_ids == expected.response_ids
+    found = stripped.render_all([group("a", texts), group("b", texts)])
+    assert [one.response_ids for one in found] == [expected.response_ids] * 2
+    refusing = Renderer(made, thoughts="refused")
+    with pytest.raises(GroupError, match="group 'g': response 1 holds a thought.*thoughts='refused'"):
+        refusing.render(group("a", ["4", "x</think>4"]))
+    assert refusing.render(group("a", answers)).response_ids == expected.response_ids
+    with pytest.raises(ConfigurationError, match="thoughts is 'some', expected one of included"):
+        Renderer(made, thoughts="some")
+    hashes = [template_hash(made, "chat", thoughts) for thoughts in ("included", "stripped", "refused")]
+    assert len(set(hashes)) == 3 and template_hash(made) == hashes[0]
+
+
+def test_a_model_keeps_what_it_judges(tmp_path: Path) -> None:
+    """The same in a checkpoint, in scoring and in GRPO, whether TRL has parsed the reasoning or not."""
+    backbone = family("llama")
+    options: dict[str, Any] = {"processor": copy.deepcopy(backbone.processor), "layout": "set"}
+    model = MultiResponseRewardModel.from_backbone(reward_model("llama").backbone, thoughts="stripped", **options)
+    model.save_pretrained(tmp_path / "rm")
+    loaded = MultiResponseRewardModel.from_pretrained(tmp_path / "rm")
+    assert loaded.config.thoughts == "stripped"
+    scorer = GroupScorer(loaded)
+    plain = scorer.score([group("a", ["4", "5"])])
+    assert scorer.score([group("a", ["<think>x</think>4", "y</think>5"])]) == plain
+    parsed = [[{"role": "assistant", "content": text, "reasoning_content": "Hm"}] for text in ("4", "5")]
+    raw = ["<think>\nHm\n</think>\n\n" + text for text in ("4", "5")]
+    for thoughts in ("stripped", "included"):
+        judge = MultiResponseRewardModel.from_backbone(reward_model("llama").backbone, thoughts=thoughts, **options)
+        rewards = [MultiResponseReward(judge, 2)(["a", "a"], given) for given in (parsed, raw, ["4", "5"])]
+        assert rewards[0] == rewards[1]
+        assert (rewards[0] == rewards[2]) == (thoughts == "stripped")
+
+
+def add(a: int, b: int) -> int:
+    """Adds two numbers.
+
+    Args:
+        a: one
+        b: the other
+    """
+    return a + b
+
+
+class Trainer:
+    """What a reward sees of TRL's trainer."""
+
+    num_generations = num_generations_eval = 1
+    tools: Any = ()
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Nothing."""
+
+
+def test_rollouts_have_the_tools_that_the_policy_saw() -> None:
+    trainer = Trainer()
+    columns = {"tools": [[TOOL]], "log_metric": trainer.log_metric}
+    assert read_rollouts(["a"], ["b"], columns)[0][0].tools == (), "TRL shows the trainer's, no column"
+    trainer.tools = [add]
+    (seen,) = read_rollouts(["a"], ["b"], columns)[0]
+    made = tokenizer("qwen3")
+    expected = apply_chat_template({"prompt": [{"role": "user", "content": "a"}]}, made, tools=[add])["prompt"]
+    assert text_of(Renderer(made), seen) == expected
+    trainer._env_tools, trainer._batch_environments = {"x": [add], "y": []}, ["y", "x"]  # type: ignore[attr-defined]
+    both, rows = read_rollouts(["a"] * 2, ["b"] * 2, {"log_metric": trainer.log_metric})
+    assert [len(one.tools) for one in both] == [0, 1] and rows[0].fingerprint != rows[1].fingerprint
+    for column in ([TOOL], json.dumps([TOOL])):
+        assert read_rollouts(["a"], ["b"], {"tools": [column]})[0][0].tools == (TOOL,)
+
+
+def test_a_reward_judges_the_continuation_and_says_what_trl_does(caplog: pytest.LogCaptureFixture) -> None:
+    model = reward_model("llama")
+    prompt = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "The answer is"}]
+    reward = MultiResponseReward(model, 2, reward="raw")
+    found = [reward([prompt] * 2, [" 4", " 5"]) for _ in range(2)]
+    assert found[0] == found[1] == GroupScorer(model).score([group(prompt, [" 4", " 5"])])[0]
+    assert found[0] != GroupScorer(model).score([group(prompt[:1], [" 4", " 5"])])[0]
+    assert caplog.text.count("judged as the rest of that turn") == 1
