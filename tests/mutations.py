@@ -320,8 +320,8 @@ MUTATIONS = [
     Mutation(
         "tools of the trainer are left out",
         "mr_reward.grpo.groups.read_rollouts",
-        "tools=tools[i]",
-        "tools=()",
+        "tools[i]",
+        "()",
         "tests/templates/test_chat.py -k policy_saw",
     ),
     Mutation(
