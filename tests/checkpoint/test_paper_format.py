@@ -304,8 +304,12 @@ def test_other_templates_are_refused(copied: Path) -> None:
     refuses(copied, "template='chat', expected mr2rm-assistant or mr2rm-user", ConfigurationError, template="chat")
 
 
-def test_user_template_wants_a_user_turn_at_the_end(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("role", "expected"),
+    [("assistant", "no prompt that ends in an assistant turn"), ("system", "last turn is of 'system'")],
+)
+def test_user_template_wants_a_user_turn_at_the_end(folders: dict[str, Path], role: str, expected: str) -> None:
     model = MultiResponseRewardModel.from_pretrained(folders["llama"], template="mr2rm-user")
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(GroupError, match="'odd'.*last turn is of 'assistant'"):
+    turns = [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]
+    with pytest.raises(GroupError, match=f"'odd'.*{expected}"):
         GroupScorer(model).score([ResponseGroup(prompt=turns, responses=["c"], id="odd")])
