@@ -131,6 +131,7 @@ def test_a_template_that_drops_calls_or_results_is_refused(name: str) -> None:
 def test_different_calls_get_different_scores() -> None:
     """The instance of the issue: add(2, 2) and add(9, 9)."""
     model = reward_model("llama", fresh=True)
+    model.processor = copy.deepcopy(model.processor)  # it is that of all tests
     model.processor.chat_template = template("qwen3")
     scorer = GroupScorer(model)
     base = [{"role": "user", "content": "Add."}]
