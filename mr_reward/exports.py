@@ -38,6 +38,8 @@ def lazy_exports(
             ) from error
 
     def names_of_all() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *homes})
+        found = vars(sys.modules[package])
+        parts = (name for name in found if name.startswith("__") or f"{package}.{name}" in sys.modules)
+        return sorted({*found.get("__all__", homes), *parts})
 
     return load, names_of_all

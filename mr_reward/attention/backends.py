@@ -15,7 +15,6 @@ d width of a head.
 
 from __future__ import annotations
 
-import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,8 +33,6 @@ from mr_reward.attention.plan import Block, ComparisonPlan, GroupPlan, KernelCal
 from mr_reward.attention.reach import Reach, each_reach
 from mr_reward.errors import BackendError
 from mr_reward.layouts import PADDING_SEGMENT, Layout, TokenKind, check_layout, visible
-
-logger = logging.getLogger(__name__)
 
 GROUP_ATTENTION = "mr_group"
 # An isolating mask needs a backend that takes a 4-D mask as it is. Flash attention takes none and would ignore it.
@@ -85,10 +82,8 @@ def choose_attention(backbone: PreTrainedModel, requested: str | None) -> None:
     found = backbone.config.get_text_config()._attn_implementation
     if requested is None:
         if found != "sdpa" or not backbone._can_set_attn_implementation():
-            logger.info("attention of %s: %s", type(backbone).__name__, found)
             return
         requested = GROUP_ATTENTION
-    logger.info("attention of %s: %s", type(backbone).__name__, requested)
     if requested == found:
         return
     text = backbone.config.get_text_config()

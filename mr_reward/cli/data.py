@@ -78,7 +78,7 @@ def convert(
     choices: dict[str, Any] = {"skip_bad": skip_bad, "keep_order": keep_order, "fetch_urls": fetch_urls}
     groups = Conversion(converter, rows, media_root=media, limit=limit, **choices)
     count = save_preferences(tqdm(groups, desc=f"converting {name}", unit=" groups"), out)
-    table = Table("what", "rows", title=f"{converter.name} -> {escape(str(out))}")
+    table = Table("what", "rows")
     table.add_row("rows read", str(groups.num_rows))
     table.add_row("groups written", str(count))
     for reason, number in groups.skipped.most_common():
@@ -87,6 +87,7 @@ def convert(
         table.add_row(f"answers left out: {escape(reason)}", str(number))
     table.add_row("bad rows skipped", str(len(groups.bad_rows)))
     console = Console()
+    console.print(f"{converter.name} -> {out}", markup=False, highlight=False, soft_wrap=True)
     console.print(table)
     if groups.unread:
         console.print(f"columns not read: {', '.join(sorted(groups.unread))}", markup=False, highlight=False)

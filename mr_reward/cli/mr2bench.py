@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from mr_reward.errors import ConfigurationError
@@ -56,7 +55,9 @@ def build(
         show_progress=True,
     )
     write_benchmark(built, out, questions.parent)
-    table = Table("", "", title=escape(str(out)), show_header=False)
+    console = Console()
+    console.print(str(out), markup=False, highlight=False, soft_wrap=True)
+    table = Table("", "", show_header=False)
     for name, value in built.facts.items():
         table.add_row(name, value)
-    Console().print(table)
+    console.print(table)

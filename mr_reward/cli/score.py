@@ -98,13 +98,16 @@ def score(
             if target is not None:
                 logger.warning("stopped; %s holds whole lines, the same command resumes it", target)
             raise
-    table = Table("groups", "", title=None if out == _STREAM else out)
+    console = Console(stderr=True)
+    if target is not None:
+        console.print(out, markup=False, highlight=False, soft_wrap=True)  # a title would be cut to the table's width
+    table = Table("groups", "")
     numbers = {"scored now": counts["scored"], "scored before": done, "dropped": counts["dropped"]}
     bad += counts["bad"]
     numbers |= {"bad lines": bad, "responses cut off": counts["truncated"]}
     for name, number in numbers.items():
         table.add_row(name, str(number))
-    Console(stderr=True).print(table)
+    console.print(table)
     if bad:
         raise typer.Exit(BAD_ROWS)
 

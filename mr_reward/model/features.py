@@ -89,8 +89,8 @@ def settle_attention(model: Any, requested: str | None) -> None:
     for backend in candidates:
         reason = why_not(type(model), config, backend)
         if reason is None:
-            if reasons:
-                logger.warning("attention of %s: %r; %s", type(backbone).__name__, backend, "; ".join(reasons))
+            level = logging.WARNING if reasons else logging.INFO
+            logger.log(level, "attention of %s: %s", type(backbone).__name__, "; ".join([repr(backend), *reasons]))
             choose_attention(backbone, backend)
             return
         reasons.append(reason)

@@ -189,6 +189,7 @@ def test_a_hub_id_is_loaded_with_its_default_split(tmp_path: Path, monkeypatch: 
         return datasets.Dataset.from_list([row] * 70, features=features)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("mr_reward.data.sources.why_missing", lambda name, kind: None)  # tests reach no hub
     run("data", "convert", "rlaif_v", "openbmb/RLAIF-V-Dataset", tmp_path / "out.jsonl", "--limit", 66)
     assert calls == [(("openbmb/RLAIF-V-Dataset", None), {"split": "train"})]
     groups = load_preferences(tmp_path / "out.jsonl")
@@ -198,7 +199,10 @@ def test_a_hub_id_is_loaded_with_its_default_split(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("source", "words"),
-    [("nobody/nothing", "cannot be loaded"), ("no.jsonl", "is no file, no folder and no hub id")],
+    [
+        ("nobody/nothing", "is no file, no folder and no hub id within reach"),
+        ("no.jsonl", "is no file, no folder and no hub id"),
+    ],
 )
 def test_a_source_that_is_not_there_is_refused(tmp_path: Path, source: str, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):

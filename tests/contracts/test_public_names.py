@@ -87,6 +87,7 @@ def test_dir_lists_the_public_names(folder: str) -> None:
 def test_dir_needs_nothing_loaded() -> None:
     code = (
         "import sys, mr_reward; assert {*mr_reward.__all__, 'errors'} <= {*dir(mr_reward)}; "
+        "assert not {'lazy_exports', 'TYPE_CHECKING'} & {*dir(mr_reward)}; "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -46,7 +46,7 @@ def test_each_source_gives_the_same_scores(folder: Path) -> None:
     ("source", "options", "error", "message"),
     [
         ("/no/such/folder", {}, CheckpointError, "/no/such/folder"),
-        ("127.0.0.1:8765", {}, CheckpointError, "127.0.0.1:8765"),
+        ("127.0.0.1:8765", {}, ConfigurationError, "if a scoring server is meant, give http://127.0.0.1:8765"),
         ("ftp://host", {}, ConfigurationError, "expected http://host:port"),
         ("http://host", {"device": "cpu", "num_orders": 3}, ConfigurationError, "num_orders, device cannot be given"),
         ("rm", {"token": "abc"}, ConfigurationError, "got a token with 'rm'"),
