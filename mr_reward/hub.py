@@ -11,9 +11,14 @@ import logging
 import os
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, is_offline_mode
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of the library that the hub's client asks with: httpx until its version 2, then httpx2
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 logger = logging.getLogger(__name__)
@@ -69,7 +74,7 @@ def why_missing(
         return text
     except HfHubHTTPError:
         return None  # it is there without this file, or the hub has a trouble that the loading will meet too
-    except (httpx2.HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         if not cached:
             return f"{text}. The hub does not answer ({type(error).__name__}: {error})"
         logger.warning("%s: the hub does not answer (%s); HF_HUB_OFFLINE=1 reads the cache at once", name, error)

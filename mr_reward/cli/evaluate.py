@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mr_reward.cli.options import BAD_ROWS, Device, Dtype, MaxTokens, Model, OverLength, torch_dtype
+from mr_reward.cli.options import BAD_ROWS, Device, Dtype, FetchUrls, MaxTokens, Model, OverLength, torch_dtype
 from mr_reward.errors import ConfigurationError
 
 
@@ -44,6 +44,7 @@ def evaluate(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="List bad rows, count their items as wrong, and go on; exit code 3")
     ] = False,
+    fetch_urls: FetchUrls = False,
 ) -> None:
     """Evaluate a reward model on a benchmark, by its official metric; an interrupted run resumes.
 
@@ -76,6 +77,7 @@ def evaluate(
         num_resamples=resamples,
         media=media,
         skip_bad=skip_bad,
+        fetch_urls=fetch_urls,
     )
     show_report(report, Console())
     if report.bad_rows:

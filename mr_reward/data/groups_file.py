@@ -75,7 +75,11 @@ class ScoredGroup:
 
 
 def load_preferences(
-    path: str | Path | Dataset, *, skip_bad: bool = False, media_within: str | Path | None = None
+    path: str | Path | Dataset,
+    *,
+    skip_bad: bool = False,
+    media_within: str | Path | None = None,
+    fetch_urls: bool = False,
 ) -> list[ResponseGroup]:
     """Read ranked groups. Rows of another format whose fields leave no doubt are converted, see docs/data-formats.md.
 
@@ -87,6 +91,7 @@ def load_preferences(
             Relative paths count from the file's folder. Other keys are ignored.
         skip_bad: leave out lines that are no valid group; they are listed in a warning, with their number.
         media_within: folder that the files named in rows have to lie in; None for the file's and the working folder.
+        fetch_urls: download images that are http or https URLs; the rows then decide what this machine asks for.
 
     Returns:
         The groups in file order.
@@ -99,11 +104,10 @@ def load_preferences(
         >>> groups = load_preferences("train.jsonl")  # doctest: +SKIP
     """
     expected = "a file with one ranked group per line or row, see docs/data-formats.md"
+    options: dict[str, Any] = {"skip_bad": skip_bad, "media_within": media_within, "fetch_urls": fetch_urls}
     if (rows := _open(path)) is not None and (converter := _other_format(rows)) is not None:
-        return _converted(converter, rows, skip_bad=skip_bad, media_within=media_within)
-    return read_groups(
-        path, lambda group, _: group, expected=expected, ranked=True, skip_bad=skip_bad, media_within=media_within
-    )
+        return _converted(converter, rows, **options)
+    return read_groups(path, lambda group, _: group, expected=expected, ranked=True, **options)
 
 
 def save_preferences(groups: Iterable[ResponseGroup], path: str | Path) -> int:
@@ -202,6 +206,7 @@ def read_groups(
     ranked: bool = False,
     skip_bad: bool = False,
     media_within: str | Path | None = None,
+    fetch_urls: bool = False,
 ) -> list[T]:
     """What `make` gives for each group of a file and its row. An error names file, line and what is `expected`."""
     rows = _open(path)
@@ -214,7 +219,7 @@ def read_groups(
             if isinstance(row, GroupError):
                 raise row
             group = group_from_row(row, f"{Path(file).name}:{number.partition(' ')[2]}", ranked=ranked)
-            made.append(make(resolve_media(group, rows.folder, media_within), row))
+            made.append(make(resolve_media(group, rows.folder, media_within, fetch_urls=fetch_urls), row))
         except MRRewardError as error:
             if not skip_bad:
                 raise GroupError(f"{place}: {error}") from error
@@ -248,12 +253,10 @@ def _other_format(rows: RowSource) -> Converter | None:
         return None  # the rows say themselves what they lack
 
 
-def _converted(
-    converter: Converter, rows: RowSource, *, skip_bad: bool, media_within: str | Path | None
-) -> list[ResponseGroup]:
+def _converted(converter: Converter, rows: RowSource, **options: Any) -> list[ResponseGroup]:
     from mr_reward.data.conversion import Conversion
 
-    groups = Conversion(converter, rows, skip_bad=skip_bad, keep_order=True, media_within=media_within)
+    groups = Conversion(converter, rows, keep_order=True, **options)
     made = list(groups)
     left = {**groups.skipped, **groups.left_out, "bad": len(groups.bad_rows)}
     logger.warning(

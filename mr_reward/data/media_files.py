@@ -151,8 +151,9 @@ def _path(value: Any, roots: _Roots, field: str) -> Path:
         raise MediaError(f"{field}: is {shown(value, 60)}, expected a path, encoded bytes or a PIL image")
     if is_url(value):
         raise MediaError(
-            f"{field}: {shown(value, 200)} is a URL and nothing is fetched; download it and give the path, or "
-            "give --fetch-urls to `mr-reward score` or `mr-reward data convert`"
+            f"{field}: {shown(value, 200)} is a URL and nothing is fetched; download it and give the path, or give "
+            "--fetch-urls to `mr-reward score`, `evaluate` or `data convert`, in Python fetch_urls=True to "
+            "load_preferences"
         )
     path = roots.base / value
     # By name: a link in the folder was put there by who owns it.

@@ -62,6 +62,7 @@ class BenchmarkData:
     rows: RowSource
     media: Path | None = None  # folder that relative paths count from; None for that of the source
     skip_bad: bool = False  # give a bad row as an item with its error, or, if it is no item, count it, and go on
+    fetch_urls: bool = False  # download images that are http or https URLs
     bad_rows: list[str] = default(default_factory=list)  # that are no item: place and reason
 
     def __iter__(self) -> Iterator[EvaluationItem]:
@@ -74,7 +75,7 @@ class BenchmarkData:
                     raise row
                 item = self._read(row, place, number)
                 if item is not None:
-                    yield replace(item, group=resolve_media(item.group, root))
+                    yield replace(item, group=resolve_media(item.group, root, fetch_urls=self.fetch_urls))
             except MRRewardError as error:
                 reason = str(error)
                 if isinstance(error, MediaError) and self.media is None:
@@ -108,11 +109,12 @@ def open_benchmark(
     *,
     media: str | Path | None = None,
     skip_bad: bool = False,
+    fetch_urls: bool = False,
 ) -> BenchmarkData:
     """Open a benchmark; its rows are read when they are asked for.
 
-    `source`: file, folder or hub id, None for where it is published. `split` of a folder: how its files begin. `media`
-    and `skip_bad`: see `BenchmarkData`.
+    `source`: file, folder or hub id, None for where it is published. `split` of a folder: how its files begin.
+    `media`, `skip_bad` and `fetch_urls`: see `BenchmarkData`.
     """
     benchmark, place = locate_benchmark(name, source)
     if not Path(place).exists():
@@ -120,7 +122,7 @@ def open_benchmark(
     media = None if media is None else Path(media)
     if media is not None and not media.is_dir():
         raise ConfigurationError(f"--media {media} is no folder; give the one that the rows' paths count from")
-    return BenchmarkData(benchmark, place, read_rows(place, split=split), media, skip_bad)
+    return BenchmarkData(benchmark, place, read_rows(place, split=split), media, skip_bad, fetch_urls)
 
 
 def locate_benchmark(name: str, source: str | Path | None = None) -> tuple[Benchmark, str]:

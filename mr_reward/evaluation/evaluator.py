@@ -119,6 +119,7 @@ def evaluate_benchmark(
     num_resamples: int = 1000,
     media: str | Path | None = None,
     skip_bad: bool = False,
+    fetch_urls: bool = False,
 ) -> Report:
     """Score a benchmark and write `items.jsonl`, `results.json` and figures; an interrupted run resumes.
 
@@ -135,6 +136,7 @@ def evaluate_benchmark(
         media: folder that relative paths in the rows count from; None for the source's, for a hub id the working one.
         skip_bad: go on after a row that is bad or whose media cannot be read or shown; it is listed in
             `Report.bad_rows`, and as long as it is an item it counts as wrong.
+        fetch_urls: download images that are http or https URLs; they are bad otherwise.
 
     Returns:
         The report.
@@ -150,7 +152,7 @@ def evaluate_benchmark(
         >>> evaluate_benchmark("vl_rewardbench", scorer, "results").metrics["macro"].value  # doctest: +SKIP
         0.822
     """
-    data = open_benchmark(benchmark, source, split, media=media, skip_bad=skip_bad)
+    data = open_benchmark(benchmark, source, split, media=media, skip_bad=skip_bad, fetch_urls=fetch_urls)
     settings = {"benchmark": benchmark, "source": data.source, "split": split, "limit": limit}
     score_benchmark(
         scorer,

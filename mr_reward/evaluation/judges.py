@@ -14,10 +14,10 @@ import torch
 
 from mr_reward.checkpoint.verify import check_there, weights_digest
 from mr_reward.data.jsonl import read_json_lines
-from mr_reward.errors import ConfigurationError, GroupError, NonFiniteScoreError
+from mr_reward.errors import ConfigurationError, GroupError, NonFiniteScoreError, OverLengthError
 from mr_reward.evaluation.evaluator import BenchmarkScorer
 from mr_reward.groups import GroupScores, ResponseGroup
-from mr_reward.model.rows import plan_batches
+from mr_reward.model.rows import check_over_length, plan_batches
 from mr_reward.model.scorer import GroupScorer
 from mr_reward.scorers.opening import default_device, open_scorer, require_local
 from mr_reward.templates.chat import ChatTemplate, is_prefilled
@@ -127,7 +127,8 @@ class ClassifierScorer:
     """Any reward model for text that transformers loads as a sequence classifier with one label.
 
     Each response stands alone behind the prompt, as the tokenizer's chat template writes them. Padding
-    counts towards `max_tokens_per_batch`.
+    counts towards `max_tokens_per_batch`. Nothing is cut off: a group of which one response is longer than that or
+    than the context is dropped or an error.
     """
 
     def __init__(
@@ -137,9 +138,16 @@ class ClassifierScorer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         max_tokens_per_batch: int = 16384,
+        over_length: str = "error",
     ) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        check_over_length(over_length)
+        if over_length == "truncate_responses":
+            raise ConfigurationError(
+                f"classifier:{name}: got over_length='truncate_responses', but a sequence classifier reads whole "
+                "responses; choose 'drop_group' or 'error'"
+            )
         check_there(name)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         options = {} if dtype is None else {"dtype": dtype}
@@ -157,14 +165,17 @@ class ClassifierScorer:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         model.config.pad_token_id = self._tokenizer.pad_token_id
         self._model = model.to(device).eval()
-        self._max_tokens = max_tokens_per_batch
+        self._max_tokens, self._over_length = max_tokens_per_batch, over_length
+        self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.name = f"{name} {weights_digest(model)}"
         self.order_free = True
 
     @torch.no_grad()
     def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
         """As `GroupScorer.score_detailed`, for text only."""
-        rows = [ids for group in groups for ids in self._encode(group)]
+        encoded = [self._encode(group) for group in groups]
+        too_long = [self._too_long(group, own) for group, own in zip(groups, encoded, strict=True)]
+        rows = [ids for own, reason in zip(encoded, too_long, strict=True) if not reason for ids in own]
         scores: dict[int, float] = {}
         for batch in plan_batches([len(ids) for ids in rows], self._max_tokens):
             inputs = self._tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
@@ -172,12 +183,27 @@ class ClassifierScorer:
             scores.update(zip(batch, logits, strict=True))
         values = iter(scores[i] for i in range(len(rows)))
         found = []
-        for group in groups:
+        for group, reason in zip(groups, too_long, strict=True):
+            if reason:
+                found.append(GroupScores(scores=None, truncated=(False,) * group.num_responses, drop_reason=reason))
+                continue
             own = tuple(next(values) for _ in range(group.num_responses))
             if not all(map(math.isfinite, own)):
                 raise NonFiniteScoreError(f"{group.name}: scores {own} are not finite; check the model or its dtype")
             found.append(_whole(own))
         return found
+
+    def _too_long(self, group: ResponseGroup, rows: list[list[int]]) -> str | None:
+        longest, limit = max(map(len, rows)), min(self._max_tokens, self._context or self._max_tokens)
+        if longest <= limit:
+            return None
+        context = "" if self._context is None else f" and a context of {self._context} positions"
+        reason = f"prompt and a response of {longest} tokens do not fit {self._max_tokens} tokens{context}"
+        if self._over_length == "error":
+            raise OverLengthError(
+                f"{group.name}: {reason}; raise max_tokens_per_batch or choose over_length='drop_group'"
+            )
+        return reason
 
     def _encode(self, group: ResponseGroup) -> list[list[int]]:
         if group.images or group.videos:
@@ -216,7 +242,7 @@ def load_scorer(
         device: where to run; None for this process's.
         dtype: of the weights; None for the checkpoint's.
         max_tokens_per_batch: of a forward pass.
-        over_length: see `mr_reward.model.rows.Packer`.
+        over_length: see `mr_reward.model.rows.Packer`; a classifier cuts nothing off.
         alone: score each response alone.
 
     Returns:
@@ -232,6 +258,7 @@ def load_scorer(
         'longest'
     """
     kind, _, place = spec.partition(":")
+    options: dict[str, Any] = {"max_tokens_per_batch": max_tokens_per_batch, "over_length": over_length}
     scorer: BenchmarkScorer
     if spec in BASELINES:
         scorer = Baseline(spec)
@@ -242,11 +269,8 @@ def load_scorer(
             )
         scorer = ScoresFile(place)
     elif kind == "classifier":
-        scorer = ClassifierScorer(
-            place, device=device or default_device(), dtype=dtype, max_tokens_per_batch=max_tokens_per_batch
-        )
+        scorer = ClassifierScorer(place, device=device or default_device(), dtype=dtype, **options)
     else:
-        options: dict[str, Any] = {"max_tokens_per_batch": max_tokens_per_batch, "over_length": over_length}
         opened = open_scorer(spec, device=device, dtype=dtype, **options)
         scorer = RewardModel(require_local(opened, "an evaluation"), spec)
     return Alone(scorer) if alone else scorer

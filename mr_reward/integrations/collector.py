@@ -114,9 +114,8 @@ class GroupCollector:
                 elsewhere = " (more of this id came with another prompt or image)" if group.has_namesakes else ""
                 text = (
                     f"{len(group.rollouts)} of {self._size} rollouts came within {self._deadline:.0f} s{elsewhere}; "
-                    "give the "
-                    "trainer's number of samples per prompt as num_generations, send all of a group to one server, or "
-                    "raise the "
+                    "give the trainer's number of samples per prompt as num_generations, send all of a group to one "
+                    "server, or raise the "
                 )
             name = join_rollouts(group.rollouts).name
             raise GroupAssemblyError(f"{name}: {text}deadline (below the trainer's own)") from error

@@ -6,12 +6,16 @@ import json
 import math
 import random
 import statistics
+import threading
 from collections.abc import Sequence
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from published_schemas import write_jsonl
 from tiny_models import random_group, random_image, reward_model
@@ -20,8 +24,8 @@ from typer.testing import CliRunner
 
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.cli.app import app
-from mr_reward.data.groups_file import save_preferences
-from mr_reward.errors import ConfigurationError, GroupError, MediaError
+from mr_reward.data.groups_file import load_preferences, save_preferences
+from mr_reward.errors import ConfigurationError, GroupError, MediaError, OverLengthError
 from mr_reward.evaluation.benchmarks import EvaluationItem
 from mr_reward.evaluation.evaluator import (
     ALL_ORDERS,
@@ -42,6 +46,7 @@ from mr_reward.evaluation.judges import (
 from mr_reward.evaluation.official import ItemRecord
 from mr_reward.evaluation.report import read_records
 from mr_reward.groups import GroupScores
+from mr_reward.training import RewardTrainer, RewardTrainingArguments
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import HANDWRITING_BENCHMARKS, make_groups
 
@@ -345,13 +350,30 @@ def test_a_sequence_classifier(tmp_path: Path) -> None:
     groups = [item.group for item in items(8)]
     found = load_scorer(f"classifier:{tmp_path}", device="cpu", max_tokens_per_batch=300).score_detailed(groups)
     plain = LlamaForSequenceClassification.from_pretrained(tmp_path).eval()
-    for group, result in zip(groups, found, strict=True):
+    longest = [0] * len(groups)  # row of each group
+    for i, (group, result) in enumerate(zip(groups, found, strict=True)):
         for response, score in zip(group.responses, result.scores or (), strict=True):
             turns = [{"role": t["role"], "content": t["content"][0]["text"]} for t in group.messages]
             turns.append({"role": "assistant", "content": response})
             ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+            longest[i] = max(longest[i], ids.shape[1])
             with torch.no_grad():
                 assert plain(input_ids=ids).logits.item() == pytest.approx(score, abs=1e-5)
+    limit = statistics.median_low(longest)
+    for budget, context in ((limit, 2048), (10**6, limit)):  # by the budget, and by the positions
+        config.max_position_embeddings = context
+        config.save_pretrained(tmp_path)
+        options = {"device": "cpu", "max_tokens_per_batch": budget}
+        kept = load_scorer(f"classifier:{tmp_path}", **options).score_detailed(groups)
+        assert min(longest) < max(longest)
+        for length, one, result in zip(longest, kept, found, strict=True):
+            fits = length <= limit
+            assert (one.scores is not None) is fits and ("do not fit" in str(one.drop_reason)) is not fits
+            assert one.scores is None or one.scores == pytest.approx(result.scores, abs=1e-5)
+        with pytest.raises(OverLengthError, match="do not fit .* raise max_tokens_per_batch"):
+            load_scorer(f"classifier:{tmp_path}", over_length="error", **options).score_detailed(groups)
+        with pytest.raises(ConfigurationError, match="reads whole responses; choose 'drop_group'"):
+            load_scorer(f"classifier:{tmp_path}", over_length="truncate_responses", **options)
     with pytest.raises(GroupError, match="has images or videos"):
         ClassifierScorer(str(tmp_path)).score_detailed(make_groups("test", 1))
     config.num_labels = 2
@@ -528,3 +550,35 @@ def test_dropped_is_not_bad(tmp_path: Path) -> None:
     records = run(scorer, tmp_path / "items.jsonl", given, num_orders=1)
     assert [record.bad_row for record in records] == [None, None]
     assert records[1].scores is None and records[1].drop_reason == "over the token budget"
+
+
+def test_urls_are_fetched_when_asked_for(tmp_path: Path) -> None:
+    """By `evaluate`, and by `load_preferences`, which the trainer names; without the option nothing is asked."""
+    (tmp_path / "served").mkdir()
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "served" / "a.png")
+    asked: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *arguments: Any) -> None:
+            asked.append(self.path)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "served"))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.png"
+        row = {"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2], "images": [url]}
+        write_jsonl(tmp_path / "groups.jsonl", [row])
+        command = ["evaluate", "groups", "longest", "--source", str(tmp_path / "groups.jsonl"), "--out"]
+        refused = CliRunner().invoke(app, [*command, str(tmp_path / "no")])
+        assert "is a URL and nothing is fetched" in str(refused.exception) and "--fetch-urls" in str(refused.exception)
+        with pytest.raises(GroupError, match="fetch_urls=True to load_preferences"):
+            RewardTrainer(
+                reward_model("qwen3_vl"),
+                RewardTrainingArguments(str(tmp_path), use_cpu=True),
+                Dataset.from_list([row]),
+            )
+        assert not asked
+        fetched = CliRunner().invoke(app, [*command, str(tmp_path / "yes"), "--fetch-urls"])
+        assert fetched.exit_code == 0, fetched.output
+        (group,) = load_preferences(Dataset.from_list([row]), fetch_urls=True)
+        assert group.images[0] == (tmp_path / "served" / "a.png").read_bytes() and len(asked) == 2
+        server.shutdown()

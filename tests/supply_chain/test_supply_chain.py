@@ -8,6 +8,7 @@ import logging
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,42 @@ def test_what_is_installed_is_pinned() -> None:
         if not name.startswith(("nvidia-", "cuda-", "triton")) and (name, Version(version).public) not in pins
     }
     assert not wrong, f"installed, but not as pinned: {wrong}"
+
+
+def imported(path: Path) -> set[str]:
+    """What a module imports when it is imported itself, as dotted names."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(str(node.module))
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def test_a_plain_install_is_enough() -> None:
+    """Nothing that a plain install runs imports what comes with an extra, or by way of another package only."""
+    declared = tomllib.loads((audit.ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    base = {canonicalize_name(Requirement(line).name) for line in declared}
+    homes = metadata.packages_distributions()
+    package = [path.relative_to(audit.ROOT) for path in SOURCES if "grpo_recipes" not in path.parts]
+    modules = {".".join(path.with_suffix("").parts): imported(audit.ROOT / path) for path in package}
+    needs: dict[str, set[str]] = {}
+    for name, found in modules.items():
+        tops = {one.partition(".")[0] for one in found} - sys.stdlib_module_names - {"mr_reward", "__future__"}
+        if lacking := {top for top in tops if not base & set(map(canonicalize_name, homes.get(top, [])))}:
+            needs[name] = lacking
+    before: set[str] = set()
+    while before != set(needs):  # what imports one of these needs the same
+        before = set(needs)
+        for name, found in modules.items():
+            if more := {lack for other in found & before for lack in needs[other]}:
+                needs[name] = needs.get(name, set()) | more
+    # Loaded on first use, by names for which `exports` tells the extra.
+    of_extras = re.compile(r"mr_reward\.(serving\..*|scorers\.(remote|wire)|integrations\.(openrlhf|collector|verl))")
+    assert {name: lacking for name, lacking in needs.items() if not of_extras.fullmatch(name)} == {}
+    assert needs["mr_reward.scorers.remote"] >= {"httpx2", "pydantic"}
 
 
 # --- the audit itself ---
