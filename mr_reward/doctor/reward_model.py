@@ -209,7 +209,7 @@ def score_tiny(
         small._attn_implementation = attention
     try:
         with outside_zero3(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed CUDA too
             model = MultiResponseRewardModel(small).eval()
             model.processor = load_processor(name)
             scorer = GroupScorer(model, device="cpu", dtype=torch.float32)

@@ -36,7 +36,8 @@ from mr_reward.templates.rendering import RenderedGroup
 logger = logging.getLogger(__name__)
 
 # Of the copy, by the names of several families. Heads keep their width, which rotary embeddings are made for.
-_HEADS = 2
+# Two heads of keys: with one, it would not matter which of them a query head is given.
+_HEADS, _KEY_HEADS = 4, 2
 _SIZES = {
     "vocab_size": 128,
     "intermediate_size": 64,
@@ -98,8 +99,8 @@ def settle_attention(model: Any, requested: str | None) -> None:
         f"{type(backbone).__name__} in layout {config.layout!r}: {'; '.join(reasons)}. The configuration names "
         f"{_telling(config.get_text_config()) or 'nothing that tells why'}; use "
         + ("another attn_implementation, " if requested else "")
-        + ("" if config.layout == "causal" else "layout='causal', ")
-        + "or another backbone"
+        + ("" if config.layout == "causal" else "layout='causal', or ")
+        + "another backbone"
     )
 
 
@@ -124,8 +125,7 @@ def _try(model_class: Any, text: str, layout: str, backend: str) -> str | None:
     settings = json.loads(text)
     family = settings.pop("model_type")
     settings.pop("quantization_config", None)
-    with outside_zero3(), torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+    with _undisturbed():
         try:
             small = small_config(AutoConfig.for_model(family, **settings))
             model = _build(model_class, small, layout, "eager")
@@ -152,6 +152,20 @@ def _try(model_class: Any, text: str, layout: str, backend: str) -> str | None:
         if not difference <= _TOLERANCE:
             return f"{backend!r} {way} {_DIFFERS} by {difference:.1e} of the hidden states"
     return None
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Draw and compute on the CPU from one seed in float32, wherever a model is loaded; the caller's state stays."""
+    with (
+        outside_zero3(),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+    ):
+        torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed CUDA too
+        yield
 
 
 @contextmanager
@@ -248,7 +262,8 @@ def small_config(config: PreTrainedConfig) -> Any:
     if heads is not None:
         width = _HEADS * (settings.get("head_dim") or small.hidden_size // heads)
         shared = getattr(small, "num_key_value_heads", None) not in (None, heads)
-        sizes = {"num_attention_heads": _HEADS, "num_key_value_heads": 1 if shared else _HEADS, "hidden_size": width}
+        keys = _KEY_HEADS if shared else _HEADS
+        sizes = {"num_attention_heads": _HEADS, "num_key_value_heads": keys, "hidden_size": width}
     else:
         sizes = {"hidden_size": 2 * _SIZES["vocab_size"]}
     for key, size in (_SIZES | sizes).items():

@@ -379,7 +379,7 @@ def _check_multiple(name: str, size: int, divisor: int, reason: str) -> None:
 def _finish(model_class: type[Model], config: PreTrainedConfig, tokenizer: Qwen2Tokenizer, seed: int) -> Model:
     """Draw the weights from `seed` without touching the caller's random state, and set the generation defaults."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed CUDA too
         model = model_class(config)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False

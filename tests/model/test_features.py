@@ -5,12 +5,15 @@ What is right is told by the stock model with `eager` attention, which reads a p
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import re
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import ROUNDING, VISIBLE_CHANGE, pack, random_text, score
@@ -24,6 +27,7 @@ from mr_reward.attention.reach import Reach
 from mr_reward.errors import BackendError
 from mr_reward.layouts import plan_row, visible
 from mr_reward.model.configuration import context_tokens
+from mr_reward.model import features
 from mr_reward.model.features import _LIMITS
 from mr_reward.model.rows import collate
 from mr_reward.worlds import tiny
@@ -45,8 +49,8 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 def backbone(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A tiny base model under `eager`, whose every weight matters."""
-    sizes = {key: value for key, value in SIZES.items() if (family, key) != ("falcon", "head_dim")}
-    config = CONFIG_MAPPING[family](**(sizes | settings))
+    sizes = {key: value for key, value in (SIZES | settings).items() if (family, key) != ("falcon", "head_dim")}
+    config = CONFIG_MAPPING[family](**sizes)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModel.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
@@ -102,9 +106,22 @@ def limit(rng: random.Random) -> int:
     return rng.choice([2, 3, 7, 8, 13, 20])
 
 
+def heads(rng: random.Random) -> dict[str, Any]:
+    """Groups of query heads of one to four."""
+    count = rng.choice([4, 8])
+    return {
+        "num_attention_heads": count,
+        "num_key_value_heads": rng.choice([2, count // 2, count]),
+        "head_dim": rng.choice([8, 16]),
+        "hidden_size": 8 * count,
+    }
+
+
 def layers(rng: random.Random, other: str) -> dict[str, Any]:
     return {"layer_types": [other, *rng.choices([other, "full_attention"], k=2), "full_attention"]}
 
+
+SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
 
 # family: settings of a random configuration, the attention that is chosen
 FEATURES: dict[str, tuple[Any, str]] = {
@@ -149,13 +166,35 @@ FEATURES: dict[str, tuple[Any, str]] = {
             "qk_rope_head_dim": 8,
             "head_dim": 8,
             "v_head_dim": rng.choice([8, 12]),
+            "num_attention_heads": 4,
             "kv_lora_rank": 16,
             "q_lora_rank": 16,
             "first_k_dense_replace": 4,
         },
         "sdpa",
     ),
-    "falcon": (lambda rng: {"alibi": False, "num_kv_heads": 4}, "sdpa"),
+    "falcon": (lambda rng: {"alibi": False, "num_attention_heads": 4, "num_kv_heads": 4}, "sdpa"),
+    "qwen3": (
+        lambda rng: {"sliding_window": limit(rng), "use_sliding_window": True, **layers(rng, "sliding_attention")},
+        "sdpa",
+    ),
+    "qwen3_vl_text": (lambda rng: {"head_dim": 16, "rope_parameters": SECTIONS}, "mr_group"),
+    "olmo3": (lambda rng: {"sliding_window": limit(rng), **layers(rng, "sliding_attention")}, "sdpa"),
+    "exaone4": (lambda rng: {"sliding_window": limit(rng), **layers(rng, "sliding_attention")}, "sdpa"),  # NoPE
+    "granite": (
+        lambda rng: {
+            "attention_multiplier": rng.uniform(0.1, 1),
+            "residual_multiplier": rng.uniform(0.2, 1),
+            "embedding_multiplier": rng.uniform(1, 4),
+        },
+        "mr_group",
+    ),
+    "gemma": (lambda rng: {}, "mr_group"),
+    "olmo2": (lambda rng: {"attention_bias": rng.random() < 0.5}, "mr_group"),
+    "glm4": (lambda rng: {"partial_rotary_factor": 0.5, "attention_bias": True}, "mr_group"),
+    "phi": (lambda rng: {"partial_rotary_factor": 0.5, "qk_layernorm": rng.random() < 0.5}, "mr_group"),
+    "gpt2": (lambda rng: {"n_embd": 32, "n_layer": 3, "n_head": 4, "hidden_size": 32}, "mr_group"),
+    "stablelm": (lambda rng: {}, "sdpa"),  # its layers do not hand on what the backbone is given
 }
 
 
@@ -164,7 +203,8 @@ FEATURES: dict[str, tuple[Any, str]] = {
 def test_a_random_configuration_equals_eager(family: str, layout: str) -> None:
     settings, expected = FEATURES[family]
     for seed in range(2):
-        stock = backbone(family, seed, **settings(random.Random(seed)))
+        rng = random.Random(seed)
+        stock = backbone(family, seed, **(heads(rng) | settings(rng)))
         model = reward_model(stock, layout)
         assert model.attention_for() == expected, stock.config
         batch = groups(seed)
@@ -300,3 +340,114 @@ def test_long_rope_ends_at_the_original_context() -> None:
     assert context_tokens(config) == 64
     config = CONFIG_MAPPING["mistral"](**SIZES, sliding_window=16, max_position_embeddings=4096)
     assert context_tokens(config) == 4096
+
+
+# --- the check itself ---
+
+
+def test_the_check_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No random state, on CUDA either; no module; no hook. So a head has the weights that it has without a check."""
+    stock = backbone("mistral", sliding_window=16)
+
+    def head() -> list[Tensor]:
+        torch.manual_seed(3)
+        model = MultiResponseRewardModel.from_backbone(stock, layout="set", processor=tiny.build_tokenizer())
+        return [*model.head.parameters(), *model.readouts.parameters()]
+
+    def traces() -> list[Any]:
+        gc.collect()
+        modules = sum(issubclass(type(each), torch.nn.Module) for each in gc.get_objects())
+        hooks = len(torch.nn.modules.module._global_forward_hooks)
+        return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), modules, hooks]
+
+    def seeds_cuda(seed: int) -> None:
+        raise AssertionError("CUDA's random state is touched")
+
+    model = reward_model(stock, "set")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "manual_seed_all", seeds_cuda)
+        for backend in ("mr_group", "sdpa", "eager", "flex_attention"):
+            features._try.cache_clear()
+            before = traces()
+            features.why_not(type(model), model.config, backend)
+            assert features._try.cache_info().misses == (backend != "mr_group")
+            assert traces() == before
+    features._try.cache_clear()
+    checked = head()
+    monkeypatch.setattr(features, "_try", lambda *_: None)
+    assert all(torch.equal(one, other) for one, other in zip(checked, head(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "surrounding",
+    [
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode,
+        lambda: torch.set_grad_enabled(False),
+        lambda: default_dtype(torch.bfloat16),
+    ],
+    ids=["meta", "autocast", "inference", "no_grad", "bfloat16"],
+)
+@pytest.mark.parametrize(("family", "expected"), [("llama", "mr_group"), ("gemma2", "eager"), ("mistral", "sdpa")])
+def test_the_check_does_not_depend_on_where_a_model_is_loaded(
+    surrounding: Callable[[], AbstractContextManager[Any]],
+    family: str,
+    expected: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = reward_model(backbone(family), "set").config
+    features._try.cache_clear()
+    with surrounding():
+        model = MultiResponseRewardModel.without_weights(config)
+    assert model.attention_backend == expected
+    assert "not compared" not in caplog.text
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+ROPE = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"hidden_size": 36, "head_dim": 10, "num_attention_heads": 6, "num_key_value_heads": 3}),
+        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+        ("llama", {"rope_parameters": {**ROPE, "rope_type": "yarn"}}),
+        ("llama", {"rope_parameters": {**ROPE, "rope_type": "dynamic"}}),
+        ("llama", {"rope_parameters": {**ROPE, "rope_type": "linear"}}),
+        (
+            "llama",
+            {"rope_parameters": {**ROPE, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        ),
+        (
+            "phi3",
+            {
+                "rope_parameters": {
+                    **ROPE,
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                },
+                "sliding_window": None,
+            },
+        ),
+        ("qwen3_moe", {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16}),
+        ("diffllama", {}),
+        ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 4}),
+    ],
+    ids=lambda given: given if isinstance(given, str) else ",".join(map(str, given)),
+)
+def test_odd_sizes_are_compared(family: str, settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    model = reward_model(backbone(family, **settings), "set")
+    assert model.attention_for() == "mr_group"
+    assert "not compared" not in caplog.text
