@@ -26,8 +26,8 @@ from mr_reward.attention.backends import attention_mask
 from mr_reward.attention.reach import Reach
 from mr_reward.errors import BackendError
 from mr_reward.layouts import plan_row, visible
-from mr_reward.model.configuration import context_tokens
 from mr_reward.model import features
+from mr_reward.model.configuration import context_tokens
 from mr_reward.model.features import _LIMITS
 from mr_reward.model.rows import collate
 from mr_reward.worlds import tiny
