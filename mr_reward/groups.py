@@ -5,23 +5,16 @@ Files, benchmarks and trainers are read as groups; a `Scorer` turns groups into 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from typing import Any, Protocol, TypeVar
 
 from mr_reward.errors import GroupError, MediaError, MRRewardError, OverLengthError, shown
+from mr_reward.messages import MEDIA_TYPES, Message, completion_text, match_media, normalise_messages, plain_json
 
 __all__ = ["GroupScores", "ResponseGroup", "Scorer", "dense_ranks", "undo_order"]
 
-_MEDIA_TYPES = ("image", "video")
-_IMAGE_BLOCKS = ("image", "image_url", "input_image")  # of transformers and TRL; of OpenAI's two interfaces
-# What chat templates read of a turn beside role and content; the name of a tool's turn besides.
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_TURN_KEYS = ("tool_calls", "tool_call_id", *REASONING_KEYS)
-Message = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -60,7 +53,9 @@ class ResponseGroup:
             have `tool_calls`, beside which the content may be None, `tool_call_id` and `reasoning_content`, and a
             tool's turn a `name`, for the backbone's chat template; other keys are ignored. If the last turn is the
             assistant's, the responses continue it.
-        responses: N >= 1 response texts. The empty text is a response.
+        responses: N >= 1 response texts, or completions as TRL has them (lists of chat messages). The empty text is a
+            response. A completion with tool calls or results becomes a `mr_reward.messages.Transcript`, a text with
+            its turns, which the backbone's chat template renders.
         images: what `mr_reward.templates.load_image` takes (PIL images, paths, bytes, arrays), in the order of the
             prompt's image placeholders. In a prompt without placeholder blocks each `<image>` of its text is one;
             without those, the images stand at the start of its first user turn (as in TRL). Without images `<image>`
@@ -93,14 +88,14 @@ class ResponseGroup:
     def __post_init__(self) -> None:
         object.__setattr__(self, "responses", self._checked_responses())
         object.__setattr__(self, "tools", self._checked_tools())
-        messages, embedded = _normalise_messages(self.prompt, self.name)
+        messages, embedded = normalise_messages(self.prompt, self.name)
         media = {}
         for kind, given in (("image", self.images), ("video", self.videos)):
             if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Sequence)):
                 raise MediaError(
                     f"{self.name}: {kind}s is {type(given).__name__}, expected a list; wrap a single {kind} in a list"
                 )
-            media[kind] = _match_media(messages, kind, given or (), embedded[kind], self.name)
+            media[kind] = match_media(messages, kind, given or (), embedded[kind], self.name)
         object.__setattr__(self, "images", media["image"])
         object.__setattr__(self, "videos", media["video"])
         object.__setattr__(self, "_messages", messages)
@@ -138,12 +133,15 @@ class ResponseGroup:
         if not self.responses:
             raise GroupError(f"{self.name}: got 0 responses, expected at least 1; drop the group before scoring it")
         for i, response in enumerate(self.responses):
-            if not isinstance(response, str):
+            messages = isinstance(response, list | tuple) and all(isinstance(turn, Mapping) for turn in response)
+            if not (isinstance(response, str) or messages):
                 raise GroupError(
                     f"{self.name}: response {i} is {type(response).__name__}, expected str; "
-                    "pass the text of the completion"
+                    "pass the text of the completion, or its list of chat messages"
                 )
-        return tuple(self.responses)
+        return tuple(
+            completion_text(response, name=f"{self.name}: response {i}") for i, response in enumerate(self.responses)
+        )
 
     def _checked_tools(self) -> tuple[dict[str, Any], ...]:
         tools = () if self.tools is None else self.tools
@@ -151,7 +149,7 @@ class ResponseGroup:
             raise GroupError(
                 f"{self.name}: tools is {shown(tools, 80)}, expected a list of JSON schemas, one dict a tool"
             )
-        return tuple(_plain_json([dict(tool) for tool in tools], f"{self.name}: tools"))
+        return tuple(plain_json([dict(tool) for tool in tools], f"{self.name}: tools"))
 
     def _checked_rankings(self) -> tuple[int, ...]:
         if isinstance(self.rankings, Mapping) or not isinstance(self.rankings, Iterable):
@@ -248,7 +246,7 @@ def _from_dict(row: object, name: str) -> ResponseGroup:
             f"{name} is {type(row).__name__}, expected a ResponseGroup or a dict with prompt and responses"
         )
     given = {key: value for key, value in row.items() if value is not None}
-    for kind in _MEDIA_TYPES:
+    for kind in MEDIA_TYPES:
         if kind in given:
             if f"{kind}s" in given:
                 raise GroupError(f"{name}: {kind} and {kind}s are both given; keep one of them")
@@ -288,151 +286,3 @@ def _one_each(values: Any, name: str, kinds: tuple[type, ...], group: ResponseGr
             f"{group.name}: got {len(values)} {name} for {group.num_responses} responses, expected one each"
         )
     return tuple(values)
-
-
-def _normalise_messages(
-    prompt: str | Sequence[Mapping[str, Any]], name: str
-) -> tuple[list[Message], dict[str, list[Any]]]:
-    """Copy the prompt into messages of content blocks and take the media out of them."""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, Sequence) or not prompt:
-        raise GroupError(
-            f"{name}: prompt is {shown(prompt, 200)}, expected a string or a non-empty list of chat messages"
-        )
-    embedded: dict[str, list[Any]] = {kind: [] for kind in _MEDIA_TYPES}
-    messages = []
-    for i, message in enumerate(prompt):
-        calls = isinstance(message, Mapping) and message.get("tool_calls")
-        if (
-            not isinstance(message, Mapping)
-            or not isinstance(message.get("role"), str)
-            or ("content" not in message and not calls)
-        ):
-            raise GroupError(
-                f"{name}: message {i} is {shown(message, 200)}, expected a dict with 'role' and 'content'"
-            )
-        content = message.get("content")
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        elif content is None and calls:
-            content = []
-        if not isinstance(content, Sequence):
-            raise GroupError(
-                f"{name}: content of message {i} is {type(content).__name__}, expected a string or a list of blocks"
-            )
-        keys = (*_TURN_KEYS, "name") if message["role"] == "tool" else _TURN_KEYS
-        rest = {key: message[key] for key in keys if message.get(key) is not None}
-        blocks = [_normalise_block(block, i, name, embedded) for block in content]
-        messages.append({"role": message["role"], "content": blocks, **_plain_json(rest, f"{name}: message {i}")})
-    return messages, embedded
-
-
-def _plain_json(value: Any, name: str) -> Any:
-    """A copy made of what JSON has; chat templates, files and the wire take nothing else."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise GroupError(f"{name}: {error}; expected values that JSON has") from error
-
-
-def tools_of(column: Any) -> Any:
-    """The tools of a row: a list, or, as TRL's data sets may have it, the same as JSON text; None for no tools."""
-    if not isinstance(column, str):
-        return column or ()
-    try:
-        return json.loads(column)
-    except ValueError as error:
-        raise GroupError(
-            f"tools is {column!r:.80}, which is no JSON ({error}); give a list of JSON schemas"
-        ) from error
-
-
-def split_tags(text: str, kinds: Sequence[str] = _MEDIA_TYPES) -> list[dict[str, Any]]:
-    """Text in which `<image>` and `<video>` stand for media, as content blocks.
-
-    Example:
-        >>> split_tags("<image>What?")
-        [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]
-    """
-    pieces = re.split("|".join(f"(<{kind}>)" for kind in kinds), text)
-    tags = {f"<{kind}>": kind for kind in kinds}
-    return [{"type": tags[piece]} if piece in tags else {"type": "text", "text": piece} for piece in pieces if piece]
-
-
-def _normalise_block(block: Any, index: int, name: str, embedded: dict[str, list[Any]]) -> dict[str, Any]:
-    kind = block.get("type") if isinstance(block, Mapping) else None
-    if kind == "text" and isinstance(block.get("text"), str):
-        return {"type": "text", "text": block["text"]}
-    if kind in _IMAGE_BLOCKS:
-        if (image := image_of(block)) is not None:
-            embedded["image"].append(image)
-        return {"type": "image"}
-    if kind == "video":
-        if block.get("video") is not None:
-            embedded["video"].append(block["video"])
-        return {"type": "video"}
-    raise GroupError(
-        f"{name}: a content block of message {index} is {shown(block, 200)}, expected "
-        "{'type': 'text', 'text': str}, {'type': 'image'} or {'type': 'video'}"
-    )
-
-
-def image_of(block: Mapping[str, Any]) -> Any:
-    """The image that a content block carries; None for a placeholder or another block."""
-    if block.get("type") not in _IMAGE_BLOCKS:
-        return None
-    if block.get("base64") is not None:
-        return {"base64": block["base64"]}
-    return next((block[key] for key in ("image", "image_url", "path", "url") if block.get(key) is not None), None)
-
-
-def _match_media(
-    messages: list[Message], kind: str, given: Sequence[Any], embedded: list[Any], name: str
-) -> tuple[Any, ...]:
-    """Pair the media with the placeholders; add placeholders to a prompt that has none."""
-    placeholders = sum(block["type"] == kind for message in messages for block in message["content"])
-    if embedded and given:
-        raise MediaError(
-            f"{name}: {len(given)} {kind}s were passed and {len(embedded)} more sit inside the prompt's blocks; "
-            "pass them in one place only"
-        )
-    media = tuple(embedded or given)
-    if media and not placeholders:
-        placeholders = _place_tags(messages, kind, len(media), name)
-    if media and not placeholders:
-        turn = next((message for message in messages if message["role"] == "user"), None)
-        if turn is None:
-            raise MediaError(f"{name}: {len(media)} {kind}s but no user turn in the prompt to show them in")
-        turn["content"][:0] = [{"type": kind} for _ in media]
-    elif len(media) != placeholders:
-        raise MediaError(
-            f"{name}: the prompt has {placeholders} {kind} placeholders but {len(media)} {kind}s came with it; "
-            "give one for each placeholder, in order"
-        )
-    for medium in media if kind == "video" else ():
-        if isinstance(medium, (str, bytes)) or not isinstance(medium, Sequence) or not medium:
-            raise MediaError(
-                f"{name}: a video is {shown(medium, 60)}, expected a non-empty list of frames (images, paths, bytes); "
-                "read the frames from the file first"
-            )
-    return media
-
-
-def _place_tags(messages: list[Message], kind: str, num_media: int, name: str) -> int:
-    """Make the `<image>` or `<video>` of the texts placeholder blocks; their number, 0 if there are none."""
-    tag = f"<{kind}>"
-    blocks = [block for message in messages for block in message["content"] if block["type"] == "text"]
-    num_tags = sum(block["text"].count(tag) for block in blocks)
-    if num_tags not in (0, num_media):
-        raise MediaError(
-            f"{name}: the text of the prompt has {num_tags} {tag} but {num_media} {kind}s came with it; give one for "
-            f"each {tag}, or say where they stand with blocks {{'type': '{kind}'}}, beside which {tag} is text"
-        )
-    for message in messages if num_tags else ():
-        message["content"] = [
-            part
-            for block in message["content"]
-            for part in (split_tags(block["text"], (kind,)) if tag in block.get("text", "") else [block])
-        ]
-    return num_tags

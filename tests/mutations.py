@@ -215,9 +215,16 @@ MUTATIONS = [
     Mutation(
         "what an environment showed first is lost",
         "mr_reward.grpo.groups._share_opening",
-        'f"{seen}\\n\\n{row.response}" if seen else row.response',
+        "with_before(seen, row.response) if seen else row.response",
         "row.response",
         "tests/grpo/test_groups.py",
+    ),
+    Mutation(
+        "the tool calls of a completion are not judged",
+        "mr_reward.messages.completion_text",
+        "return Transcript(turns)",
+        "return str(Transcript(turns))",
+        "tests/templates/test_turns.py",
     ),
     Mutation(
         "the user's own scores are lost",
@@ -473,7 +480,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the block of OpenAI is a placeholder",
-        "mr_reward.groups.image_of",
+        "mr_reward.messages.image_of",
         '("image", "image_url", "path", "url")',
         '("image", "path", "url")',
         "tests/test_groups.py",

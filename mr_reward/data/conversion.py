@@ -19,7 +19,8 @@ from mr_reward.data.fields import is_empty, place_media, strip_placeholders
 from mr_reward.data.media_files import check_readable, resolve_media
 from mr_reward.data.sources import Row, RowSource
 from mr_reward.errors import GroupError, MRRewardError
-from mr_reward.groups import Message, ResponseGroup, dense_ranks
+from mr_reward.groups import ResponseGroup, dense_ranks
+from mr_reward.messages import Message
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from mr_reward.data.jsonl import write_json_lines
 from mr_reward.data.media_files import resolve_media, write_image
 from mr_reward.data.sources import RowSource, dataset_rows, is_hub_id, read_rows
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError, shown
-from mr_reward.groups import GroupScores, Message, ResponseGroup, dense_ranks, tools_of
+from mr_reward.groups import GroupScores, ResponseGroup, dense_ranks
+from mr_reward.messages import Message, Transcript, short_messages, tools_of
 from mr_reward.templates.images import image_source, is_url
 
 if TYPE_CHECKING:
@@ -315,7 +316,10 @@ def row_from_group(group: ResponseGroup, path: Path) -> dict[str, Any]:
         "id": group.id,
         "source": group.source,
         "prompt": _prompt(group),
-        "responses": list(group.responses),
+        "responses": [
+            short_messages(response.turns) if isinstance(response, Transcript) else response
+            for response in group.responses
+        ],
         "rankings": list(group.rankings or ()),
         "images": [_stored(image, path) for image in group.images],
         "videos": [[_stored(frame, path) for frame in video] for video in group.videos],
@@ -342,12 +346,7 @@ def _prompt(group: ResponseGroup) -> str | list[Message]:
         short = ResponseGroup(prompt=text[0], responses=group.responses, images=group.images, videos=group.videos)
         if short.messages == messages:
             return text[0]
-    return [
-        {**message, "content": message["content"][0]["text"]}
-        if [block["type"] for block in message["content"]] == ["text"]
-        else message
-        for message in messages
-    ]
+    return short_messages(messages)
 
 
 def _stored(image: Any, path: Path) -> str:

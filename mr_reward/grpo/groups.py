@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mr_reward.errors import ConfigurationError, GroupAssemblyError, GroupError
-from mr_reward.groups import REASONING_KEYS, Message, ResponseGroup, image_of, tools_of
+from mr_reward.groups import ResponseGroup
+from mr_reward.messages import Completion, Message, completion_text, image_of, tools_of, with_before
 from mr_reward.templates.images import DecodedImages
 
-Completion = str | Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[Mapping[str, Any]]
 
 
@@ -81,7 +81,7 @@ def read_rollouts(
         groups.append(
             ResponseGroup(
                 prompt=_without_empty_content(prompt),
-                responses=[completion_text(completion, name=name, thoughts=True)],
+                responses=[completion_text(completion, name=name)],
                 tools=tools[i],
                 images=() if media is None or _carries_images(prompt) else media,
                 id=name,
@@ -203,32 +203,6 @@ def _rollout_tools(columns: Mapping[str, Any], count: int) -> list[Any]:
     return [[tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools] for tools in shown]
 
 
-def completion_text(completion: Completion, *, name: str = "completion", thoughts: bool = False) -> str:
-    """The text of a completion that the reward model is to judge: what a reader of the chat would see the policy say.
-
-    That is the content of the assistant turns, several joined by a blank line; a missing content is the empty text.
-    Left out: tool calls, tool results and other turns, and, without `thoughts`, reasoning that TRL's response parser
-    has moved to a key of its own (reasoning inside the content stays); with it, it stands before the content again.
-    Nothing else changes: lone surrogates, control tokens as text and white space are kept.
-    """
-    if isinstance(completion, str):
-        return completion
-    turns = []
-    for message in completion if isinstance(completion, Sequence) else [None]:
-        if not isinstance(message, Mapping):
-            raise GroupError(
-                f"{name}: completion is {completion!r}, expected a string or a list of chat messages; pass the "
-                "completions that GRPOTrainer passes to a reward function"
-            )
-        if message.get("role") == "assistant":
-            text = _turn_text(message, name)
-            reasoning = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), None)
-            if thoughts and reasoning:
-                text = "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" + text
-            turns.append(text)
-    return "\n\n".join(turn for turn in turns if turn)
-
-
 def prompt_fingerprint(group: ResponseGroup, digest: Callable[[Any], str] | None = None) -> str:
     """Hash of everything that makes a prompt: roles, text, placeholders and media; 32 hex digits.
 
@@ -245,24 +219,6 @@ def _prompt_content(group: ResponseGroup, digest: Callable[[Any], str]) -> list[
 def _hashed(content: list[Any]) -> str:
     # json escapes lone surrogates, which have no UTF-8
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _turn_text(message: Mapping[str, Any], name: str) -> str:
-    content = message.get("content")
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    texts = []
-    for block in content:
-        if not isinstance(block, Mapping) or not isinstance(block.get("text"), str):
-            kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
-            raise GroupError(
-                f"{name}: an assistant turn has a content block of type {kind!r}, expected text blocks; "
-                "the reward model judges text responses only"
-            )
-        texts.append(block["text"])
-    return "".join(texts)
 
 
 def _without_empty_content(prompt: Prompt) -> Prompt:
@@ -330,7 +286,7 @@ def _share_opening(rows: Sequence[RolloutRow], start: int) -> tuple[tuple[str, .
             "that says the task, to which the environments append what they observe"
         )
     parts = zip(rows, (opening[len(shared) :].strip() for opening in openings), strict=True)
-    return tuple(f"{seen}\n\n{row.response}" if seen else row.response for row, seen in parts), shared.rstrip()
+    return tuple(with_before(seen, row.response) if seen else row.response for row, seen in parts), shared.rstrip()
 
 
 def _balance(groups: Sequence[PlannedGroup], *, num_ranks: int) -> list[PlannedGroup]:

@@ -110,11 +110,12 @@ class MultiResponseReward:
     processes accelerate fills it up with the first prompts of the set, as whole groups, which then count twice. In the
     first call the ranks compare checksums of their reward models, as ZeRO-3 can make them differ without an error.
 
-    What is judged: the content of the assistant turns, without tool calls and tool results; reasoning that was parsed
-    into a key of its own stands before it again and counts as the model's `thoughts` say. The prompt is rendered with
-    the trainer's tools. A plain-text prompt counts as one user turn. Where the first observations of TRL's
-    environments differ within a group, the prompt is what they have in common, and each response begins with the rest
-    of its own; a warning says so once.
+    What is judged: the content of the assistant turns; reasoning that was parsed into a key of its own stands before
+    it again and counts as the model's `thoughts` say. A completion with tool calls and results is judged with them, as
+    the reward model's chat template writes them behind the prompt; one that leaves out a part of them is an error. The
+    prompt is rendered with the trainer's tools. A plain-text prompt counts as one user turn. Where the first
+    observations of TRL's environments differ within a group, the prompt is what they have in common, and each response
+    begins with the rest of its own; a warning says so once.
 
     Args:
         model: folder or hub id of a checkpoint, or a loaded `MultiResponseRewardModel`. A checkpoint is loaded now.

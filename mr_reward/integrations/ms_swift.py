@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mr_reward.errors import GroupError
-from mr_reward.groups import split_tags
 from mr_reward.grpo.reward import MultiResponseReward
+from mr_reward.messages import split_tags
 
 
 def register(

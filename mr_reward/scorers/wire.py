@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mr_reward.errors import GroupError, MediaError
 from mr_reward.groups import GroupScores, ResponseGroup
+from mr_reward.messages import Transcript, completion_text
 from mr_reward.templates.images import image_source, load_image
 
 # What the server opens; images of other kinds are sent as PNG. Pillow opens more, some through other programs.
@@ -58,7 +59,7 @@ class WireGroup(_Message):
     id: str = Field(min_length=1, max_length=100)  # unique in its request
     name: str | None = None  # what messages call it
     messages: list[WireTurn]
-    responses: list[str]
+    responses: list[str | list[WireTurn]]
     images: list[str] = []  # base64 of image files, in the order of the placeholders
     videos: list[list[str]] = []  # the same for each frame of each video
     tools: list[dict[str, Any]] = []  # JSON schemas
@@ -146,7 +147,8 @@ def to_wire(group: ResponseGroup, id: str) -> WireGroup:
     with _named(group.name):
         images = [_encode(image) for image in group.images]
         videos = [[_encode(frame) for frame in video] for video in group.videos]
-    sent = {"id": id, "name": group.id, "messages": group.messages, "responses": list(group.responses)}
+    responses = [list(text.turns) if isinstance(text, Transcript) else text for text in group.responses]
+    sent = {"id": id, "name": group.id, "messages": group.messages, "responses": responses}
     tools = {"tools": list(group.tools)} if group.tools else {}
     return WireGroup.model_validate({**sent, "images": images, "videos": videos, **tools})
 
@@ -157,13 +159,20 @@ def from_wire(message: WireGroup, max_pixels: int) -> ResponseGroup:
         images = [_decode(image, max_pixels) for image in message.images]
         videos = [[_decode(frame, max_pixels) for frame in video] for video in message.videos]
     return ResponseGroup(
-        prompt=[turn.model_dump(exclude_none=True) for turn in message.messages],
-        responses=message.responses,
+        prompt=[_turn(turn) for turn in message.messages],
+        responses=[
+            completion_text(response if isinstance(response, str) else [*map(_turn, response)])
+            for response in message.responses
+        ],
         images=images,
         videos=videos,
         id=message.name,
         tools=message.tools,
     )
+
+
+def _turn(turn: WireTurn) -> dict[str, Any]:
+    return turn.model_dump(exclude_none=True)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from mr_reward.errors import ConfigurationError, GroupError
-from mr_reward.groups import Message, ResponseGroup
+from mr_reward.groups import ResponseGroup
+from mr_reward.messages import Message, thought, tool_function
 
 # What templates raise: their own refusals, and text that is joined to what is none.
 TEMPLATE_ERRORS = (TemplateError, TypeError)
@@ -102,16 +103,28 @@ class ChatTemplate:
                 f"{'tool calls' if 'tool_calls' in last else 'no text at its end'}, which no response can continue; "
                 "add the turns of the tools, or leave it out"
             )
-        probe = _Probe(group, self)
-        if probe.shape not in self._lost:
-            self._lost[probe.shape] = self._find_lost(probe, template_options(group))
-        if lost := self._lost[probe.shape]:
+        if lost := self.find_lost(group.name, group.messages, template_options(group), tools=group.tools):
             raise GroupError(
                 f"{group.name}: the backbone's chat template leaves out {lost}, which the policy may have seen; "
                 "take a backbone whose template shows it, or one with another chat template, or change the prompt"
             )
 
-    def _find_lost(self, probe: _Probe, options: dict[str, Any]) -> str | None:
+    def find_lost(
+        self,
+        name: str,
+        messages: Sequence[Message],
+        options: dict[str, Any],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thoughts: bool = False,
+    ) -> str | None:
+        """What the template leaves out of these turns and tools, once for each shape; `thoughts` count if asked."""
+        probe = _Probe(name, messages, tools, self, thoughts=thoughts)
+        if probe.shape not in self._lost:
+            self._lost[probe.shape] = self._look(probe, options)
+        return self._lost[probe.shape]
+
+    def _look(self, probe: _Probe, options: dict[str, Any]) -> str | None:
         if probe.tools:
             options = {**options, "tools": probe.tools}
         try:
@@ -132,34 +145,45 @@ class ChatTemplate:
 
 
 class _Probe:
-    """A group's prompt with marks in place of its texts, calls and tools; prompts of one shape have equal ones."""
+    """A chat with marks in place of its texts, calls and tools; chats of one shape have equal ones."""
 
-    def __init__(self, group: ResponseGroup, template: ChatTemplate) -> None:
+    def __init__(
+        self,
+        name: str,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        template: ChatTemplate,
+        *,
+        thoughts: bool,
+    ) -> None:
         self.parts: dict[str, str] = {}  # mark -> what it stands for
-        self._name = group.name
-        self.messages = [self._message(message, i, template) for i, message in enumerate(group.messages)]
-        self.tools = [self._tool(tool, i) for i, tool in enumerate(group.tools)]
-        keys = [[key for key in message if key != "content"] for message in group.messages]
+        self._name, self._thoughts = name, thoughts
+        self.messages = [self._message(message, i, template) for i, message in enumerate(messages)]
+        self.tools = [self._tool(tool, i) for i, tool in enumerate(tools)]
+        keys = [[key for key in message if key != "content"] for message in messages]
         shown = [{key: message.get(key) for key in ("role", "content", "tool_calls")} for message in self.messages]
-        self.shape = json.dumps([shown, keys, len(self.tools)])
+        self.shape = json.dumps([shown, keys, len(self.tools), thoughts])
 
     def _message(self, message: Message, index: int, template: ChatTemplate) -> Message:
         place = f"turn {index} ({message['role']!r})"
         content = [
-            {**block, "text": self._mark(f"the text of {place}")} if block.get("text", "").strip() else block
+            {**block, "text": self._text(block["text"], place)} if block.get("text", "").strip() else block
             for block in message["content"]
         ]
         probe = {**message, "content": content}
+        if self._thoughts and "reasoning_content" in message:
+            probe["reasoning_content"] = self._mark(f"the thought of {place}")
         if "tool_calls" in message:
             probe["tool_calls"] = [self._call(call, f"a tool call of {place}") for call in message["tool_calls"]]
         return template.turn(probe)
 
+    def _text(self, text: str, place: str) -> str:
+        if self._thoughts and text.startswith("<think>") and text.endswith("</think>\n\n"):
+            return thought(self._mark(f"the thought of {place}"))
+        return self._mark(f"the text of {place}")
+
     def _call(self, call: Any, part: str) -> Any:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise GroupError(
-                f"{self._name}: {part} is {call!r:.100}, expected {{'function': {{'name': ..., 'arguments': ...}}}}"
-            )
+        function = tool_function(call, f"{self._name}: {part}")
         marked = {**function, "name": self._mark(part)}
         arguments = function.get("arguments")
         if isinstance(arguments, Mapping) and arguments:

@@ -29,6 +29,7 @@ from torch import Tensor
 from mr_reward.backbones.base import BackboneAdapter
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError
 from mr_reward.groups import ResponseGroup
+from mr_reward.messages import Transcript
 from mr_reward.templates.chat import (
     TEMPLATE_ERRORS,
     ChatTemplate,
@@ -39,6 +40,7 @@ from mr_reward.templates.chat import (
 )
 from mr_reward.templates.images import DecodedImages, load_image
 from mr_reward.templates.thoughts import THOUGHTS, ThoughtRules, opened_thought
+from mr_reward.templates.turns import TurnEncoder
 
 TEMPLATE = "chat"
 JOINED_TEMPLATES = ("mr2rm-assistant", "mr2rm-user")
@@ -147,6 +149,9 @@ class Renderer:
         self.encode_text = TextEncoder(self.tokenizer)
         self.chat = ChatTemplate(self.processor, sees_images=self.sees_images)
         self.thoughts = ThoughtRules(thoughts, self.chat, self.tokenizer)
+        self._encode_turns = TurnEncoder(
+            self.chat, self.tokenizer, self.encode_text.pattern(), self.thoughts.opener or ""
+        )
         if template in JOINED_TEMPLATES:
             self._control_token = self.encode_text.pattern()
             self._separator_id = self._find_separator()
@@ -166,7 +171,7 @@ class Renderer:
         end = len(ids) if is_prefilled(group.messages) else self.thoughts.cut(ids, group.name)
         return RenderedGroup(
             prompt_ids=ids[:end],
-            response_ids=self.thoughts.encode(group, self.encode_text.encode_all),
+            response_ids=self._response_ids(group),
             media=prompt,
             mm_token_type_ids=None if token_types is None else token_types[0, :end].long(),
         )
@@ -174,7 +179,7 @@ class Renderer:
     def render_all(self, groups: Sequence[ResponseGroup]) -> list[RenderedGroup]:
         """As `render`, in one call of the processor where it can: its own work for a call is that for many prompts."""
         one_by_one = self.thoughts.opened or any(
-            group.videos or group.tools or is_prefilled(group.messages) for group in groups
+            group.videos or group.tools or is_prefilled(group.messages) or _has_turns(group) for group in groups
         )
         if len(groups) == 1 or self.template in JOINED_TEMPLATES or one_by_one:
             return [self.render(group) for group in groups]
@@ -205,6 +210,15 @@ class Renderer:
                 mm_token_type_ids=types[place],
             )
             for place, group in zip(index, groups, strict=True)
+        ]
+
+    def _response_ids(self, group: ResponseGroup) -> list[list[int]]:
+        judged = self.thoughts.judged(group)
+        texts = [one for one in judged if not isinstance(one, Transcript)]
+        encoded = iter(self.thoughts.encode(group, texts, self.encode_text.encode_all))
+        return [
+            self._encode_turns.encode(group, one, i) if isinstance(one, Transcript) else next(encoded)
+            for i, one in enumerate(judged)
         ]
 
     def _render_joined(self, group: ResponseGroup) -> RenderedGroup:
@@ -239,10 +253,10 @@ class Renderer:
 
     def _joined_messages(self, group: ResponseGroup) -> tuple[list[dict[str, Any]], str]:
         """The chat with a slot for the responses, and the user's text that stands right before them."""
-        if group.tools or is_prefilled(group.messages):
+        if group.tools or is_prefilled(group.messages) or _has_turns(group):
             raise GroupError(
-                f"{group.name}: template {self.template!r} takes no tools and no prompt that ends in an assistant "
-                f"turn; change the prompt, or train a model with template={TEMPLATE!r}"
+                f"{group.name}: template {self.template!r} takes no tools, no prompt that ends in an assistant turn "
+                f"and no response with tool calls; change that, or train a model with template={TEMPLATE!r}"
             )
         messages = [_media_first(message) for message in group.messages]
         if self.template == "mr2rm-assistant":
@@ -364,6 +378,10 @@ class Renderer:
             raise MediaError(f"{name}: {error}") from error
 
 
+def _has_turns(group: ResponseGroup) -> bool:
+    return any(isinstance(response, Transcript) for response in group.responses)
+
+
 def _check_media(
     validate: Callable[..., None], images: Any = None, text: Any = None, videos: Any = None, **options: Any
 ) -> None:
@@ -456,7 +474,8 @@ class TextEncoder:
 
     def pattern(self) -> re.Pattern[str]:
         """Matches any control token in a text, the longest one where several begin."""
-        return re.compile("|".join(map(re.escape, sorted(self.control_tokens.values(), key=len, reverse=True))))
+        longest_first = sorted(self.control_tokens.values(), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # nothing, for a tokenizer without any
 
 
 def _cut(text: str, tokens: set[str]) -> list[str]:

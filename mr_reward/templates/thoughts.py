@@ -13,6 +13,7 @@ from typing import Any
 
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import ResponseGroup
+from mr_reward.messages import Transcript
 from mr_reward.templates.chat import ChatTemplate, is_prefilled
 
 THOUGHTS = ("included", "stripped", "refused")
@@ -56,6 +57,18 @@ def opened_thought(template: ChatTemplate) -> tuple[str, str] | None:
     return _OPEN + space, closed
 
 
+def _stripped(response: str) -> str:
+    if not isinstance(response, Transcript):
+        return without_thoughts(response)
+    turns = []
+    for turn in response.turns:
+        kept = {key: value for key, value in turn.items() if key != "reasoning_content"}
+        if turn["role"] == "assistant":
+            kept["content"] = [{**block, "text": without_thoughts(block["text"])} for block in turn["content"]]
+        turns.append(kept)
+    return Transcript(turns)
+
+
 class ThoughtRules:
     """Encodes responses as far as they are judged, behind the thought that the template opens or closes."""
 
@@ -63,16 +76,16 @@ class ThoughtRules:
         check_thoughts(thoughts)
         self._thoughts = thoughts
         found = opened_thought(template)
-        self._opener = None if found is None else found[0]
+        self.opener = None if found is None else found[0]
         texts = (*(found or ("", "")), _CLOSE)
         self.opened, self._closed, self._close = (
             tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in texts
         )
 
     def judged(self, group: ResponseGroup) -> list[str]:
-        """The texts of the responses that are judged."""
+        """The texts of the responses, and the transcripts, as far as they are judged."""
         if self._thoughts == "stripped":
-            return [without_thoughts(text) for text in group.responses]
+            return [_stripped(response) for response in group.responses]
         for i, text in enumerate(group.responses) if self._thoughts == "refused" else ():
             if _OPEN in text or _CLOSE in text:
                 raise GroupError(
@@ -81,14 +94,15 @@ class ThoughtRules:
                 )
         return list(group.responses)
 
-    def encode(self, group: ResponseGroup, encode_all: Callable[[Sequence[str]], list[list[int]]]) -> list[list[int]]:
-        """N lists of token ids."""
-        texts = self.judged(group)
-        if self._opener is None or is_prefilled(group.messages):
+    def encode(
+        self, group: ResponseGroup, texts: Sequence[str], encode_all: Callable[[Sequence[str]], list[list[int]]]
+    ) -> list[list[int]]:
+        """A list of token ids for each text that is judged."""
+        if self.opener is None or is_prefilled(group.messages):
             return encode_all(texts)
         encoded = []
         for text in texts:
-            inside = text.removeprefix(self._opener).removeprefix(_OPEN)
+            inside = text.removeprefix(self.opener).removeprefix(_OPEN)
             thought, closed, answer = inside.partition(_CLOSE)
             first, second = encode_all([thought, answer])
             if closed:
@@ -102,7 +116,7 @@ class ThoughtRules:
         end = len(ids) - len(self.opened)
         if ids[end:].tolist() != self.opened:
             raise ConfigurationError(
-                f"{name}: the tokenizer merges the end of the prompt with the {self._opener!r} that the chat template "
+                f"{name}: the tokenizer merges the end of the prompt with the {self.opener!r} that the chat template "
                 "writes; make the thought's marks added tokens, or take a template that opens no thought"
             )
         return end

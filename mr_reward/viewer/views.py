@@ -20,7 +20,6 @@ import pyarrow.parquet
 from mr_reward.data.groups_file import ScoredGroup, read_groups, read_scored
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import GroupScores, ResponseGroup, Scorer, dense_ranks
-from mr_reward.grpo.groups import completion_text
 from mr_reward.layouts import Layout, plan_row, readout_kinds, visible
 from mr_reward.templates.images import load_image
 from mr_reward.templates.rendering import Renderer
@@ -170,7 +169,7 @@ def _read_table(path: Path) -> Iterator[Inspected]:
         dropped = any(score is None or score != score for score in scores)
         group = ResponseGroup(
             prompt=_without_images(rows[0]["prompt"]),
-            responses=[completion_text(row["completion"]) for row in rows],
+            responses=[row["completion"] for row in rows],
             id=f"group {index}",
         )
         result = GroupScores(

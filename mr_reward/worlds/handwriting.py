@@ -31,7 +31,8 @@ from sklearn.datasets import load_digits
 from mr_reward.data.jsonl import write_json_lines
 from mr_reward.data.media_files import write_image
 from mr_reward.errors import ConfigurationError
-from mr_reward.groups import Message, ResponseGroup, dense_ranks
+from mr_reward.groups import ResponseGroup, dense_ranks
+from mr_reward.messages import Message
 
 Media = Literal["image", "video"]
 

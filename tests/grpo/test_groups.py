@@ -13,12 +13,12 @@ from mr_reward.errors import GroupAssemblyError, GroupError, MediaError
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.groups import (
     RolloutRow,
-    completion_text,
     plan_groups,
     prompt_fingerprint,
     read_rollouts,
     with_opening,
 )
+from mr_reward.messages import completion_text
 from mr_reward.templates.images import load_image
 
 
@@ -129,17 +129,16 @@ def test_openings_without_environments_or_without_a_common_beginning_are_refused
         ("plain ", "plain "),
         ([{"role": "assistant", "content": "chat"}], "chat"),
         ([{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], "ab"),
-        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], ""),
-        ([{"role": "assistant", "reasoning_content": "hm"}], ""),
+        ([{"role": "assistant", "content": None, "tool_calls": None}], ""),
+        ([{"role": "assistant", "reasoning_content": "hm"}], "<think>\nhm\n</think>\n\n"),
         ([], ""),
         (
             [
                 {"role": "assistant", "content": "first"},
-                {"role": "tool", "content": [{"type": "image", "image": object()}]},
                 {"role": "assistant", "content": ""},
                 {"role": "assistant", "content": "then", "reasoning_content": "hm"},
             ],
-            "first\n\nthen",
+            "first\n\n<think>\nhm\n</think>\n\nthen",
         ),
         ("\ud800 <|im_end|>", "\ud800 <|im_end|>"),
     ],

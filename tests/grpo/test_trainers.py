@@ -11,7 +11,7 @@ from tiny_runs import SHORT_RUN, handwriting_rows, save_policy_that_sees
 from transformers import AutoProcessor
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from mr_reward import MultiResponseReward, MultiResponseRewardModel
+from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel
 from mr_reward.grpo.telemetry import METRIC_KEYS
 
 
@@ -46,6 +46,68 @@ def test_two_steps(tmp_path: Path, trainer_class: type, config_class: type) -> N
     # A random reward model tells different texts apart, and its rewards are centred.
     assert all(entry["mr_reward/score_spread"] > 0 for entry in steps)
     assert all(abs(entry["rewards/multi_response_reward/mean"]) < 1e-5 for entry in steps)
+
+
+def add(a: int, b: int) -> int:
+    """Adds two numbers.
+
+    Args:
+        a: One.
+        b: The other.
+    """
+    return a + b
+
+
+class Scripted(GRPOTrainer):
+    """Its policy calls `add` with other numbers in each rollout, and always says the same in the end."""
+
+    calls = 0
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: object, **__: object) -> tuple[list, None]:
+        self.calls += 1
+        written = [
+            f'<tool_call>\n{{"name": "add", "arguments": {{"a": {i}, "b": 2}}}}\n</tool_call>' for i in range(8)
+        ]
+        texts = written[: len(prompt_ids)] if self.calls % 2 else ["Done."] * len(prompt_ids)
+        ids = [self._tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"] for text in texts]
+        return ids, None
+
+
+def test_completions_with_tool_calls_are_judged_as_the_policy_wrote_them(tmp_path: Path) -> None:
+    save_policy_that_sees(tmp_path / "policy")
+    processor = AutoProcessor.from_pretrained(tmp_path / "policy")
+    processor.chat_template = (resources.files("trl") / "chat_templates" / "qwen3_vl.jinja").read_text()
+    processor.save_pretrained(tmp_path / "policy")
+    MultiResponseRewardModel.from_backbone(tmp_path / "policy").save_pretrained(tmp_path / "rm")
+    reward = MultiResponseReward(tmp_path / "rm", num_generations=4)
+    written: list[list[int]] = []
+
+    def remember(completions: list, completion_ids: list[list[int]], **_: object) -> list[float]:
+        written.extend(completion_ids)
+        return [0.0] * len(completions)
+
+    trainer = Scripted(
+        model=str(tmp_path / "policy"),
+        reward_funcs=[reward, remember],
+        args=GRPOConfig(
+            str(tmp_path / "out"),
+            per_device_train_batch_size=8,
+            max_steps=1,
+            save_strategy="no",
+            **{**SHORT_RUN, "max_completion_length": 300},
+        ),
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "Add."}]}] * 4),
+        tools=[add],
+    )
+    trainer.train()
+    assert isinstance(reward._scorer, GroupScorer)
+    renderer = reward._scorer.packer.renderer
+    judged = [ids for scored in reward.last_scored for ids in renderer.render(scored.group).response_ids]
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [[*ids, end] for ids in judged] == written, "token for token what the policy saw and wrote"
+    for scored in reward.last_scored:
+        assert scored.scores is not None and len(set(scored.scores)) == 4
+        assert all(text.endswith("</tool_response>\n\nDone.") for text in scored.group.responses), "for a reader"
 
 
 class Room:
