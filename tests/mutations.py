@@ -291,7 +291,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tool calls of a prompt vanish",
-        "mr_reward.groups._normalise_messages",
+        "mr_reward.messages.normalise_messages",
         "message.get(key) is not None",
         "False",
         "tests/templates/test_chat.py",
@@ -312,7 +312,7 @@ MUTATIONS = [
     ),
     Mutation(
         "image tags in text stay text",
-        "mr_reward.groups._match_media",
+        "mr_reward.messages.match_media",
         "_place_tags(messages, kind, len(media), name)",
         "0",
         "tests/templates/test_chat.py -k tags",
