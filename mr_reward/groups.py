@@ -11,7 +11,8 @@ from numbers import Real
 from typing import Any, Protocol, TypeVar
 
 from mr_reward.errors import GroupError, MediaError, MRRewardError, OverLengthError, shown
-from mr_reward.messages import MEDIA_TYPES, Message, completion_text, match_media, normalise_messages, plain_json
+from mr_reward.messages.completions import completion_text
+from mr_reward.messages.prompts import MEDIA_TYPES, Message, match_media, normalise_messages, plain_json
 
 __all__ = ["GroupScores", "ResponseGroup", "Scorer", "dense_ranks", "undo_order"]
 
@@ -54,8 +55,8 @@ class ResponseGroup:
             tool's turn a `name`, for the backbone's chat template; other keys are ignored. If the last turn is the
             assistant's, the responses continue it.
         responses: N >= 1 response texts, or completions as TRL has them (lists of chat messages). The empty text is a
-            response. A completion with tool calls or results becomes a `mr_reward.messages.Transcript`, a text with
-            its turns, which the backbone's chat template renders.
+            response. A completion with tool calls or results becomes a text that has its turns besides
+            (`mr_reward.messages.completions.Transcript`), which the backbone's chat template renders.
         images: what `mr_reward.templates.load_image` takes (PIL images, paths, bytes, arrays), in the order of the
             prompt's image placeholders. In a prompt without placeholder blocks each `<image>` of its text is one;
             without those, the images stand at the start of its first user turn (as in TRL). Without images `<image>`

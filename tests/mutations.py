@@ -221,7 +221,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the tool calls of a completion are not judged",
-        "mr_reward.messages.completion_text",
+        "mr_reward.messages.completions.completion_text",
         "return Transcript(turns)",
         "return str(Transcript(turns))",
         "tests/templates/test_turns.py",
@@ -291,7 +291,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tool calls of a prompt vanish",
-        "mr_reward.messages.normalise_messages",
+        "mr_reward.messages.prompts.normalise_messages",
         "message.get(key) is not None",
         "False",
         "tests/templates/test_chat.py",
@@ -312,7 +312,7 @@ MUTATIONS = [
     ),
     Mutation(
         "image tags in text stay text",
-        "mr_reward.messages.match_media",
+        "mr_reward.messages.prompts.match_media",
         "_place_tags(messages, kind, len(media), name)",
         "0",
         "tests/templates/test_chat.py -k tags",
@@ -480,7 +480,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the block of OpenAI is a placeholder",
-        "mr_reward.messages.image_of",
+        "mr_reward.messages.prompts.image_of",
         '("image", "image_url", "path", "url")',
         '("image", "path", "url")',
         "tests/test_groups.py",

@@ -20,7 +20,7 @@ from mr_reward.data.media_files import check_readable, resolve_media
 from mr_reward.data.sources import Row, RowSource
 from mr_reward.errors import GroupError, MRRewardError
 from mr_reward.groups import ResponseGroup, dense_ranks
-from mr_reward.messages import Message
+from mr_reward.messages.prompts import Message
 
 logger = logging.getLogger(__name__)
 

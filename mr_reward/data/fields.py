@@ -11,7 +11,7 @@ from PIL import Image
 
 from mr_reward.data.sources import Row
 from mr_reward.errors import GroupError, shown
-from mr_reward.messages import Message
+from mr_reward.messages.prompts import Message
 from mr_reward.templates.images import image_source
 
 _PLACEHOLDERS = re.compile(r"[ \t]*<(?:image|video)>[ \t]*")

@@ -21,7 +21,8 @@ from mr_reward.data.media_files import resolve_media, write_image
 from mr_reward.data.sources import RowSource, dataset_rows, is_hub_id, read_rows
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError, shown
 from mr_reward.groups import GroupScores, ResponseGroup, dense_ranks
-from mr_reward.messages import Message, Transcript, short_messages, tools_of
+from mr_reward.messages.completions import Transcript
+from mr_reward.messages.prompts import Message, short_messages, tools_of
 from mr_reward.templates.images import image_source, is_url
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from mr_reward.data.fields import (
 from mr_reward.data.sources import Row
 from mr_reward.errors import GroupError
 from mr_reward.groups import ResponseGroup
-from mr_reward.messages import Message
+from mr_reward.messages.prompts import Message
 
 logger = logging.getLogger(__name__)
 

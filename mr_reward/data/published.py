@@ -14,7 +14,7 @@ from mr_reward.data.paper_mixture import arena_battle, dialogue
 from mr_reward.data.sources import Row
 from mr_reward.data.trainer_formats import Prompt, gather_by, preference, prompt_field, speaks_in_turns
 from mr_reward.groups import ResponseGroup
-from mr_reward.messages import Message
+from mr_reward.messages.prompts import Message
 
 
 def _ultrafeedback(row: Row) -> ResponseGroup:

@@ -25,7 +25,7 @@ from mr_reward.data.fields import (
 from mr_reward.data.sources import Row
 from mr_reward.errors import GroupError
 from mr_reward.groups import ResponseGroup
-from mr_reward.messages import Message
+from mr_reward.messages.prompts import Message
 
 Prompt = str | list[Message]
 Gather = Callable[[Iterable[tuple[str, Any]]], Iterator[tuple[str, Any]]]

@@ -18,7 +18,8 @@ from typing import Any
 
 from mr_reward.errors import ConfigurationError, GroupAssemblyError, GroupError
 from mr_reward.groups import ResponseGroup
-from mr_reward.messages import Completion, Message, completion_text, image_of, tools_of, with_before
+from mr_reward.messages.completions import Completion, completion_text, with_before
+from mr_reward.messages.prompts import Message, image_of, tools_of
 from mr_reward.templates.images import DecodedImages
 
 Prompt = str | Sequence[Mapping[str, Any]]

@@ -13,7 +13,7 @@ from typing import Any
 
 from mr_reward.errors import GroupError
 from mr_reward.grpo.reward import MultiResponseReward
-from mr_reward.messages import split_tags
+from mr_reward.messages.prompts import split_tags
 
 
 def register(

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mr_reward.errors import GroupError, MediaError
 from mr_reward.groups import GroupScores, ResponseGroup
-from mr_reward.messages import Transcript, completion_text
+from mr_reward.messages.completions import Transcript, completion_text
 from mr_reward.templates.images import image_source, load_image
 
 # What the server opens; images of other kinds are sent as PNG. Pillow opens more, some through other programs.

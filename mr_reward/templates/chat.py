@@ -16,7 +16,8 @@ from jinja2 import TemplateError
 
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import ResponseGroup
-from mr_reward.messages import Message, thought, tool_function
+from mr_reward.messages.completions import thought
+from mr_reward.messages.prompts import Message, tool_function
 
 # What templates raise: their own refusals, and text that is joined to what is none.
 TEMPLATE_ERRORS = (TemplateError, TypeError)

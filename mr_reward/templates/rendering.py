@@ -29,7 +29,7 @@ from torch import Tensor
 from mr_reward.backbones.base import BackboneAdapter
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError
 from mr_reward.groups import ResponseGroup
-from mr_reward.messages import Transcript
+from mr_reward.messages.completions import Transcript
 from mr_reward.templates.chat import (
     TEMPLATE_ERRORS,
     ChatTemplate,

@@ -13,7 +13,7 @@ from typing import Any
 
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import ResponseGroup
-from mr_reward.messages import Transcript
+from mr_reward.messages.completions import Transcript
 from mr_reward.templates.chat import ChatTemplate, is_prefilled
 
 THOUGHTS = ("included", "stripped", "refused")

@@ -10,7 +10,8 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 
 from mr_reward.errors import GroupError
 from mr_reward.groups import ResponseGroup
-from mr_reward.messages import Message, Transcript, thought
+from mr_reward.messages.completions import Transcript, thought
+from mr_reward.messages.prompts import Message
 from mr_reward.templates.chat import TEMPLATE_ERRORS, ChatTemplate, is_prefilled, template_options
 
 

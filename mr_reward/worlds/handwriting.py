@@ -32,7 +32,7 @@ from mr_reward.data.jsonl import write_json_lines
 from mr_reward.data.media_files import write_image
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup, dense_ranks
-from mr_reward.messages import Message
+from mr_reward.messages.prompts import Message
 
 Media = Literal["image", "video"]
 

@@ -44,6 +44,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
     ],
     "grpo": ["GroupLog", "MultiResponseReward"],
     "integrations": ["compute_score", "compute_score_single", "register"],
+    "messages": [],
     "model": ["GroupScorer", "MultiResponseRewardConfig", "MultiResponseRewardModel"],
     "mr2bench": ["build_benchmark", "write_benchmark"],
     "runs": ["PolicyValidation", "RunFigure", "WarningSigns"],

@@ -18,7 +18,7 @@ from mr_reward.grpo.groups import (
     read_rollouts,
     with_opening,
 )
-from mr_reward.messages import completion_text
+from mr_reward.messages.completions import completion_text
 from mr_reward.templates.images import load_image
 
 

@@ -18,7 +18,7 @@ from mr_reward import GroupScorer, MultiResponseReward, ResponseGroup
 from mr_reward.data import load_preferences, save_preferences
 from mr_reward.errors import GroupError
 from mr_reward.grpo.groups import RolloutRow, plan_groups
-from mr_reward.messages import Transcript, completion_text
+from mr_reward.messages.completions import Transcript, completion_text
 from mr_reward.scorers.wire import WireGroup, dump, from_wire, to_wire
 from mr_reward.templates.rendering import Renderer
 

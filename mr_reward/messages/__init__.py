@@ -1,0 +1,1 @@
+"""Chat messages, as prompts and completions hold them."""
