@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mr_reward.errors import GroupError, MediaError, MRRewardError
-from mr_reward.groups import ResponseGroup, dense_ranks
+from mr_reward.errors import CheckpointError, GroupError, MediaError, MRRewardError, OverLengthError
+from mr_reward.groups import GroupScores, ResponseGroup, as_groups, dense_ranks, score_each
 
 PIXEL, OTHER = Image.new("RGB", (1, 1)), Image.new("RGB", (2, 2))
 
@@ -92,6 +94,26 @@ def test_the_callers_prompt_is_not_changed() -> None:
     assert plain == turn(text("u"))
 
 
+def test_what_the_caller_changes_later_does_not_reach_the_group() -> None:
+    calls = [{"function": {"name": "add", "arguments": {"a": 2}}}]
+    tools = [{"function": {"name": "add"}}]
+    prompt = [
+        {"role": "user", "content": "2 + 2?", "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": calls, "reasoning": "why not", "name": "model"},
+        {"role": "tool", "content": "4", "name": "add", "tool_call_id": "1", "other": 3},
+    ]
+    group = ResponseGroup(prompt=prompt, responses=["4"], tools=tools)
+    before = json.dumps([group.messages, group.tools])
+    calls[0]["function"]["arguments"] = {"a": 9}
+    tools[0]["function"]["name"] = "sub"
+    assert json.dumps([group.messages, group.tools]) == before
+    assert [sorted(message.keys() - {"role", "content"}) for message in group.messages] == [
+        [],
+        ["reasoning", "tool_calls"],
+        ["name", "tool_call_id"],
+    ]
+
+
 def test_a_group_cannot_be_changed() -> None:
     group = ResponseGroup(prompt="p", responses=["a"])
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -116,6 +138,25 @@ def test_select_reorders_shrinks_and_ranks_again() -> None:
     assert ResponseGroup(prompt="p", responses=["a", "b"]).select([1]).rankings is None
     with pytest.raises(GroupError, match="0 responses"):
         group.select([])
+
+
+def test_select_keeps_all_that_is_not_of_the_responses() -> None:
+    whole = ResponseGroup(
+        prompt=turn(text("u"), {"type": "image"}, {"type": "video"}),
+        responses=["a", "b", "c"],
+        images=[PIXEL],
+        videos=[[OTHER]],
+        rankings=[1, 2, 3],
+        id="g",
+        source="s",
+        tools=[{"function": {"name": "add"}}],
+    )
+    chosen = whole.select([2, 0])
+    for field in dataclasses.fields(ResponseGroup):
+        kept = getattr(whole, field.name)
+        assert kept, f"{field.name} is not tried"
+        expected = {"responses": ("c", "a"), "rankings": (2, 1), "prompt": whole.messages}.get(field.name, kept)
+        assert getattr(chosen, field.name) == expected, field.name
 
 
 @given(values=st.lists(st.integers(-5, 5) | st.floats(-2, 2), max_size=8))
@@ -284,3 +325,72 @@ def test_errors_are_also_value_errors() -> None:
 def test_a_video_is_a_list_of_frames(video: object) -> None:
     with pytest.raises(MediaError, match="expected a non-empty list of frames"):
         ResponseGroup(prompt="Number?", responses=["1"], videos=[video])  # type: ignore[list-item]
+
+
+# --- scores, and groups from what a user has ---
+
+
+@pytest.mark.parametrize("flip_rate", [None, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("scores", [None, (0.0, -1.5)])
+def test_scores_come_back_from_json(scores: tuple[float, ...] | None, flip_rate: float | None) -> None:
+    """0.0 was measured and None was not."""
+    group = ResponseGroup(prompt="p", responses=["a", "b"])
+    for reason, spread in (("", 0.0), ("over the token budget", 0.25)):
+        written = GroupScores(
+            scores=scores,
+            truncated=(False, True),
+            order_spread=spread,
+            order_flip_rate=flip_rate,
+            drop_reason=reason or None,
+        )
+        assert GroupScores.from_dict(json.loads(json.dumps(written.to_dict())), group) == written
+
+
+def test_dicts_keep_their_own_names_and_others_get_their_place() -> None:
+    row = {"prompt": "p", "responses": ["a"]}
+    named = ResponseGroup(prompt="p", responses=["a"], id="made")
+    assert [group.id for group in as_groups([row, {**row, "id": "mine"}, named, row])] == [
+        "row 0",
+        "mine",
+        "made",
+        "row 3",
+    ]
+    with pytest.raises(GroupError, match="row 2 lacks responses"):
+        as_groups([row, named, {"prompt": "p"}])
+
+
+class _Picky:
+    """Refuses groups by their id; counts its calls."""
+
+    def __init__(self, error: type[Exception], *bad: str) -> None:
+        self.error, self.bad, self.calls = error, bad, 0
+
+    def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+        self.calls += 1
+        for group in groups:
+            if group.id in self.bad:
+                raise self.error(f"{group.name}: bad")
+        return [GroupScores(scores=(float(str(group.id)),), truncated=(False,)) for group in groups]
+
+
+@pytest.mark.parametrize("error", [GroupError, MediaError, OverLengthError])
+@pytest.mark.parametrize("bad", [(), (0,), (6,), (2, 3), tuple(range(7))])
+def test_the_error_of_a_group_stands_in_its_place(bad: tuple[int, ...], error: type[MRRewardError]) -> None:
+    scorer = _Picky(error, *map(str, bad))
+    groups = [ResponseGroup(prompt="p", responses=["a"], id=str(i)) for i in range(7)]
+    found = score_each(scorer, groups)
+    assert len(found) == 7
+    for i, one in enumerate(found):
+        if i in bad:
+            assert type(one) is error and str(one) == f"group '{i}': bad"
+        else:
+            assert isinstance(one, GroupScores) and one.scores == (float(i),)
+    assert bad or scorer.calls == 1
+
+
+def test_what_is_no_fault_of_a_group_is_raised() -> None:
+    group = ResponseGroup(prompt="p", responses=["a"], id="0")
+    for error in (CheckpointError, RuntimeError):
+        with pytest.raises(error, match="group '0': bad"):
+            score_each(_Picky(error, "0"), [group])
+    assert score_each(_Picky(RuntimeError), []) == []

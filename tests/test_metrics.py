@@ -226,6 +226,14 @@ def test_calibration_error_by_hand() -> None:
     assert math.isnan(pairwise_calibration_error([[1.0, 2.0]], [[1, 1]]))
 
 
+@pytest.mark.parametrize("far", [3.0, 30.0, 60.0, 700.0])
+def test_a_certain_pair_shares_the_last_bin(far: float) -> None:
+    """At a margin of 40 the probability is 1.0 in floating point, the upper end of the last bin."""
+    scores, rankings = [[far, 0.0], [2.5, 0.0]], [[2, 1], [1, 2]]
+    expected = naive_calibration_error(ordered_pairs(scores, rankings))
+    assert pairwise_calibration_error(scores, rankings) == pytest.approx(expected)
+
+
 def test_calibration_of_outcomes_drawn_from_the_model() -> None:
     rng = np.random.default_rng(0)
     scores = rng.normal(scale=2.0, size=(20_000, 2))

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from mr_reward.data.decontamination import normalised_prompt
 from mr_reward.groups import ResponseGroup
-from mr_reward.templates.images import load_image
+from mr_reward.templates.images import DecodedImages
 
 # A best response at one place more often than this many times the even share lets a model learn the place, if it is no
 # chance: so many standard errors above it (counted as a Poisson variable, which has more spread than a share).
@@ -148,8 +148,9 @@ def _media_key(medium: Any) -> str:
     """Files by their path: `save_preferences` names them by content. In memory, by content."""
     if isinstance(medium, (str, Path)):
         return str(medium)
-    content = medium if isinstance(medium, (bytes, bytearray)) else load_image(medium).tobytes()
-    return sha256(content).hexdigest()
+    if isinstance(medium, (bytes, bytearray)):
+        return sha256(medium).hexdigest()
+    return DecodedImages().digest(medium)
 
 
 def _modality(group: ResponseGroup) -> str:

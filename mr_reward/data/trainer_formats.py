@@ -26,6 +26,7 @@ from mr_reward.data.sources import Row
 from mr_reward.errors import GroupError
 from mr_reward.groups import ResponseGroup
 from mr_reward.messages.prompts import Message
+from mr_reward.templates.images import DecodedImages
 
 Prompt = str | list[Message]
 Gather = Callable[[Iterable[tuple[str, Any]]], Iterator[tuple[str, Any]]]
@@ -82,8 +83,10 @@ def gather_by(key: Sequence[str], lists: Sequence[str]) -> Gather:
 
 
 def _digest(value: Any) -> str:
-    content = value.tobytes() if isinstance(value, Image.Image) else value if isinstance(value, bytes) else repr(value)
-    return sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()
+    """Of what is no JSON, by its content: the same pixels in another shape are another picture."""
+    if isinstance(value, Image.Image) or hasattr(value, "__array__"):
+        return DecodedImages().digest(value)
+    return sha256(value if isinstance(value, bytes) else repr(value).encode()).hexdigest()
 
 
 def _groups(row: Row) -> ResponseGroup:

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import LAYOUTS, assert_close, checkpoint_groups, family, reward_model, score
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
+from mr_reward.checkpoint import weights_digest
 from mr_reward.checkpoint.checksums import CHECKSUM_FILE
+from mr_reward.checkpoint.verify import non_finite_cause
 from mr_reward.errors import BackendError, CheckpointError, ConfigurationError
 
 NAMES = ("qwen3_vl", "molmo2", "llama")
@@ -349,3 +351,85 @@ def test_missing_files_are_refused(copied: Path, tmp_path: Path) -> None:
 def test_broken_configuration_is_refused(copied: Path) -> None:
     (copied / "config.json").write_text('{"model_type": "multi_response')
     refuses(copied, "config.json")
+
+
+# --- the digest of a model, by which a run knows its reward model again ---
+
+
+class _Tensors(torch.nn.Module):
+    """Weights whose bytes fill no whole number of 64-bit words, and the settings of a reward model."""
+
+    def __init__(self, dtype: torch.dtype, **weights: torch.Tensor) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            self.register_parameter(name, torch.nn.Parameter(weight.to(dtype)))
+        self.config = reward_model("llama").config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_of_a_model_counts_in_its_digest(dtype: torch.dtype) -> None:
+    weights = {"a": torch.arange(1.0, 4.0), "b": torch.arange(1.0, 14.0), "c": torch.ones(1), "d": torch.ones(2, 3)}
+    digest: Any = weights_digest
+    plain = digest(_Tensors(dtype, **weights))
+    assert digest(_Tensors(dtype, **dict(reversed(weights.items())))) == plain, "the order of making says nothing"
+    seen = {plain}
+    for name, weight in weights.items():
+        for i in range(weight.numel()):
+            other = weight.clone()
+            other.view(-1)[i] += 0.5
+            seen.add(digest(_Tensors(dtype, **{**weights, name: other})))
+    assert len(seen) == 1 + sum(weight.numel() for weight in weights.values())
+    swapped = weights["b"][[1, 0, *range(2, 13)]]
+    far = weights["b"][[12, *range(1, 12), 0]]
+    for other in (
+        {**weights, "b": swapped},
+        {**weights, "b": far},
+        {**weights, "d": weights["d"].view(3, 2)},
+        {"a" if name == "c" else "c" if name == "a" else name: weight for name, weight in weights.items()},
+        {"e" if name == "d" else name: weight for name, weight in weights.items()},
+    ):
+        found = digest(_Tensors(dtype, **other))
+        assert found not in seen
+        seen.add(found)
+    other_dtype = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    assert digest(_Tensors(other_dtype, **weights)) not in seen
+    with pytest.raises(CheckpointError, match="the weight b is empty"):
+        digest(_Tensors(dtype, **{**weights, "b": torch.ones(0)}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("layout", "isolated"),
+        ("template", "mr2rm-user"),
+        ("template_hash", "0" * 16),
+        ("score_scale", 0.5),
+        ("head_activation", "gelu"),
+        ("head_bias", True),
+    ],
+)
+def test_every_setting_that_changes_scores_counts_in_the_digest(setting: str, value: Any) -> None:
+    model = reward_model("llama", "set", fresh=True)
+    before = weights_digest(model)
+    kept = getattr(model.config, setting)
+    setattr(model.config, setting, value)
+    assert weights_digest(model) != before
+    setattr(model.config, setting, kept)
+    model.config.backbone_name_or_path = "elsewhere"
+    assert weights_digest(model) == before, "where it came from changes no score"
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ((1,), "the weights b are not finite"),
+        ((0, 2), "the weights a, c are not finite"),
+        ((0, 1, 2), "the weights a, b, c are not finite"),
+        ((0, 1, 2, 4), "the weights a, b, c and 1 more are not finite"),
+        ((0, 1, 2, 3, 4), "the weights a, b, c and 2 more are not finite"),
+        ((), "all weights are finite, so activations overflow in float32"),
+    ],
+)
+def test_the_cause_names_the_weights_and_counts_the_others(bad: tuple[int, ...], told: str) -> None:
+    weights = {name: torch.full((2,), float("nan") if i in bad else 1.0) for i, name in enumerate("abcde")}
+    assert non_finite_cause(_Tensors(torch.float32, **weights)).startswith(told)

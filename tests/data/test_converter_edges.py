@@ -83,6 +83,73 @@ def test_twins_may_differ_in_white_space() -> None:
     assert group.responses == ("a", "b")
 
 
+@pytest.mark.parametrize(("first", "other"), [("a b", "a  b"), ("a", "A"), ("a\nb", "a b"), ("1", "1.0"), ("a", "a.")])
+def test_what_differs_inside_is_no_twin(first: str, other: str) -> None:
+    """Line breaks and indents are a part of code and of lists; the text stays as it was written."""
+    group = graded_group("q", [f" {first} ", other, "worse"], [1, 2, 3], id=None)
+    assert group.responses == (f" {first} ", other, "worse") and group.rankings == (1, 2, 3)
+
+
+def test_twins_with_other_grades_go_and_empty_ones_too() -> None:
+    group = graded_group("q", ["a", "a ", "b", " \n", "", "c"], [1, 2, 1, 1, 2, 3], id=None)
+    assert group.responses == ("b", "c") and group.rankings == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "videos", "types"),
+    [
+        ("a <image> b", 1, 0, ["text", "image", "text"]),
+        ("a <image> b <video> c", 1, 1, ["text", "image", "text", "video", "text"]),
+        ("a <image> b", 2, 0, ["image", "image", "text"]),  # not one each: they stand before the question
+        ("a <image> b", 1, 1, ["video", "image", "text"]),
+        ("a <image> b <video> c", 1, 0, ["image", "text"]),
+        ("a <image> b", 0, 1, ["video", "text"]),
+        ("a <image> b", 0, 0, ["text"]),
+    ],
+)
+def test_placeholders_stay_where_there_is_one_for_each_medium(
+    text: str, images: int, videos: int, types: list[str]
+) -> None:
+    group = graded_group(
+        chat(text), ["a", "b"], [1, 2], id=None, images=[PICTURE] * images, videos=[[PICTURE]] * videos
+    )
+    content = group.messages[0]["content"]
+    assert [block["type"] for block in content] == types
+    words = " ".join(block["text"].strip() for block in content if block["type"] == "text")
+    assert words == (text if not images + videos else " ".join(w for w in text.split() if "<" not in w))
+
+
+def test_a_second_reading_counts_anew_and_gives_the_same(tmp_path: Path) -> None:
+    completions = ROWS["vlfeedback"]["completions"]
+    rows: list[Any] = [
+        {**ROWS["vlfeedback"], "image": PICTURE, "note": "x"},
+        {**ROWS["vlfeedback"], "image": PICTURE, "completions": completions[:2]},
+        {},
+    ]
+    places = [(f"row {i}", row) for i, row in enumerate(rows)]
+    groups = Conversion(
+        CONVERTERS["vlfeedback"], RowSource("rows", tmp_path, lambda: iter(places)), skip_bad=True, keep_order=True
+    )
+
+    def read() -> Any:
+        found = [(group.messages, group.responses) for group in groups]
+        counts = [dict(one) for one in (groups.skipped, groups.left_out, groups.unread)]
+        return found, groups.num_rows, counts, list(groups.bad_rows)
+
+    first = read()
+    assert first[1] == 3 and all(first[2]) and len(first[3]) == 1
+    assert read() == first
+
+
+def test_rows_of_one_id_are_not_shuffled_alike(tmp_path: Path) -> None:
+    """Ids of data sets repeat; one order for all of them would let a model learn the place."""
+    places = [(f"row {i}", {**ROWS["nectar"], "id": "same"}) for i in range(8)]
+    groups = list(Conversion(CONVERTERS["nectar"], RowSource("rows", tmp_path, lambda: iter(places))))
+    assert len({group.responses for group in groups}) == 8
+    again = Conversion(CONVERTERS["nectar"], RowSource("rows", tmp_path, lambda: iter(places)))
+    assert [group.responses for group in again] == [group.responses for group in groups]
+
+
 @pytest.mark.parametrize("name", ["skywork", "tulu"])
 def test_a_chat_pair_keeps_its_pictures_where_they_stand(name: str) -> None:
     """They were dropped, and the answers compared without them."""

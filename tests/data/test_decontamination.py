@@ -12,7 +12,16 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mr_reward import ResponseGroup
-from mr_reward.data.decontamination import ImageIndex, decontaminate, fingerprint, same_picture
+from mr_reward.data.decontamination import (
+    MIN_PROMPT,
+    MIN_RESPONSE,
+    STOCK_LIMIT,
+    ImageIndex,
+    decontaminate,
+    fingerprint,
+    normalised_prompt,
+    same_picture,
+)
 from mr_reward.worlds.handwriting import make_groups
 
 LONG = "What is written on the wooden sign to the left of the door, and in which language is it written?"
@@ -189,6 +198,68 @@ def test_videos_by_half_of_their_frames() -> None:
     black = Image.new("RGB", (160, 120))
     films = [[black, *(photo(i) for i in range(start, start + 3))] for start in (10, 20)]
     assert reason(group("x", videos=[films[0]]), group("b", videos=[films[1]])) is None
+
+
+@pytest.mark.parametrize(("size", "found"), [(MIN_PROMPT - 1, None), (MIN_PROMPT, "prompt")])
+def test_the_shortest_prompt_that_tells_something_beside_a_picture(size: int, found: str | None) -> None:
+    words = "x" * size
+    assert reason(group(words, images=[photo(1)]), group(words, images=[photo(2)])) == found
+
+
+@pytest.mark.parametrize(("size", "found"), [(MIN_RESPONSE, None), (MIN_RESPONSE + 1, "response")])
+def test_the_shortest_response_that_tells_something(size: int, found: str | None) -> None:
+    assert reason(group("p", ("x" * size, "b")), group("q", ("c", f" {'X' * size}\n"))) == found
+
+
+@pytest.mark.parametrize("side", ["training", "benchmark", "prompts of a response"])
+def test_what_as_many_share_as_the_limit_allows_is_a_trace(side: str) -> None:
+    """Exactly the limit, and one more."""
+    answer = "x" * (MIN_RESPONSE + 1)
+    for more in (0, 1):
+        count = STOCK_LIMIT + more
+        train, bench = 1 if side == "benchmark" else count, count if side == "benchmark" else 1
+        if side == "prompts of a response":
+            trained = [group(f"how to {i}", (answer, "b")) for i in range(train)]
+            trained += [replace(trained[0], prompt=trained[0].messages)] * 3  # no more prompts
+            items = [group("another", (answer, "c"))]
+        else:
+            trained = [group(LONG, images=[photo(i)]) for i in range(train)]
+            items = [group(LONG, images=[photo(100 + i)], id=str(i)) for i in range(bench)]
+        removed = decontaminate(trained, {"bench": items}).removed
+        assert len(removed) == (0 if more else len(trained)), more
+
+
+def test_one_name_in_two_folders_is_two_pictures(tmp_path: Path) -> None:
+    """What was looked up is remembered by path; data sets number their files alike."""
+    for folder, seed in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        photo(seed).save(tmp_path / folder / "0.png")
+    train = [group(f"p{name}", images=[tmp_path / name / "0.png"]) for name in "abab"]
+    for seed, kept in ((1, ["pb", "pb"]), (2, ["pa", "pa"])):
+        result = decontaminate(train, {"bench": [group("q", images=[photo(seed)])]})
+        assert [normalised_prompt(one) for one in result.kept] == kept
+
+
+def test_frames_of_two_videos_do_not_add_up() -> None:
+    """Of each of the item's videos less than half is there."""
+    bench = group("b", videos=[[photo(i) for i in range(4)], [photo(i) for i in range(10, 14)]])
+    train = [photo(0), photo(10), photo(30), photo(31)]
+    assert reason(group("x", videos=[train]), bench) is None
+    assert reason(group("x", videos=[[*train[:1], photo(1), *train[2:]]]), bench) == "video"
+
+
+def test_a_system_turn_changes_no_question_and_an_answer_before_it_does() -> None:
+    def asked(*turns: tuple[str, str]) -> ResponseGroup:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return ResponseGroup(prompt=messages, responses=["a", "b"])
+
+    question = ("user", "What is this?")
+    first, other = ("assistant", "A cat."), ("assistant", "A dog.")
+    more = ("user", "Why?")
+    assert reason(asked(("system", "Be kind."), question), asked(question)) == "prompt"
+    assert reason(asked(question, first, more), asked(question, first, more)) == "prompt"
+    assert reason(asked(question, other, more), asked(question, first, more)) is None
+    assert reason(asked(question, more), asked(question, first, more)) is None
 
 
 def test_counts_by_source_benchmark_and_reason() -> None:

@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_models import family
 
 from mr_reward import ResponseGroup
 from mr_reward.data.groups_file import load_preferences, save_preferences
+from mr_reward.data.media_files import check_readable, rebase_path, write_image
 from mr_reward.errors import GroupError, MediaError
 from mr_reward.templates.images import load_image
 
 RED, BLUE = Image.new("RGB", (9, 7), "red"), Image.new("RGB", (5, 4), "blue")
 
 
-def encoded(image: Image.Image) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format=kind)
     return buffer.getvalue()
 
 
@@ -161,6 +163,67 @@ def test_paths_do_not_lead_out_of_the_folder(tmp_path: Path, name: str, key: str
     (tmp_path / "in" / "t.jsonl").write_text(json.dumps(row))
     with pytest.raises(GroupError, match=rf"{key}s\[0\].*leads out of"):
         load_preferences(tmp_path / "in" / "t.jsonl")
+
+
+@pytest.mark.parametrize("beside", ["in2", "in.old", "i", "IN"])
+def test_a_folder_whose_name_begins_alike_is_another(tmp_path: Path, beside: str) -> None:
+    for folder in ("in", beside):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        RED.save(tmp_path / folder / "red.png")
+    row = {"prompt": "p", "responses": ["a", "b"], "rankings": [1, 2]}
+    path = tmp_path / "in" / "t.jsonl"
+    for image in ("red.png", "./red.png", "../in/red.png", str(tmp_path / "in" / "red.png")):
+        path.write_text(json.dumps({**row, "image": image}))
+        assert load_preferences(path, media_within=tmp_path / "in")[0].images[0].samefile(tmp_path / "in" / "red.png")
+    path.write_text(json.dumps({**row, "image": f"../{beside}/red.png"}))
+    with pytest.raises(GroupError, match="leads out of"):
+        load_preferences(path, media_within=tmp_path / "in")
+
+
+@pytest.mark.parametrize(("size", "fits"), [((200, 1), True), ((1, 200), True), ((600, 3), True), ((201, 1), False)])
+def test_the_longest_picture_that_the_processors_take(size: tuple[int, int], fits: bool) -> None:
+    group = ResponseGroup(prompt="p", responses=["a"], images=[RED, Image.new("RGB", size)])
+    renderer = family("qwen3_vl").renderer()
+    if fits:
+        check_readable(group)
+        renderer.render(group)
+        return
+    with pytest.raises(MediaError, match=r"images\[1\]: .* is 201 x 1, .* more than 200 times"):
+        check_readable(group)
+    with pytest.raises(MediaError):
+        renderer.render(group)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("a.png", "../in/a.png"),
+        ("deep/a.png", "../in/deep/a.png"),
+        ("../a.png", "../a.png"),
+        ("../out/a.png", "a.png"),
+        ("/media/a.png", "/media/a.png"),
+        ("https://a.b/c.png", "https://a.b/c.png"),
+        ("HTTP://a.b/c.png", "HTTP://a.b/c.png"),
+        ("data:image/png;base64,aGk=", "data:image/png;base64,aGk="),
+        ("DATA:,", "DATA:,"),
+        ("file:///a.png", "file:///a.png"),
+        ("database.png", "../in/database.png"),
+        ("https.png", "../in/https.png"),
+    ],
+)
+def test_a_path_is_counted_from_another_folder(path: str, expected: str, tmp_path: Path) -> None:
+    assert rebase_path(path, tmp_path / "in", tmp_path / "out") == expected
+
+
+def test_pictures_are_named_by_their_content_and_type(tmp_path: Path) -> None:
+    for kind, suffix in (("PNG", ".png"), ("JPEG", ".jpg"), ("WEBP", ".webp"), ("GIF", ".gif"), ("TIFF", ".tiff")):
+        content = encoded(RED, kind)
+        path = write_image(content, tmp_path)
+        assert path.suffix == suffix and path.read_bytes() == content
+        assert write_image(bytearray(content), tmp_path) == path
+    assert write_image(RED, tmp_path) == write_image(RED.copy(), tmp_path) != write_image(BLUE, tmp_path)
+    lying, standing = (write_image(Image.new("RGB", size, "red"), tmp_path) for size in ((2, 8), (8, 2)))
+    assert lying != standing
 
 
 def test_what_cannot_be_read_back_is_not_written(tmp_path: Path) -> None:

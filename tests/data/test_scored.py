@@ -42,6 +42,22 @@ def test_round_trip(tmp_path: Path) -> None:
     assert sorted(file.name for file in path.parent.iterdir()) == ["step_00007.rank0.jsonl", "step_00007.rank0_media"]
 
 
+@pytest.mark.parametrize("step", [None, 0, 1])
+@pytest.mark.parametrize("rewards", [None, (0.0,), (None,)])
+def test_nothing_that_is_zero_gets_lost(
+    step: int | None, rewards: tuple[float | None, ...] | None, tmp_path: Path
+) -> None:
+    one = ScoredGroup(
+        group=ResponseGroup(prompt="p", responses=["a"]),
+        result=GroupScores(scores=(0.0,), truncated=(False,), order_flip_rate=0.0),
+        rewards=rewards,
+        step=step,
+    )
+    write_scored([one], tmp_path / "s.jsonl")
+    (found,) = read_scored(tmp_path / "s.jsonl")
+    assert (found.step, found.rewards, found.result) == (step, rewards, one.result)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

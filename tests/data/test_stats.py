@@ -37,6 +37,30 @@ def test_counts_by_hand() -> None:
     assert found.leaking_position is None, "too few groups to say"
 
 
+@pytest.mark.parametrize(("count", "p95"), [(1, 1), (2, 1), (20, 19), (21, 20), (100, 95), (101, 96)])
+def test_the_95th_percentile_by_counting(count: int, p95: int) -> None:
+    groups = [ResponseGroup(prompt="p", responses=["x" * (i + 1)]) for i in reversed(range(count))]
+    assert group_stats(groups).lengths[2] == p95
+
+
+def test_ties_and_single_responses_by_hand() -> None:
+    """Of equally long responses the first counts as the longest; a group of one response has no order to tie in."""
+    first, second = (
+        ResponseGroup(prompt="p", responses=["aa", "bb", "c"], rankings=r) for r in ([1, 2, 3], [2, 1, 3])
+    )
+    assert (group_stats([first]).longest_is_best, group_stats([second]).longest_is_best) == (1.0, 0.0)
+    single = group_stats([ResponseGroup(prompt="p", responses=["a"], rankings=[1])])
+    assert (single.all_tied, single.with_ties, single.unranked, single.best_positions) == (0, 0, 0, {})
+
+
+def test_a_picture_in_memory_is_its_pixels_and_their_shape() -> None:
+    """A red bar that stands is not one that lies."""
+    pictures = [Image.new("RGB", size, "red") for size in ((2, 8), (8, 2), (4, 4), (2, 8))]
+    groups = [ResponseGroup(prompt="p", responses=["a"], images=[picture]) for picture in pictures]
+    assert group_stats(groups[:3]).repeated_prompts == 0
+    assert group_stats(groups).repeated_prompts == 1
+
+
 def groups_with_best_at(place: int | None, count: int = 60) -> list[ResponseGroup]:
     rng = random.Random(0)
     made = []

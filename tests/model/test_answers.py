@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mr_reward import GroupScorer, MultiResponseRewardModel
+from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.errors import BackendError, OverLengthError
 from mr_reward.model import model as model_module
 from tests.tiny_models import family, random_group, reward_model
@@ -68,6 +68,23 @@ def test_would_chunk_as_scoring_does(layout: str, backend: str, monkeypatch: pyt
         passes.clear()
         scorer.score([group])
         assert len(passes) > 1
+
+
+@pytest.mark.parametrize("policy", ["error", "drop_group", "truncate_responses"])
+def test_asking_changes_nothing(policy: str) -> None:
+    """Neither an answer nor an error leaves another policy behind."""
+    scorer = GroupScorer(reward_model("llama", "causal"), max_tokens_per_batch=60, over_length=policy)
+    groups = [ResponseGroup(prompt="p", responses=["a", "x" * size]) for size in (1, 200)]
+    before = {key: vars(scorer)[key] for key in vars(scorer)}, dict(vars(scorer.packer))
+    assert not scorer.would_chunk(groups[0])
+    with pytest.raises(OverLengthError):
+        scorer.would_chunk(groups[1])
+    assert ({key: vars(scorer)[key] for key in vars(scorer)}, dict(vars(scorer.packer))) == before
+    if policy == "error":
+        with pytest.raises(OverLengthError):
+            scorer.score(groups)
+        return
+    assert [scores is None for scores in scorer.score(groups)] == [False, policy == "drop_group"]
 
 
 def counting(forward: Any, passes: list[int]) -> Any:

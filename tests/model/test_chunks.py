@@ -27,6 +27,8 @@ from tiny_models import (
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.errors import OverLengthError
 from mr_reward.model import model as model_module
+from mr_reward.model.chunks import _fill, _split
+from mr_reward.templates.rendering import RenderedGroup
 
 
 @pytest.fixture
@@ -144,6 +146,53 @@ def test_the_over_length_policy_is_asked_about_single_responses() -> None:
     prompt = len(scorer.packer.renderer.render(group).prompt_ids)
     cut = replace(group, prompt=group.messages, responses=[*responses[:6], "x" * (150 - prompt - 2)])
     assert_close(torch.tensor(result.scores), score(model, [cut])[0], ROUNDING)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_and_chunks_are_filled_to_the_last_token(seed: int) -> None:
+    """One token more than the budget begins a new one, as many as the budget do not."""
+    rng = random.Random(seed)
+    for layout, readouts in (("isolated", 1), ("set", 2)):
+        packer = GroupScorer(reward_model("llama", layout)).packer
+        sizes = [rng.randint(0, 5) for _ in range(20)]
+        group = RenderedGroup(prompt_ids=torch.zeros(0, dtype=torch.long), response_ids=[[0] * size for size in sizes])
+        lengths = [size + readouts for size in sizes]
+        for budget in range(max(lengths), sum(lengths) + 1):
+            expected: list[list[int]] = [[]]
+            for i, length in enumerate(lengths):
+                if sum(lengths[j] for j in expected[-1]) + length > budget:
+                    expected.append([])
+                expected[-1].append(i)
+            assert list(_fill(lengths, budget)) == expected
+            found = [[len(ids) for ids in part.response_ids] for part in _split(packer, group, budget)]
+            assert found == [[sizes[i] for i in run] for run in expected]
+    assert list(_fill([], 5)) == []
+
+
+@pytest.mark.parametrize("layout", ["isolated", "set"])
+def test_a_group_that_just_fills_a_pass_over_its_prompt_is_one(layout: str, computed: Any) -> None:
+    """Two on one prompt, of which each takes exactly what the prompt leaves; a token less takes more passes."""
+    model = reward_model("llama", layout)
+    groups = [ResponseGroup(prompt="p", responses=[letter * 20, letter * 30]) for letter in "ab"]
+    whole = pack(model, groups[0]).num_tokens
+    sizes = computed(model)
+    for budget, passes in ((whole, 3), (whole - 1, 5 if layout == "isolated" else 9)):
+        sizes.clear()
+        found = GroupScorer(model, max_tokens_per_batch=budget).score(groups)
+        assert len(sizes) == passes and max(sizes) <= budget
+        for scores, group in zip(found, groups, strict=True):
+            assert_close(torch.tensor(scores), score(model, [group])[0], ROUNDING)
+
+
+@pytest.mark.parametrize("layout", ["isolated", "set"])
+def test_several_groups_larger_than_a_pass_on_one_prompt(layout: str) -> None:
+    """What was collected of one is not shown to the next."""
+    model = reward_model("llama", layout)
+    groups = [ResponseGroup(prompt="p", responses=random_responses(random.Random(i), 9, 30)) for i in range(3)]
+    groups.insert(1, ResponseGroup(prompt="p", responses=["small", "one"]))
+    found = GroupScorer(model, max_tokens_per_batch=90).score(groups)
+    for scores, group in zip(found, groups, strict=True):
+        assert_close(torch.tensor(scores), score(model, [group])[0], ROUNDING)
 
 
 def test_twins_share_their_score_bit_for_bit_over_a_shared_prompt() -> None:

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import ROUNDING, VISIBLE_CHANGE, pack, random_text, score
+from tiny_models import ROUNDING, VISIBLE_CHANGE, assert_close, pack, random_text, score
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.attention.backends import attention_mask
-from mr_reward.attention.reach import Reach
+from mr_reward.attention.reach import Reach, has_attention_dropout
 from mr_reward.errors import BackendError
 from mr_reward.layouts import plan_row, visible
 from mr_reward.model import features
@@ -256,6 +256,35 @@ def test_a_window_is_counted_as_if_the_response_stood_alone() -> None:
     assert masks["sliding_attention"][0, 0, 10].int().tolist() == comparison
 
 
+def test_a_window_does_not_part_media_that_see_each_other() -> None:
+    plan = plan_row("isolated", 6, [2])
+    segments, kinds = plan.segments[None], plan.kinds[None]
+    blocks = torch.tensor([[-1, 0, 0, 0, 0, -1, -1, -1, -1]])
+    masks = attention_mask(
+        "isolated", "sdpa", segments, kinds, torch.float32, blocks, torch.arange(9)[None], {"x": Reach(window=2)}
+    )
+    found = masks["x"][0, 0].int()
+    assert found[1].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0]
+    assert found[4].tolist() == [0, 1, 1, 1, 1, 0, 0, 0, 0]
+    assert found[5].tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0], "text behind them has its window"
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "attention_dropout"),
+        ("gpt2", "attn_pdrop"),
+        ("bert", "attention_probs_dropout_prob"),
+        ("opt", "attention_dropout"),
+        ("codegen", "attn_pdrop"),
+    ],
+)
+def test_dropout_of_attention_by_every_name(family: str, name: str) -> None:
+    others = {key for key in CONFIG_MAPPING[family]().to_dict() if re.search(r"drop|layerdrop", key)} - {name}
+    assert has_attention_dropout(CONFIG_MAPPING[family](**{name: 0.1}, **dict.fromkeys(others, 0.0)))
+    assert not has_attention_dropout(CONFIG_MAPPING[family](**{name: 0.0}, **dict.fromkeys(others, 0.1)))
+
+
 def test_the_fallback_is_told_by_name(caplog: pytest.LogCaptureFixture) -> None:
     stock = backbone("mistral", sliding_window=16)
     with caplog.at_level(logging.WARNING, logger="mr_reward"):
@@ -296,6 +325,21 @@ def test_what_cannot_be_expressed_is_refused(family: str, layout: str, settings:
     stock = backbone(family, **settings)
     with pytest.raises(BackendError, match=f"{named}.*another backbone|{named}; use layout='causal'"):
         MultiResponseRewardModel.from_backbone(stock, layout=layout, processor=tiny.build_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("bloom", {"n_head": 4, "n_layer": 2}),
+        ("gpt_neo", {"attention_types": [[["global", "local"], 2]], "window_size": 4}),
+    ],
+)
+def test_what_responses_cannot_be_kept_apart_in_is_read_as_one_row(family: str, settings: dict[str, Any]) -> None:
+    """As the refusal advises."""
+    stock = backbone(family, **settings)
+    model = reward_model(stock, "causal")
+    for group in groups(2):
+        assert_close(score(model, [group])[0], alone(model, stock, group), 10 * ROUNDING)
 
 
 def test_soft_caps_are_not_lost_in_sdpa() -> None:
@@ -340,6 +384,12 @@ def test_long_rope_ends_at_the_original_context() -> None:
     assert context_tokens(config) == 64
     config = CONFIG_MAPPING["mistral"](**SIZES, sliding_window=16, max_position_embeddings=4096)
     assert context_tokens(config) == 4096
+    # A rope for each type of layer: the shortest counts.
+    config.rope_parameters = {
+        "full_attention": {**rope, "original_max_position_embeddings": 512},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    assert context_tokens(config) == 512
 
 
 # --- the check itself ---

@@ -12,6 +12,7 @@ from tiny_models import FAMILIES, checkpoint_groups, family, random_group, rewar
 
 from mr_reward import GroupScorer, MultiResponseRewardConfig, MultiResponseRewardModel
 from mr_reward.errors import ConfigurationError, MediaError
+from mr_reward.model.model import ValueHead, _evaluation_mode
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -63,6 +64,37 @@ def test_from_backbone_folder_equals_loaded_model(name: str, tmp_path: Path) -> 
     groups = checkpoint_groups(name)
     for one, other in zip(score(from_folder, groups), score(from_model, groups), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("activation", ["silu", "selu", "gelu"])
+def test_the_head_computes_in_float32_whatever_is_around_it(activation: str) -> None:
+    """Under autocast, on hidden states in half precision, and with weights that an engine has cast."""
+    torch.manual_seed(0)
+    for bias in (False, True):
+        head = ValueHead(16, 8, activation, bias=bias)
+        hidden = torch.randn(2, 3, 16).bfloat16()
+        expected = head(hidden.float())
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype=dtype):
+                assert torch.equal(head(hidden), expected) and torch.equal(head(hidden.float()), expected)
+        cast = copy.deepcopy(head).bfloat16()
+        wide = copy.deepcopy(cast).float()
+        assert torch.equal(cast(hidden), wide(hidden.float())) and cast(hidden).dtype == torch.float32
+
+
+def test_the_self_check_leaves_the_mode_of_every_part() -> None:
+    model = reward_model("llama", "set", fresh=True)
+    model.train()
+    frozen = model.backbone.layers[1]
+    frozen.eval()
+    before = {name: part.training for name, part in model.named_modules()}
+    assert {*before.values()} == {True, False}
+    assert model.reads_flat()
+    assert {name: part.training for name, part in model.named_modules()} == before
+    with pytest.raises(RuntimeError, match="stop"), _evaluation_mode(model):
+        assert not any(part.training for part in model.modules())
+        raise RuntimeError("stop")
+    assert {name: part.training for name, part in model.named_modules()} == before
 
 
 def test_readout_vectors_start_near_the_embeddings() -> None:

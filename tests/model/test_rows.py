@@ -98,6 +98,30 @@ def test_policies_agree_on_what_fits(case: tuple[str, int, list[int], int, int |
             packer(layout, max_tokens, context, "error").lay_out(group, "g")
 
 
+@settings(max_examples=300, deadline=None)
+@given(case=FITS.filter(lambda case: case[0] != "causal"))
+def test_responses_over_a_prompt_are_cut_one_by_one(case: tuple[str, int, list[int], int, int | None]) -> None:
+    """Read over a prompt that was read before, each has to fit as if it stood alone behind it."""
+    layout, prompt, lengths, max_tokens, context = case
+    group = rendered(prompt, lengths)
+    kept = [naive_fit(layout, prompt, [length], max_tokens, context) for length in lengths]
+    if None in kept:
+        for policy in ("error", "truncate_responses"):
+            with pytest.raises(OverLengthError, match="'g'"):
+                packer(layout, max_tokens, context, policy).trim(group, "group 'g'")
+    else:
+        cut = packer(layout, max_tokens, context).trim(group, "g")
+        assert cut is not None
+        assert cut[0].response_ids == [ids[: one[0]] for ids, one in zip(group.response_ids, kept, strict=True) if one]
+        assert cut[1] == tuple([length] != one for length, one in zip(lengths, kept, strict=True))
+        assert torch.equal(cut[0].prompt_ids, group.prompt_ids)
+    fits = kept == [[length] for length in lengths]
+    assert (packer(layout, max_tokens, context, "drop_group").trim(group, "g") is not None) == fits
+    if not fits:
+        with pytest.raises(OverLengthError, match="'g'"):
+            packer(layout, max_tokens, context, "error").trim(group, "group 'g'")
+
+
 @pytest.mark.parametrize(
     ("layout", "context", "truncated"),
     [
@@ -183,6 +207,27 @@ def test_batches_hold_every_row_once_and_keep_the_budget(data: st.DataObject, ma
     # No room is left that the next row would have fitted in.
     for batch, width, following in zip(batches, longest, batches[1:], strict=False):
         assert (len(batch) + 1) * width > max_tokens, following
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), max_size=12), max_tokens=st.integers(9, 24))
+def test_rows_without_padding_go_where_there_is_room_first(lengths: list[int], max_tokens: int) -> None:
+    expected: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for batch in expected:
+            if sum(lengths[i] for i in batch) + lengths[row] <= max_tokens:
+                batch.append(row)
+                break
+        else:
+            expected.append([row])
+    assert plan_batches(lengths, max_tokens, padded=False) == expected
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_rows_that_just_fill_a_batch_are_one_and_rows_of_one_length_keep_their_order(padded: bool) -> None:
+    assert plan_batches([4, 4, 4, 4, 4], 12, padded) == [[0, 1, 2], [3, 4]]
+    assert plan_batches([4, 4, 4], 11, padded) == [[0, 1], [2]]
+    assert plan_batches([7, 9], 8, padded) == [[1], [0]], "one that is too large stands alone"
 
 
 def test_no_rows_make_no_batches() -> None:

@@ -21,7 +21,7 @@ from tiny_models import family, random_image, reward_model
 
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.errors import MediaError
-from mr_reward.templates.images import load_image
+from mr_reward.templates.images import DecodedImages, load_image
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "F")
 
@@ -132,6 +132,17 @@ def test_arrays_of_every_layout() -> None:
             load_image(wrong)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_low_array_is_read_with_its_channels_last(rows: int, channels: int) -> None:
+    """Where the shape would fit both ways: rows, columns, channels is what PIL and OpenCV have."""
+    values = np.random.default_rng(rows).integers(0, 256, size=(rows, 7, channels)).astype(np.uint8)
+    values[..., 3:] = 255
+    loaded = load_image(values)
+    assert loaded.size == (7, rows)
+    assert np.array_equal(pixels(loaded), values[..., :3] if channels > 1 else values.repeat(3, -1))
+
+
 def test_transparent_pixels_become_white() -> None:
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     image.putpixel((1, 0), (0, 0, 255, 255))
@@ -200,6 +211,31 @@ def test_paths_bytes_and_rows_of_datasets(tmp_path: Path) -> None:
         assert np.array_equal(pixels(load_image(file)), pixels(image)), "from its start, wherever it was read to"
     for source in sources:
         assert np.array_equal(pixels(load_image(source)), pixels(image))
+
+
+def test_a_picture_is_decoded_once_and_no_other_is_taken_for_it(tmp_path: Path) -> None:
+    red, blue = Image.new("RGB", (4, 6), "red"), Image.new("RGB", (4, 6), "blue")
+    for folder, image in (("a", red), ("b", blue)):
+        (tmp_path / folder).mkdir()
+        image.save(tmp_path / folder / "0.png")
+    sources: list[Any] = [red, tmp_path / "a" / "0.png", str(tmp_path / "a" / "0.png"), encoded(red)]
+    sources += [blue, tmp_path / "b" / "0.png", {"path": str(tmp_path / "b" / "0.png")}, {"bytes": encoded(blue)}]
+    load = DecodedImages()
+    first = [load(source) for source in sources]
+    assert [pixels(image)[0, 0, 0] for image in first] == [255] * 4 + [0] * 4
+    assert [load(source) for source in sources] == first
+    assert all(load(source) is image for source, image in zip(sources, first, strict=True))
+    digests = [load.digest(source) for source in sources]
+    assert digests == [digests[0]] * 4 + [digests[4]] * 4 and digests[0] != digests[4]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_equal_pixels_in_another_shape_have_another_digest(apart: bool) -> None:
+    """One after the other, and asked one by one."""
+    load = DecodedImages()
+    pictures = [Image.new("RGB", size, "red") for size in ((2, 8), (8, 2), (4, 4), (16, 1), (2, 8))]
+    found = [(DecodedImages() if apart else load).digest(picture) for picture in pictures]
+    assert len(set(found)) == 4 and found[0] == found[-1]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP", "TIFF", "PNG"])
