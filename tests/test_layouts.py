@@ -222,6 +222,26 @@ def test_additive_mask_says_what_the_boolean_mask_says(layout: str, dtype: torch
     assert additive.isfinite().all() and (additive[~boolean] == torch.finfo(dtype).min).all()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_of_one_block_see_each_other_and_no_other_block(layout: str) -> None:
+    """Two blocks side by side, a third apart, in two rows of which one is padded."""
+    row = Row(layout, 8, [2, 1])
+    blocks = torch.full((2, len(row.tokens) + 1), -1)
+    blocks[0, 1:7] = torch.tensor([0, 0, 1, 1, -1, 2])
+    blocks[1, 2:5] = 0
+    segments, kinds = (
+        torch.stack([F.pad(t, (0, 1), value=v), F.pad(t, (1, 0), value=v)])
+        for t, v in ((row.segments, -1), (row.kinds, 0))
+    )
+    causal, seen = visible(layout, segments, kinds), visible(layout, segments, kinds, blocks)
+    for b in range(2):
+        for query in range(seen.shape[1]):
+            for key in range(seen.shape[1]):
+                together = blocks[b, query] == blocks[b, key] >= 0
+                assert seen[b, query, key] == (causal[b, query, key] | together), (b, query, key)
+    assert (seen & ~causal).sum() == 1 + 1 + 3, "a pair for each of two blocks of two, three in a block of three"
+
+
 @settings(max_examples=30, deadline=None)
 @given(row=rows(), seed=st.integers(0, 2**31))
 def test_attention_with_either_mask_is_attention_over_what_is_visible(row: Row, seed: int) -> None:
