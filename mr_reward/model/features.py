@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
@@ -37,9 +38,10 @@ logger = logging.getLogger(__name__)
 
 # Of the copy, by the names of several families. Heads keep their width, which rotary embeddings are made for.
 # Two heads of keys: with one, it would not matter which of them a query head is given.
-_HEADS, _KEY_HEADS = 4, 2
+_HEADS, _KEY_HEADS, _VOCABULARY = 4, 2, 128
 _SIZES = {
-    "vocab_size": 128,
+    "vocab_size": _VOCABULARY,
+    "vocab_size_per_layer_input": _VOCABULARY,
     "intermediate_size": 64,
     "ffn_hidden_size": 64,
     "moe_intermediate_size": 32,
@@ -51,12 +53,16 @@ _SIZES = {
     "num_experts_per_tok": 2,
     "n_group": 1,
     "topk_group": 1,
+    "linear_num_key_heads": _KEY_HEADS,
+    "linear_num_value_heads": _HEADS,
+    "index_n_heads": _HEADS,
 }
+_EMBEDDING_WIDTHS = ("embedding_size", "word_embed_proj_dim")  # the same as `hidden_size`
 _LAYERS, _LIMIT = 4, 8
 _LIMITS = re.compile(r"(?<!max_)(?<!layers_)window(_size)?$|^attention_chunk_size$|^local_attention$|^index_topk$")
 _TELLING = re.compile(
     r"window(_size)?$|attention_chunk_size|softcap|alibi|bidirectional|prefix_lm|index_topk|is_decoder"
-    r"|^layer_types$|block_types?$|mamba_d_state|conv_kernel|^attention_types$|add_cross_attention"
+    r"|^layer_types$|block_types?$|mamba_d_state|conv_kernel|^attention_types$|add_cross_attention|per_layer_input"
 )
 # (prompt, responses): longer than every limit, an empty response, and rows so short that what leaks in has not faded.
 _GROUPS = ((21, (13, 0, 6)), (2, (1,)), (10, (9, 1)))
@@ -71,6 +77,7 @@ _ERRORS = (
     LookupError,
     MRRewardError,
     RuntimeError,
+    StrictDataclassError,  # a configuration that does not take a size of the copy
     TypeError,
     ValueError,
 )
@@ -131,12 +138,21 @@ def _try(model_class: Any, text: str, layout: str, backend: str) -> str | None:
             model = _build(model_class, small, layout, "eager")
             _randomise(model)
             rows = _sample_rows(model)
-            expected = _read_alone(model, rows)
+            ids = _VOCABULARY // 2 + torch.arange(_GROUPS[0][0])[None]
+            by_ids = model.backbone(input_ids=ids, use_cache=False).last_hidden_state
         except BackendError:
             raise
         except _ERRORS as error:
             logger.warning("attention %r of %s was not compared with the stock model: %r", backend, family, error)
             return None
+        try:
+            embeds = model.get_input_embeddings()(ids)
+            by_embeds = model.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            if not _difference(by_embeds, by_ids) <= _TOLERANCE:
+                return "the backbone reads token ids besides their embeddings, and readout tokens have none"
+            expected = _read_alone(model, rows)
+        except _ERRORS as error:
+            return f"the backbone does not read embeddings in place of token ids ({type(error).__name__}: {error})"
         try:
             weights = model.state_dict()
             model = _build(model_class, small, layout, backend)
@@ -148,10 +164,14 @@ def _try(model_class: Any, text: str, layout: str, backend: str) -> str | None:
         except _ERRORS as error:
             return f"{backend!r} does not run ({type(error).__name__}: {error})"
     for way, states in found.items():
-        difference = float((states - expected).norm() / expected.norm())
+        difference = _difference(states, expected)
         if not difference <= _TOLERANCE:
             return f"{backend!r} {way} {_DIFFERS} by {difference:.1e} of the hidden states"
     return None
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 @contextmanager
@@ -180,7 +200,7 @@ def _sample_rows(model: Any) -> list[Rows]:
     """Rows of one group each, without padding."""
     rows = []
     for length, sizes in _GROUPS:
-        ids = [torch.randint(128, (size,)) for size in (length, *sizes)]
+        ids = [torch.randint(_VOCABULARY, (size,)) for size in (length, *sizes)]
         group = RenderedGroup(prompt_ids=ids[0], response_ids=[one.tolist() for one in ids[1:]])
         rows.append(build_row(group, model.config.layout))
     return rows
@@ -244,33 +264,41 @@ def small_config(config: PreTrainedConfig) -> Any:
     """A copy with few and narrow layers, each kind of layer among them, and every limit shrunk to some tokens."""
     small: Any = copy.deepcopy(config)
     settings = small.to_dict()
-    count = small.num_hidden_layers
-    lists = {key: value for key, value in settings.items() if isinstance(value, list) and len(value) == count}
+    count, hidden = small.num_hidden_layers, small.hidden_size
+    of_layers = {key: value for key, value in settings.items() if isinstance(value, list) and len(value) == count}
+    numbers = {
+        key for key, value in of_layers.items() if value == [*range(count)]
+    }  # of the layers that have something
     kinds: dict[str, int] = {}
     for i in range(count):
-        kinds.setdefault(str([value[i] for value in lists.values()]), i)
-    kept = sorted(
-        [*kinds.values(), *[i for i in range(count) if i not in kinds.values()][: max(0, _LAYERS - len(kinds))]]
-    )
+        kinds.setdefault(str([value[i] for key, value in of_layers.items() if key not in numbers]), i)
+    first = [*kinds.values()]
+    kept = sorted([*first, *[i for i in range(count) if i not in first][: max(0, _LAYERS - len(first))]])
+    if getattr(small, "num_kv_shared_layers", 0):  # the last layers take keys and values of earlier ones of their kind
+        kept = sorted(first) * 2
+        small.num_kv_shared_layers = len(first)
     small.num_hidden_layers = len(kept)
-    for key, value in lists.items():
-        setattr(small, key, [value[i] for i in kept])
+    for key, value in of_layers.items():
+        setattr(small, key, [*range(len(kept))] if key in numbers else [value[i] for i in kept])
     for key, value in settings.items():
         if _LIMITS.search(key) and type(value) is int and value > _LIMIT:
             setattr(small, key, _LIMIT)
     heads = getattr(small, "num_attention_heads", None)
     if heads is not None:
-        width = _HEADS * (settings.get("head_dim") or small.hidden_size // heads)
+        width = _HEADS * (settings.get("head_dim") or hidden // heads)
         shared = getattr(small, "num_key_value_heads", None) not in (None, heads)
         keys = _KEY_HEADS if shared else _HEADS
         sizes = {"num_attention_heads": _HEADS, "num_key_value_heads": keys, "hidden_size": width}
     else:
-        sizes = {"hidden_size": 2 * _SIZES["vocab_size"]}
+        sizes = {"hidden_size": 2 * _VOCABULARY}
+    sizes |= dict.fromkeys(_EMBEDDING_WIDTHS, sizes["hidden_size"])
     for key, size in (_SIZES | sizes).items():
-        if getattr(small, key, None) is not None:
-            setattr(small, key, size)
+        found = getattr(small, key, None)
+        if found is not None:
+            setattr(small, key, [size] * len(found) if isinstance(found, list) else size)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(small, key, None)
+        if isinstance(found := getattr(small, key, None), int):
+            setattr(small, key, min(found, _VOCABULARY - 1))
     return small
 
 

@@ -98,6 +98,12 @@ class MultiResponseRewardModel(LoadedModel):
         self.backbone = backbone if backbone is not None else AutoModel.from_config(config.backbone_config)
         self._check_backend()
         hidden_size = config.get_text_config().hidden_size
+        width = getattr(self.backbone.get_input_embeddings(), "embedding_dim", hidden_size)
+        if width != hidden_size:
+            raise ConfigurationError(
+                f"{type(self.backbone).__name__} has embeddings of width {width} and layers of width {hidden_size}, "
+                "expected one width; use another backbone"
+            )
         # Templates that separate the responses by text read the scores at that text.
         self.readouts = None if config.template in JOINED_TEMPLATES else ReadoutVectors(hidden_size)
         self.head = ValueHead(

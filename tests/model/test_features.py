@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.attention.backends import attention_mask
 from mr_reward.attention.reach import Reach
-from mr_reward.errors import BackendError
+from mr_reward.errors import BackendError, ConfigurationError
 from mr_reward.layouts import plan_row, visible
 from mr_reward.model import features
 from mr_reward.model.configuration import context_tokens
@@ -273,6 +273,15 @@ def test_the_fallback_is_told_by_name(caplog: pytest.LogCaptureFixture) -> None:
         score(model, groups(0))
 
 
+PER_LAYER = {
+    "vocab_size_per_layer_input": SIZES["vocab_size"],
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+
+
 @pytest.mark.parametrize(
     ("family", "layout", "settings", "named"),
     [
@@ -289,6 +298,15 @@ def test_the_fallback_is_told_by_name(caplog: pytest.LogCaptureFixture) -> None:
             "isolated",
             {"mamba_d_state": 4, **EXPERTS},
             "layers of type linear_attention, which layout 'isolated' cannot isolate",
+        ),
+        ("roberta", "set", {"pad_token_id": 1}, "differs from the stock model"),
+        ("roformer", "causal", {}, "differs from the stock model"),
+        ("gemma3n_text", "causal", {**PER_LAYER, "laurel_rank": 4}, "reads token ids besides.*per_layer_input=8"),
+        (
+            "gemma4_text",
+            "isolated",
+            {**PER_LAYER, "global_head_dim": 16},
+            "does not read embeddings in place of token ids.*per_layer_input=8",
         ),
     ],
 )
@@ -311,6 +329,11 @@ def test_what_responses_cannot_be_kept_apart_in_is_read_as_one_row(family: str, 
     model = reward_model(stock, "causal")
     for group in groups(2):
         assert_close(score(model, [group])[0], alone(model, stock, group), 10 * ROUNDING)
+
+
+def test_narrow_embeddings_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="OPTModel has embeddings of width 16 and layers of width 32"):
+        reward_model(backbone("opt", ffn_dim=32, word_embed_proj_dim=16), "set")
 
 
 def test_soft_caps_are_not_lost_in_sdpa() -> None:
@@ -464,6 +487,11 @@ ROPE = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings"
         ),
         ("qwen3_moe", {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16}),
         ("diffllama", {}),
+        ("opt", {"ffn_dim": 32, "word_embed_proj_dim": 32}),
+        (
+            "cwm",
+            {"bos_token_id": 1, "eos_token_id": [2, 300], "pad_token_id": 400, "layer_types": ["full_attention"] * 4},
+        ),
         ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 4}),
     ],
     ids=lambda given: given if isinstance(given, str) else ",".join(map(str, given)),
@@ -472,3 +500,26 @@ def test_odd_sizes_are_compared(family: str, settings: dict[str, Any], caplog: p
     model = reward_model(backbone(family, **settings), "set")
     assert model.attention_for() == "mr_group"
     assert "not compared" not in caplog.text
+    assert score(model, groups(0))[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen3", {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "head_dim": 128}),
+        ("llama4_text", {"num_hidden_layers": 48}),
+        ("molmo2_text", {}),
+        ("lfm2", {}),
+        ("qwen3_5_text", {}),
+        ("gemma4_text", {}),
+        ("gemma3n_text", {}),
+    ],
+)
+def test_the_copy_is_small_and_has_each_kind_of_layer(family: str, settings: dict[str, Any]) -> None:
+    config = CONFIG_MAPPING[family](**settings)
+    small = features.small_config(config)
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in AutoModel.from_config(small).parameters())
+    assert weights < 4e7 and small.num_hidden_layers <= 8
+    kinds = getattr(config, "layer_types", None) or ()
+    assert {*kinds} == {*(getattr(small, "layer_types", None) or ())}
