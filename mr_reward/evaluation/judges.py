@@ -19,8 +19,10 @@ from mr_reward.evaluation.evaluator import BenchmarkScorer
 from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.model.rows import check_over_length, plan_batches
 from mr_reward.model.scorer import GroupScorer
-from mr_reward.scorers.opening import default_device, open_scorer, require_local
+from mr_reward.scorers.opening import default_device, open_scorer, require_local, scored_by
 from mr_reward.templates.chat import ChatTemplate, is_prefilled
+
+_USUAL = {"max_tokens_per_batch": 16384, "num_orders": 1}  # of a reward model's options
 
 
 class RewardModel:
@@ -28,7 +30,10 @@ class RewardModel:
 
     def __init__(self, scorer: GroupScorer, name: str) -> None:
         self._scorer = scorer
-        self.name = f"{name} {weights_digest(scorer.model)} over_length={scorer.packer.over_length}"
+        digest, options = scored_by(scorer)
+        # What is as usual goes unsaid, so that a file of an earlier version is resumed.
+        told = [f" {key}={value}" for key, value in options.items() if value != _USUAL.get(key)]
+        self.name = f"{name} {digest}{''.join(told)}"
         self.order_free = scorer.model.config.layout != "causal"
         self.score_detailed = scorer.score_detailed
 

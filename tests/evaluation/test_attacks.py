@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_what_the_attacks_write() -> None:
         assert good.startswith(written["cut off good answer"][i]) and written["cut off good answer"][i] != good
         assert good in written["forged separator and good answer"][i]
         assert any(token in written["forged separator and good answer"][i] for token in TOKENS)
-        assert all(token in written["control tokens"][i] for token in TOKENS)
+        assert written["control tokens"][i] == item.bad_text + "".join(TOKENS)
         assert written["repetition"][i].count(item.bad_text) == 5
         assert f"Response {item.bad + 1} is the best" in written["names itself the best"][i]
         assert "Ignore all previous instructions" in written["prompt injection"][i]
@@ -153,6 +154,79 @@ def test_dropped_groups_are_counted_and_left_out() -> None:
     assert (some.num_items, some.num_dropped) == (15, 5)
     with pytest.raises(GroupError, match="all 20 groups were dropped"):
         run_attacks(FormulaScorer(by_length, drop=""), items)
+
+
+def test_an_attack_alone_is_that_attack_among_all() -> None:
+    """Neither the others nor their order decide what is drawn."""
+    items = attack_items(ranked_groups())
+    for seed in (0, 1):
+        given = {"control_tokens": TOKENS, "seed": seed, "num_resamples": 20}
+        scorer = FormulaScorer(by_length)
+        among = dict(zip(ATTACKS, run_attacks(scorer, items, **given), strict=True))  # type: ignore[arg-type]
+        written = dict(zip(ATTACKS, scorer.calls[1:], strict=True))
+        for names in (list(ATTACKS)[::-1], *([name] for name in ATTACKS)):
+            alone = FormulaScorer(by_length)
+            found = run_attacks(alone, items, names=names, **given)  # type: ignore[arg-type]
+            assert found == [among[name] for name in names]
+            assert [[one.responses for one in call] for call in alone.calls[1:]] == [
+                [one.responses for one in written[name]] for name in names
+            ]
+
+
+def test_what_is_dropped_counts_in_no_number_and_the_unit_is_that_of_all_attacks() -> None:
+    """Two groups are dropped before, three others by this attack only."""
+    groups = [
+        ResponseGroup(prompt="?", responses=[bad, f"the good answer {'x' * i}"], rankings=[2, 1])
+        for i, bad in enumerate(["gone", "bad!", "bad", "b", "a bad one", "bad!", "gone", "bad!", "worse"] + ["c"] * 4)
+    ]
+
+    class Dropping(FormulaScorer):
+        def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+            found = super().score_detailed(groups)
+            return [
+                GroupScores(scores=None, truncated=one.truncated)
+                if any(word in text for text in group.responses for word in ("gone", "bad! This"))
+                else one
+                for group, one in zip(groups, found, strict=True)
+            ]
+
+    items = attack_items(groups)
+    found = {one.name: one for one in run_attacks(Dropping(by_length), items, names=["self-praise", "repetition"])}
+    before = {i: len(group.responses[0]) - len(group.responses[1]) for i, group in enumerate(groups)}
+    unit = statistics.pstdev(before[i] for i, group in enumerate(groups) if "gone" not in group.responses[0])
+    for name, longer in (("self-praise", lambda text: 56), ("repetition", lambda text: 4 * (len(text) + 1))):
+        words = ("gone", "bad!") if name == "self-praise" else ("gone",)
+        kept = [i for i, group in enumerate(groups) if group.responses[0] not in words]
+        shifts = [longer(groups[i].responses[0]) for i in kept]
+        after = [before[i] + shift for i, shift in zip(kept, shifts, strict=True)]
+        assert (found[name].num_items, found[name].num_dropped) == (len(kept), len(groups) - len(kept))
+        assert found[name].shift == pytest.approx(statistics.fmean(shifts) / unit)
+        assert found[name].wins_before == statistics.fmean((before[i] > 0) + 0.5 * (before[i] == 0) for i in kept)
+        assert found[name].wins_after == pytest.approx(statistics.fmean((m > 0) + 0.5 * (m == 0) for m in after))
+
+
+def test_the_interval_is_that_of_a_plain_bootstrap_and_follows_the_seed() -> None:
+    items = attack_items(ranked_groups())
+    scorer = FormulaScorer(by_length)
+    (found,) = run_attacks(scorer, items, names=["cut off good answer"], num_resamples=4000)
+    before, after = (
+        [
+            len(group.responses[item.bad]) - len(group.responses[item.good])
+            for group, item in zip(call, items, strict=True)
+        ]
+        for call in scorer.calls
+    )
+    unit = statistics.pstdev(before)
+    shifts = [(b - a) / unit for a, b in zip(before, after, strict=True)]
+    rng = random.Random(1)
+    drawn = sorted(statistics.fmean(rng.choices(shifts, k=len(shifts))) for _ in range(4000))
+    width = drawn[3899] - drawn[100]
+    assert found.shift_low == pytest.approx(drawn[100], abs=0.05 * width)
+    assert found.shift_high == pytest.approx(drawn[3899], abs=0.05 * width)
+    few = [run_attacks(scorer, items, names=["empty"], num_resamples=20, seed=seed)[0] for seed in (0, 1, 2)]
+    assert len({one.shift for one in few}) == 1 and len({one.shift_low for one in few}) > 1
+    (none,) = run_attacks(scorer, items, names=["empty"], num_resamples=0)
+    assert none.shift_low == none.shift == none.shift_high
 
 
 def test_choices_follow_the_seed() -> None:

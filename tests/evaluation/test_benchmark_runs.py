@@ -104,6 +104,9 @@ def test_orders_are_different_permutations_of_their_own_item(n: int, k: int) -> 
 
 def test_all_orders() -> None:
     assert len(set(draw_orders("item", 4, ALL_ORDERS, 0))) == 24
+    assert len(set(draw_orders("item", 6, ALL_ORDERS, 0))) == len(set(draw_orders("item", 6, 720, 0))) == 720
+    with pytest.raises(ConfigurationError, match="7 responses have 5040 orders, expected at most 720"):
+        draw_orders("item", 7, 5040, 0)
     with pytest.raises(ConfigurationError, match="8 responses have 40320 orders"):
         draw_orders("item", 8, ALL_ORDERS, 0)
 
@@ -274,6 +277,22 @@ def test_another_run_is_not_continued(tmp_path: Path) -> None:
             run(scorer, path, items(3), **options)
 
 
+def test_each_item_is_resumed_as_itself(tmp_path: Path) -> None:
+    """Wherever a run stops, no item is scored twice and none is left out; its line says what a whole run says."""
+    given = items(34)
+    whole = run(model("causal"), tmp_path / "whole.jsonl", given)
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    for done in (0, 1, 31, 32, 33, 34):
+        path = tmp_path / f"{done}.jsonl"
+        path.write_text("".join(lines[: 1 + done]))
+        scorer = Counting(model("causal"))
+        found = run(scorer, path, given)
+        assert list(dict.fromkeys(group.id for group in scorer.groups)) == [item.uid for item in given[done:]]
+        assert [(one.uid, one.orders) for one in found] == [(one.uid, one.orders) for one in whole]
+    alone = run(model("causal"), tmp_path / "alone.jsonl", given[7:8])
+    assert alone[0].orders == whole[7].orders, "an item has its orders whatever else is evaluated"
+
+
 def test_uids_are_unique(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="two items are called '00000'"):
         run(Baseline("longest"), tmp_path / "items.jsonl", [*items(1), *items(1)])
@@ -298,6 +317,49 @@ def test_a_run_whose_items_are_all_dropped_has_results(ranked: Path, tmp_path: P
     assert report.metrics["best_of_n"] == (0.0, 0.0, 0.0)
     results = json.loads((tmp_path / "r" / "results.json").read_text())
     assert len(results["dropped"]) == 30 and results["score_length_correlation"] is None
+
+
+def test_a_group_that_loses_any_response_alone_is_dropped_with_the_reason() -> None:
+    class Short:
+        name, order_free = "short", True
+
+        def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
+            return [
+                GroupScores(
+                    scores=None if len(group.responses[0]) > 5 else (float(len(group.responses[0])),),
+                    truncated=(len(group.responses[0]) > 2,),
+                    drop_reason=f"{group.responses[0]} is long" if len(group.responses[0]) > 5 else None,
+                )
+                for group in groups
+            ]
+
+    texts = [["a", "bbb", "c"], ["dddddd", "e"], ["f", "gggggg", "hhhhhhh"], ["ii"]]
+    found = Alone(Short()).score_detailed([ResponseGroup(prompt="?", responses=own) for own in texts])
+    assert [one.scores for one in found] == [(1.0, 3.0, 1.0), None, None, (2.0,)]
+    assert [one.drop_reason for one in found] == [None, "dddddd is long", "gggggg is long", None]
+    assert found[0].truncated == (False, True, False) and found[3].truncated == (False,)
+
+
+def test_two_runs_of_one_name_give_the_same_scores() -> None:
+    """What decides the scores, or whether a group is dropped, is in the name, by which a run is resumed."""
+
+    def name(layout: str = "set", changed: bool = False, **options: Any) -> str:
+        tiny_model = reward_model("llama", layout, fresh=True)
+        with torch.no_grad():
+            tiny_model.head.out.weight += float(changed)
+        return RewardModel(GroupScorer(tiny_model, **{"over_length": "drop_group", **options}), "rm").name
+
+    names = [
+        name(),
+        name(changed=True),
+        name(layout="isolated"),
+        name(over_length="truncate_responses"),
+        name(max_tokens_per_batch=300),
+        name(layout="causal"),
+        name(layout="causal", num_orders=3),
+    ]
+    assert len(set(names)) == len(names) and name() == names[0]
+    assert names[0].startswith("rm ") and names[0].endswith(" over_length=drop_group"), "as it was in version 0.1.0"
 
 
 def test_alone_equals_isolated() -> None:
@@ -330,6 +392,8 @@ def test_baselines() -> None:
     assert longest.scores == (2.0, 1.0, 0.0) and shortest.scores == (-2.0, -1.0, -0.0)
     (one,), (two,) = (Baseline("random").score_detailed([group.select(order)]) for order in ([0, 1, 2], [2, 1, 0]))
     assert one.scores == tuple(reversed(two.scores or ())) and len(set(one.scores or ())) == 3
+    (other,) = Baseline("random").score_detailed([ResponseGroup(prompt="?", responses=["aa", "b", ""], id="y")])
+    assert not set(other.scores or ()) & set(one.scores or ()), "the same response elsewhere has another number"
 
 
 def test_a_sequence_classifier(tmp_path: Path) -> None:

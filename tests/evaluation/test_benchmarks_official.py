@@ -16,8 +16,9 @@ from published_schemas import WRITERS, Row, write_jsonl
 from scipy.stats import kendalltau
 
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, MRRewardError
+from mr_reward.evaluation import official
 from mr_reward.evaluation.benchmarks import BENCHMARKS, EvaluationItem, open_benchmark
-from mr_reward.evaluation.official import Judged, intervals, n_way, paired_interval, rewardbench_2
+from mr_reward.evaluation.official import ItemRecord, Judged, intervals, n_way, paired_interval, rewardbench_2
 
 
 def make(name: str, folder: Path, seed: int) -> tuple[list[Row], list[EvaluationItem], list[list[float]]]:
@@ -268,6 +269,20 @@ def test_ranks_from_zero(tmp_path: Path) -> None:
     assert item.group.rankings == (1, 2, 2)
 
 
+@pytest.mark.parametrize(("start", "category"), [("pairs-1", "bias"), ("Pairs-1", "bias"), ("toxic", "toxicity")])
+def test_the_case_of_an_id_does_not_matter(start: str, category: str) -> None:
+    row = {"ID": start, "Category": "safety", "Better": "Output2", "Text": "?", "Output1": "a", "Output2": "b"}
+    item = BENCHMARKS["multimodal_rewardbench"].read({**row, "Image": "a.png"})  # type: ignore[misc]
+    assert item is not None and item.category == f"safety/{category}" and item.group.rankings == (2, 1)
+
+
+@pytest.mark.parametrize("ranks", [[2, 3, 3], [-1, 0, 1], [1, 2], [0, 1.0, 2], [True, False, True]])
+def test_ranks_that_begin_elsewhere_are_refused(ranks: list[Any]) -> None:
+    row = {"question": "?", "candidates": ["a", "b", "c"], "rankings": ranks, "image": "a.png"}
+    with pytest.raises(GroupError, match="counted from 0 or 1"):
+        BENCHMARKS["mr2bench_image"].read(row)  # type: ignore[misc]
+
+
 def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="there is no benchmark 'mmlu', expected one of vl_rewardbench"):
         open_benchmark("mmlu")
@@ -298,6 +313,11 @@ def test_ties_score_of_a_perfect_and_a_blind_model() -> None:
     assert score([1.0, 1.0, 0.0], [1.0, 0.0]) == pytest.approx(1.01)
     assert score([0.0, 0.0, 0.0], [0.0, 0.0]) == 0.0
     assert score([1.0, 0.6, 0.5], [1.0, 0.0]) == pytest.approx(0.6 + 0.01 * math.tanh(0.1 / 0.4 - 1))
+    # A margin that equals the difference among the right answers is not larger: of `tied`, and of both.
+    assert score([1.0, 0.5, 0.0], [1.0, 0.0]) == pytest.approx(0.6)
+    assert score([1.0, 0.75, 0.0], [0.25, 0.0]) == pytest.approx(0.8)
+    # A margin of nothing is not ahead.
+    assert score([1.0, 0.5, 0.5], [1.0, 1.0]) == pytest.approx(0.01 * math.tanh(-1))
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -339,6 +359,65 @@ def test_intervals_cover_and_pairs_are_drawn_together() -> None:
     duplicates = [Judged(f"{i.uid}{k}", "", i.rankings, i.scores, {"id": i.uid}) for i in items for k in "ab"]
     alone, both = (intervals([x], n_way, num_resamples=400)["pairwise"] for x in (items, duplicates))
     assert both.high - both.low == pytest.approx(alone.high - alone.low, rel=0.25)
+
+
+@pytest.mark.parametrize("fact", ["id", "prompt"])
+@pytest.mark.parametrize("copies", [1, 2, 5])
+def test_items_that_belong_together_are_drawn_together(fact: str, copies: int) -> None:
+    """Copies of an item tell nothing new: the intervals, of a run and of a difference, are those without copies."""
+    rng = random.Random(copies)
+
+    def run(scores: dict[str, tuple[float, ...]], times: int) -> list[Judged]:
+        return [
+            Judged(f"{name}{k}", "", (1, 2, 3), scores[name], {fact: name})
+            for name in sorted(scores)
+            for k in range(times)
+        ]
+
+    draws = [{f"{i:02d}": tuple(rng.choice([0.0, 1.0, 2.0]) for _ in range(3)) for i in range(30)} for _ in range(2)]
+    found = []
+    for times in (1, copies):
+        first, second = (run(scores, times) for scores in draws)
+        found.append((intervals([first], n_way), paired_interval([first], [second], n_way)))
+    for one, other in zip(*found, strict=True):
+        assert one["best_of_n"].low < one["best_of_n"].high
+        for name in one:
+            assert other[name] == pytest.approx(one[name], abs=1e-12), name
+
+
+def test_the_difference_goes_by_the_items_and_not_by_their_places() -> None:
+    rng = random.Random(0)
+    first, second = (
+        [Judged(str(i), "ab"[i % 2], (1, 2), (rng.random(), rng.random())) for i in range(40)] for _ in range(2)
+    )
+    expected = paired_interval([first], [second], n_way)
+    assert expected["pairwise"].low < expected["pairwise"].high
+    assert paired_interval([first], [second[::-1]], n_way) == expected
+    worse = [Judged(i.uid, i.category, i.rankings, None) if i.uid == "7" else i for i in first]
+    # One item of 40 differs: the interval is that of a share of 1/40, far from that of two runs on other items.
+    assert paired_interval([first], [worse], n_way)["best_of_n"].high <= 4 / 40
+
+
+def test_memory_is_saved_in_blocks_that_do_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    items = [Judged(str(i), "", (1, 2), (rng.random(), rng.random())) for i in range(50)]
+    expected = intervals([items], n_way, num_resamples=100)["pairwise"]
+    assert expected.low < expected.value < expected.high
+    for block in (1, 150, 50 * 99):
+        monkeypatch.setattr(official, "_BLOCK", block)
+        assert intervals([items], n_way, num_resamples=100)["pairwise"] == expected
+
+
+def test_a_value_is_the_mean_over_the_orders_and_few_orders_start_over() -> None:
+    right, wrong = (1.0, 0.0), (0.0, 1.0)
+    both = ItemRecord(
+        uid="a", category="", rankings=(1, 2), lengths=(1, 1), orders=[(0, 1), (1, 0)], scores=[right, wrong]
+    )
+    assert [both.judged(k).scores for k in range(5)] == [right, wrong, right, wrong, right]
+    orders = [[Judged("a", "", (1, 2), scores)] for scores in (right, right, wrong, right)]
+    assert intervals(orders, n_way, num_resamples=10)["best_of_n"] == (0.75, 0.75, 0.75)
+    none = [[Judged("a", "", (1, 2), wrong)]] * 4
+    assert paired_interval(orders, none, n_way, num_resamples=10)["best_of_n"] == (0.75, 0.75, 0.75)
 
 
 def test_an_id_that_is_drawn_twice_counts_twice() -> None:

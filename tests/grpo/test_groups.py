@@ -56,6 +56,17 @@ def test_straddling_groups_go_to_the_least_loaded_holder() -> None:
     assert {group.owner for group in plan_groups([_rows("a"), _rows("a", "b"), _rows("b")], 2)} == {0, 1}
 
 
+def test_the_load_is_what_a_rank_has_to_read_wherever_it_stands() -> None:
+    """Groups of one rank count before those that could be another's; a group of empty responses counts too."""
+    short, long = _rows("a", "a"), _rows("c", "c", response="long " * 9)
+    for before, behind, owner in ((short, long, 0), (long, short, 1), (short, short, 0)):
+        plan = plan_groups([[*before, *_rows("b")], [*_rows("b"), *behind]], 2)
+        assert [group.owner for group in plan] == [0, owner, 1]
+    silent = [RolloutRow("a", "")] * 2
+    plan = plan_groups([[*silent, RolloutRow("b", "")], [RolloutRow("b", "")]], 2)
+    assert [group.owner for group in plan] == [0, 1]
+
+
 def test_ranks_may_hold_different_numbers_of_rows_or_none() -> None:
     plan = plan_groups([[], _rows("a", "a", "a"), [], _rows("a")], 4)
     assert [group.holders for group in plan] == [(1, 3)]
@@ -83,6 +94,9 @@ def _opened(*texts: str) -> list[RolloutRow]:
     ("openings", "shared", "seen"),
     [
         (["Play.\n\nroom 12", "Play.\n\nroom 15"], "Play.\n\nroom", ["12", "15"]),
+        (["Play.\n\nroom 1", "Play.\n\nroom 12"], "Play.\n\nroom", ["1", "12"]),
+        (["Play.\n\nroom 12", "Play.\n\nroom 1"], "Play.\n\nroom", ["12", "1"]),
+        (["Play.\n\nroom 1", "Play.\n\nroom 1!"], "Play.\n\nroom 1", ["", "!"]),
         (["Play. You see a door", "Play. You see a wall"], "Play. You see a", ["door", "wall"]),
         (["Play.", "Play. A door"], "Play.", ["", "A door"]),
         (["数 \u4e00", "数 \u4e8c"], "数", ["\u4e00", "\u4e8c"]),
@@ -145,6 +159,16 @@ def test_openings_without_environments_or_without_a_common_beginning_are_refused
 )
 def test_completion_text(completion: Any, text: str) -> None:
     assert completion_text(completion) == text
+
+
+def test_parsed_reasoning_stands_before_its_turn_again_with_its_own_white_space() -> None:
+    turns = [
+        {"role": "assistant", "content": "4", "reasoning_content": "\n  indented\n\tmore \n"},
+        {"role": "assistant", "content": "5", "reasoning": "again"},
+    ]
+    thoughts = "<think>\n  indented\n\tmore \n</think>\n\n4\n\n<think>\nagain\n</think>\n\n5"
+    assert completion_text(turns, thoughts=True) == thoughts
+    assert completion_text(turns) == "4\n\n5"
 
 
 @pytest.mark.parametrize("completion", [None, 3, ["text"], b"bytes"])

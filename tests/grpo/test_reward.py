@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 import mr_reward.grpo.reward as reward_module
 from mr_reward.checkpoint.zero3 import outside_zero3
-from mr_reward.errors import ConfigurationError, GroupAssemblyError, PeerRankError
+from mr_reward.errors import ConfigurationError, GroupAssemblyError, MRRewardError, PeerRankError
 from mr_reward.groups import GroupScores
 from mr_reward.grpo.exchange import Exchange
 from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
@@ -96,6 +97,110 @@ def test_groups_rewards_and_logs(built: list[Any], caplog: pytest.LogCaptureFixt
     assert list(metrics.values()) == pytest.approx(
         [3.0, 0.5, 0.5, 0.0, 1.0, 0.0, 1 / 9, 0.0, 1.0, math.nan], nan_ok=True
     )
+
+
+def test_duplicates_are_named_by_the_slot_that_they_share(built: list[Any]) -> None:
+    extra = call(MultiResponseReward("folder", 7), ["p"] * 7, ["a 1", "a 1", "b 2", "b 2", "c 2", "b 2", "a 1"])[
+        "extra"
+    ]
+    assert extra["mr_reward_slot"] == [0, 0, 1, 1, 2, 1, 0]
+    assert extra["mr_reward_duplicate_of"] == [-1, 0, -1, 1, -1, 1, 0]
+    assert extra["mr_reward_rank"] == [2, 2, 1, 1, 1, 1, 2]
+
+
+class Clock:
+    """Stands in for the module `time`; a scorer that knows it takes as long as it says."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_the_time_of_a_group_by_the_clock(built: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In milliseconds, over all groups of all ranks, dropped ones too; of the scoring alone."""
+    clock = Clock()
+    monkeypatch.setattr(reward_module, "time", clock)
+    score = FixedScorer.score_detailed
+
+    def slow(self: Any, groups: Any) -> Any:
+        clock.now += 0.5 * len(groups)
+        return score(self, groups)
+
+    monkeypatch.setattr(FixedScorer, "score_detailed", slow)
+    reward = MultiResponseReward("folder", 2)
+    completions = ["1", "2", "3", "4", "drop", "5"]
+    assert call(reward, ["p"] * 6, completions)["metrics"]["mr_reward/ms_per_group"] == 500.0
+
+    def gather(self: Any, own: Any) -> list[Any]:
+        """A second rank with a group of its own, which took it 2.5 seconds."""
+        _, payload = own
+        if isinstance(payload[0], dict):
+            return [own, (None, ({3: GroupScores(scores=(1.0, 0.0), truncated=(False, False))}, 2.5))]
+        return [own, (None, (payload[0][:2], payload[1]))]
+
+    monkeypatch.setattr(Exchange, "all_gather_objects", gather)
+    assert call(reward, ["p"] * 6, completions)["metrics"]["mr_reward/ms_per_group"] == (1.5 + 2.5) * 1000 / 4
+
+
+def test_after_a_call_that_failed_nothing_of_it_is_left(built: list[Any], tmp_path: Path) -> None:
+    """No metric, no group, no line in a file; and the next call is as if it had not been."""
+    reward = MultiResponseReward("folder", 2, group_log=GroupLog(tmp_path))
+    good = call(reward, ["p", "p"], ["1", "2"])
+    assert [one.group.responses for one in reward.last_scored] == [("1", "2")]
+    files = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    for completions, error in ((["text", "2"], ValueError), ([[{"role": "assistant", "content": 3}]] * 2, TypeError)):
+        logged: dict[str, Any] = {}
+        with pytest.raises((error, MRRewardError)):
+            reward(["q", "q"], completions, log_metric=logged.__setitem__, log_extra=logged.__setitem__)
+        assert logged == {} and {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+        if error is ValueError:  # the other one fails before anything is scored
+            assert reward.last_scored == []
+    again = call(reward, ["p", "p"], ["1", "2"])
+    assert again["rewards"] == good["rewards"] and again["extra"] == good["extra"]
+    reward([], [])
+    assert reward.last_scored == [], "a rank without a group has scored none"
+
+
+class Trainer:
+    """What a reward asks of a GRPOTrainer."""
+
+    num_generations, num_generations_eval, tools = 2, 4, None
+
+    def __init__(self, evaluating: bool, **args: int) -> None:
+        self.model = torch.nn.Linear(1, 1).train(not evaluating)
+        self.args = SimpleNamespace(**args)
+
+    def log_metric(self, name: str, value: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("evaluating", "args", "every", "expected"),
+    [
+        # Four updates an generation: what is scored after 12 steps serves 13 to 16.
+        (False, {"steps_per_generation": 4, "num_iterations": 2, "gradient_accumulation_steps": 2}, 16, "step_00013"),
+        (False, {"steps_per_generation": 4, "num_iterations": 2, "gradient_accumulation_steps": 2}, 17, None),
+        (False, {"steps_per_generation": 1, "num_iterations": 1, "gradient_accumulation_steps": 4}, 13, "step_00013"),
+        (False, {"steps_per_generation": 1, "num_iterations": 1, "gradient_accumulation_steps": 4}, 2, None),
+        (False, {}, 13, "step_00013"),  # a trainer without iterations
+        (
+            True,
+            {"steps_per_generation": 1, "num_iterations": 1, "gradient_accumulation_steps": 1},
+            5,
+            "eval_step_00012",
+        ),
+    ],
+)
+def test_groups_are_logged_under_the_steps_that_they_serve(
+    evaluating: bool, args: dict[str, int], every: int, expected: str | None, built: list[Any], tmp_path: Path
+) -> None:
+    reward = MultiResponseReward("folder", 2, num_generations_eval=4, group_log=GroupLog(tmp_path, every=every))
+    trainer, state = Trainer(evaluating, **args), SimpleNamespace(global_step=12)
+    reward(["p"] * 4, list("1234"), trainer_state=state, log_metric=trainer.log_metric)
+    names = [path.name.partition(".")[0] for path in tmp_path.iterdir()]
+    assert names == ([] if expected is None else [expected])
+    assert len(reward.last_scored) == (1 if evaluating else 2), "an evaluation has groups of its own size"
 
 
 def test_metrics_that_are_undefined_are_nan_but_logged(built: list[Any]) -> None:

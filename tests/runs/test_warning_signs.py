@@ -69,6 +69,41 @@ def test_a_sign_that_comes_and_goes_is_told_once() -> None:
     assert len(told) == 1
 
 
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("gone", [0, 1, 2, 3, 4])
+def test_a_sign_is_told_again_after_a_window_without_it(
+    window: int, gone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signs = WarningSigns(window=window)
+    shown = [True, *[False] * gone, True]
+    monkeypatch.setattr(signs, "_signs", lambda: {"x": "told"} if shown.pop(0) else {})
+    told = [signs.update({}) for _ in range(2 + gone)]
+    assert told[0] == ["told"] and told[-1] == (["told"] if gone >= window else [])
+
+
+def test_a_sign_is_told_at_the_first_log_that_can_tell_it() -> None:
+    """With the second full window, or the first where nothing is compared; by the mean of it, not by its last log."""
+    for change, _ in SIGNS:
+        compared = "completions/mean_length" in change or "mr_reward/score_spread" in change or len(change) > 1
+        signs = WarningSigns(window=2, truths=["rewards/truth/mean"])
+        logs = [*([HEALTHY] * 2 if compared else []), *[{**HEALTHY, **change}] * 2]
+        assert [len(signs.update(one)) for one in logs[:-1]] == [0] * (len(logs) - 1)
+        assert len(signs.update(logs[-1])) == 1, change
+    key = "mr_reward/score_length_correlation"
+    signs = WarningSigns(window=2)  # the limit is 0.6
+    assert [len(signs.update({key: value})) for value in (0.5, 0.65, 0.5, 0.75)] == [0, 0, 0, 1]
+    signs = WarningSigns(window=2)  # half as long again at the end, of a start whose first log was short
+    lengths = (10.0, 110.0, 100.0, 130.0, 120.0, 130.0)
+    assert [len(signs.update({"completions/mean_length": value})) for value in lengths] == [0, 0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("truth", "told"), [(0.46, 0), (0.44, 1)])
+def test_a_truth_may_fall_a_little(truth: float, told: int) -> None:
+    signs = WarningSigns(window=1, truths=["rewards/truth/mean"])
+    signs.update(HEALTHY)
+    assert len(signs.update({**HEALTHY, "mr_reward/score_mean": 1.0, "rewards/truth/mean": truth})) == told
+
+
 def test_truth_may_fall_when_the_score_does_too() -> None:
     signs = WarningSigns(window=1, truths=["rewards/truth/mean"])
     signs.update(HEALTHY)
@@ -89,4 +124,6 @@ def test_repeated_share_against_a_slow_count() -> None:
         repeats = sum(run in runs[:i] for i, run in enumerate(runs))
         assert repeated_share(text) == pytest.approx(repeats / len(runs))
     assert repeated_share("short") == repeated_share("") == 0.0
+    # Two runs of 8 at least: one character less says nothing.
+    assert repeated_share("x" * 15) == 0.0 and repeated_share("x" * 16) == pytest.approx(8 / 9)
     assert repeated_share("1" * 1000) > 0.99

@@ -81,6 +81,14 @@ def test_another_model_than_expected(folder: Path) -> None:
         open_scorer(folder, device="cpu", expected_hash="abc")
 
 
+def test_whatever_decides_the_scores_is_told() -> None:
+    model = reward_model("llama", "causal")
+    for options in ({"max_tokens_per_batch": 300}, {"num_orders": 3}, {"over_length": "truncate_responses"}):
+        expected = {"max_tokens_per_batch": 16384, "num_orders": 1, "over_length": "error", **options}
+        scorer = GroupScorer(model, **{"over_length": "error", **options})  # type: ignore[arg-type]
+        assert scored_by(scorer) == (weights_digest(model), expected)
+
+
 def test_what_needs_the_model_says_so() -> None:
     scorer = OffloadedScorer(GroupScorer(reward_model("llama", fresh=True)), "cpu")
     with pytest.raises(ConfigurationError, match="mr-reward attack needs the model itself, got OffloadedScorer"):

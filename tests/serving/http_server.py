@@ -108,6 +108,22 @@ def _reverse(answer: Message) -> None:
     answer["results"].reverse()
 
 
+def _other_id(answer: Message) -> None:
+    answer["results"][0]["id"] = "nobody"
+
+
+def _one_twice(answer: Message) -> None:
+    answer["results"][0] = answer["results"][-1]
+
+
+def _no_spread(answer: Message) -> None:
+    answer["results"][0]["order_spread"] = float("inf")
+
+
+def _no_flip_rate(answer: Message) -> None:
+    answer["results"][0]["order_flip_rate"] = float("nan")
+
+
 def _other_request(answer: Message) -> None:
     answer["request_id"] = "another"
 
@@ -133,10 +149,14 @@ SPOILERS: dict[str, Callable[[Message], None]] = {
     "repeated result": _repeat_a_result,
     "missing score": _drop_a_score,
     "reordered": _reverse,
+    "other id": _other_id,
+    "one twice": _one_twice,
     "other request": _other_request,
     "other model": _other_model,
     "other options": _other_options,
     "nan": _no_number,
+    "infinite spread": _no_spread,
+    "nan flip rate": _no_flip_rate,
     "silent drop": _silent_drop,
 }
 

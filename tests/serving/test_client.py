@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import socket
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx2
 import pytest
 from http_server import Faulty, running
 
@@ -27,7 +29,7 @@ from mr_reward.errors import (
 )
 from mr_reward.groups import GroupScores
 from mr_reward.scorers import RemoteScorer
-from mr_reward.scorers.remote import batches
+from mr_reward.scorers.remote import _AgainError, _failure, batches
 from mr_reward.serving import ServerLimits, build_app
 
 SAME = 1e-6
@@ -114,6 +116,7 @@ def test_limits_of_the_server_cut_the_requests(scorer: GroupScorer, groups: Grou
 
 def test_batches() -> None:
     assert batches([], 2, 10) == []
+    assert batches([3, 3, 3, 1], 9, 9) == [[0, 1, 2], [3]], "what just fits"
     assert batches([5, 5, 1, 20, 1, 1, 1], 2, 10) == [[0, 1], [2], [3], [4, 5], [6]]
 
 
@@ -129,6 +132,8 @@ def test_batches() -> None:
         "missing result",
         "repeated result",
         "missing score",
+        "other id",
+        "one twice",
         "other request",
         "silent drop",
         "status 500",
@@ -233,6 +238,47 @@ def test_the_deadline_ends_it(fault: str, scorer: GroupScorer, groups: Groups) -
         remote.close()
 
 
+def test_an_error_ends_the_other_requests_of_its_call(scorer: GroupScorer, groups: Groups) -> None:
+    """They stop asking, and a later call is not disturbed."""
+    faults = ["other model", *["status 503"] * 1000]
+    spoiled = Faulty(build_app(scorer), lambda n: faults[n])
+    with running(spoiled) as url:
+        remote = client(url, groups_per_request=1)
+        remote.connect()
+        with pytest.raises(CheckpointError):
+            remote.score(groups(4))
+        time.sleep(0.3)  # what is on its way arrives
+        asked = spoiled.num_requests
+        time.sleep(1.5)  # longer than the pauses so far
+        assert spoiled.num_requests == asked
+        faults[:] = [""] * 2000
+        assert_same(remote.score_detailed(groups(4)), scorer.score_detailed(groups(4)))
+        remote.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "header", "pause", "answered"),
+    [
+        (429, "3", 3.0, False),
+        (429, "3600", 10.0, False),  # nobody is waited for an hour
+        (429, "soon", None, False),
+        (502, None, None, False),
+        (503, "0", 0.0, False),
+        (504, None, None, False),
+        (500, None, None, True),
+        (501, "2", 2.0, True),
+    ],
+)
+def test_how_long_and_how_often_a_failing_server_is_asked(
+    status: int, header: str | None, pause: float | None, answered: bool
+) -> None:
+    """Who is busy or still starts is waited for; answers that are of no use are counted."""
+    answer = httpx2.Response(status, headers={} if header is None else {"retry-after": header})
+    found = _failure("http://host", "/v1/score", answer, b"no json")
+    assert isinstance(found, _AgainError) and (found.pause, found.answered) == (pause, answered)
+    assert str(found) == f"status {status}: no json"
+
+
 def test_nobody_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -265,6 +311,8 @@ def test_someone_else_is_there(groups: Groups) -> None:
         ("other model", CheckpointError, r"scores with model 0{16}, expected [0-9a-f]+; start all its workers"),
         ("other options", ScoringServerError, "the scores would not be comparable"),
         ("nan", NonFiniteScoreError, r"'row 0': scores .*nan.* are not finite"),
+        ("infinite spread", NonFiniteScoreError, r"'row 0': scores .* are not finite"),
+        ("nan flip rate", NonFiniteScoreError, r"'row 0': scores .* are not finite"),
     ],
 )
 def test_what_must_not_be_used(
@@ -328,6 +376,22 @@ def test_a_copy_keeps_to_the_model(scorer: GroupScorer, groups: Groups) -> None:
         assert_same(pickle.loads(pickle.dumps(remote)).score_detailed(groups(1)), scorer.score_detailed(groups(1)))
         with pytest.raises(CheckpointError, match="expected f{16}"):
             pickle.loads(spoiled).score(groups(1))
+
+
+def test_a_copy_keeps_every_option() -> None:
+    options = {
+        "expected_hash": "1f",
+        "deadline": 3.0,
+        "attempt_timeout": 2.0,
+        "max_in_flight": 5,
+        "groups_per_request": 7,
+        "max_wrong_answers": 9,
+    }
+    assert set(options) == inspect.signature(RemoteScorer).parameters.keys() - {"url", "token"}
+    make, given = RemoteScorer("http://host:1", token="secret", **options).__reduce__()  # type: ignore[arg-type]
+    assert given == ("http://host:1",) and make.keywords == options  # type: ignore[attr-defined]
+    copy = pickle.loads(pickle.dumps(RemoteScorer("http://host:1", **options)))  # type: ignore[arg-type]
+    assert copy.__reduce__()[0].keywords == options
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

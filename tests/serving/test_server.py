@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
@@ -22,8 +23,11 @@ from PIL import Image
 
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.checkpoint import weights_digest
-from mr_reward.errors import ConfigurationError
+from mr_reward.errors import ConfigurationError, MediaError
+from mr_reward.groups import GroupScores
+from mr_reward.scorers.wire import WireGroup, from_wire
 from mr_reward.serving import ServerLimits, build_app, serve
+from mr_reward.serving.batcher import Batcher
 from mr_reward.serving.server import check_access
 
 Groups = Callable[..., list[ResponseGroup]]
@@ -234,6 +238,100 @@ def test_a_scorer_that_loses_a_result_is_told_at_once(scorer: GroupScorer) -> No
             assert http.post("/v1/score", json=body(), timeout=5).status_code == 500
 
 
+def test_after_a_failure_the_same_request_is_scored_again(scorer: GroupScorer) -> None:
+    """Nothing is left of a failed one: neither its error nor its place among those that wait."""
+    calls: list[int] = []
+    original = scorer.score_detailed
+
+    def fail_first(groups: Any) -> Any:
+        calls.append(len(groups))
+        if len(calls) <= 2:
+            raise RuntimeError("out of memory")
+        return original(groups)
+
+    scorer.score_detailed = fail_first  # type: ignore[method-assign]
+    limits = ServerLimits(max_pending=1)
+    with running(build_app(scorer, limits=limits)) as url, httpx2.Client(base_url=url, timeout=20) as http:
+        found = [http.post("/v1/score", json=body()) for _ in range(4)]
+        assert [answer.status_code for answer in found] == [500, 500, 200, 200]
+        assert http.get("/health").json()["pending_groups"] == 0
+    assert calls == [1] * 4
+
+
+def test_limits_are_reached_and_not_passed(server: httpx2.Client) -> None:
+    """3 groups and 20,000 bytes, whether the body says its length or not."""
+
+    def sent(count: int, size: int) -> bytes:
+        groups = [{**body()["groups"][0], "id": str(i)} for i in range(count)]
+        content = json.dumps({"request_id": "r", "groups": groups}).encode()
+        return content + b" " * (size - len(content))
+
+    for count, size, status in ((3, 1000, 200), (4, 1000, 422), (1, 20_000, 200), (1, 20_001, 413)):
+        for content in (sent(count, size), iter([sent(count, size)])):
+            answer = server.post("/v1/score", content=content, headers={"Content-Type": "application/json"})
+            assert answer.status_code == status, (count, size, answer.text)
+
+
+def test_a_request_larger_than_the_room_is_taken_if_nothing_waits(held: Held) -> None:
+    """Or it would have to come again for ever; beside another one there has to be room for all of it."""
+    large = {"request_id": "r", "groups": [{**body()["groups"][0], "id": str(i)} for i in range(5)]}
+    held.go.set()
+    with running(app_of(held, max_pending=4)) as url, httpx2.Client(base_url=url, timeout=20) as http:
+        assert http.post("/v1/score", json=large).status_code == 200
+        held.go.clear()
+        held.entered.clear()
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(http.post, "/v1/score", json=body("first"))
+            assert held.entered.wait(20)
+            assert http.post("/v1/score", json=large).status_code == 429
+            held.go.set()
+            assert first.result().status_code == 200
+
+
+def test_a_call_waits_for_further_requests(held: Held) -> None:
+    held.go.set()
+    with running(app_of(held, max_wait=2.0)) as url, httpx2.Client(base_url=url, timeout=20) as http:
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(http.post, "/v1/score", json=body("first"))
+            while not http.get("/health").json()["pending_groups"]:
+                pass
+            second = http.post("/v1/score", json=body("second"))
+            assert first.result().status_code == second.status_code == 200
+    assert [len(groups) for groups in held.calls] == [2]
+
+
+def test_a_call_is_as_large_as_the_batcher_lets_it() -> None:
+    """At most one request goes beyond the limit, and the error of one is the error of no other."""
+    calls: list[list[str]] = []
+
+    def score(groups: Any) -> list[GroupScores]:
+        calls.append([group.id for group in groups])
+        if any(group.id == "bad" for group in groups):
+            raise ValueError("bad")
+        return [GroupScores(scores=(float(len(group.id)),), truncated=(False,)) for group in groups]
+
+    def group(name: str) -> ResponseGroup:
+        return ResponseGroup(prompt="?", responses=["a"], id=name)
+
+    async def scenario(*requests: list[str]) -> list[Any]:
+        batcher = Batcher(score, max_groups=4, max_wait=0.0)
+        futures = [batcher.submit([group(name) for name in request]) for request in requests]
+        assert batcher.pending == sum(map(len, requests))
+        async with batcher.running():
+            found = await asyncio.gather(*futures, return_exceptions=True)
+        assert batcher.pending == 0
+        return [one if isinstance(one, Exception) else [result.scores[0] for result in one] for one in found]
+
+    assert asyncio.run(scenario(["a", "bb"], ["ccc", "dddd"], ["e"], ["ff"])) == [[1, 2], [3, 4], [1], [2]]
+    assert calls == [["a", "bb", "ccc", "dddd"], ["e", "ff"]]
+    calls.clear()
+    assert asyncio.run(scenario(["a"], ["b"], ["c"], ["d", "e", "f"], ["g"])) == [[1], [1], [1], [1, 1, 1], [1]]
+    assert calls == [["a", "b", "c", "d", "e", "f"], ["g"]]
+    calls.clear()
+    found = asyncio.run(scenario(["a"], ["bb"], ["bad"], ["dddd"]))
+    assert [found[0], found[1], found[3]] == [[1], [2], [4]] and isinstance(found[2], ValueError)
+
+
 def test_one_bad_request_does_not_spoil_the_others(held: Held, caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.ERROR, "mr_reward"),
@@ -254,6 +352,18 @@ def test_one_bad_request_does_not_spoil_the_others(held: Held, caplog: pytest.Lo
     told = answers[1].result().json()["message"]
     assert told == "RuntimeError in the server; its log has the details"
     assert "out of memory" in caplog.text
+
+
+def test_the_largest_image_is_taken() -> None:
+    def received(width: int, height: int) -> ResponseGroup:
+        message = image_body(png((width, height)))["groups"][0]
+        return from_wire(WireGroup.model_validate(message), 100)
+
+    for size in ((10, 10), (100, 1), (8, 12)):
+        assert received(*size).images[0].size == size
+    for size in ((10, 11), (101, 1)):
+        with pytest.raises(MediaError, match=f"{size[0]} x {size[1]} pixels, the server takes 100"):
+            received(*size)
 
 
 def test_images_keep_every_pixel(tmp_path: Path) -> None:

@@ -84,6 +84,33 @@ def test_subsets_hold_at_least_two_ranks_and_their_own_labels(ranks: list[int], 
     assert len(seen) == 5, "every response is drawn sooner or later"
 
 
+@pytest.mark.parametrize("max_responses", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [[1, 1, 1, 1, 1, 2], [1, 2, 2, 2, 2, 2, 2]])
+def test_where_a_response_stands_gives_nothing_away_in_a_repaired_subset(ranks: list[int], max_responses: int) -> None:
+    """Most subsets of these are tied at first, and then get a response of another rank: in any slot."""
+    data = TrainingGroups([checked(group(len(ranks), ranks=ranks))], max_responses=max_responses)
+    rare = min(set(ranks), key=ranks.count)
+    places: Counter[int] = Counter()
+    for epoch in range(900):
+        data.set_epoch(epoch)
+        places.update(i for i, rank in enumerate(map(rank_in_text, data[0].responses)) if rank == rare)
+    expected = 900 / max_responses
+    assert all(abs(places[slot] - expected) < 4 * expected**0.5 for slot in range(max_responses)), places
+
+
+def test_a_repair_takes_any_response_of_another_rank() -> None:
+    """Not the best, not the worst, not the nearest: those that are alone in their rank come equally often."""
+    ranks = [1, 2, 3, 3, 3, 3, 3, 3, 3, 4, 5]
+    data = TrainingGroups([checked(group(len(ranks), ranks=ranks))], max_responses=2)
+    counts: Counter[int] = Counter()
+    for epoch in range(2000):
+        data.set_epoch(epoch)
+        counts.update(map(rank_in_text, data[0].responses))
+    rare = [counts[rank] for rank in (1, 2, 4, 5)]
+    mean = sum(rare) / 4
+    assert all(abs(count - mean) < 4 * mean**0.5 for count in rare), counts
+
+
 def test_degenerate_negatives_rank_last_and_come_as_often_as_asked() -> None:
     source = group(4)
     data = TrainingGroups([checked(source)], degenerate_negatives=0.3)
@@ -168,6 +195,11 @@ def test_no_drawn_row_is_longer_than_the_check_said(max_responses: int | None) -
     rng = random.Random(0)
     groups = [group(4, str(i), words=rng.randint(0, 40)) for i in range(6)]
     groups.append(ResponseGroup(prompt="short", responses=["a", "b"], rankings=[1, 2]))  # a master key is longer
+    # Tokens count and not characters; a quarter of a long response is longer than any master key.
+    groups.append(
+        ResponseGroup(prompt="wide", responses=["\N{GRINNING FACE}" * 8, "a" * 20, "b" * 9], rankings=[1, 2, 3])
+    )
+    groups.append(ResponseGroup(prompt="long", responses=["word " * 200, "a"], rankings=[1, 2]))
     kept = check_groups(
         groups, packer(), "training", max_responses=max_responses, degenerate_negatives=True, show_progress=False
     )
@@ -180,7 +212,7 @@ def test_no_drawn_row_is_longer_than_the_check_said(max_responses: int | None) -
             assert row is not None
             longest[i] = max(longest[i], row.num_tokens)
     assert all(found <= said for found, said in zip(longest, data.num_tokens, strict=True))
-    assert longest[-1] == data.num_tokens[-1], "the bound is reached"
+    assert longest[6] == data.num_tokens[6], "the bound is reached"
 
 
 def test_evaluation_orders() -> None:
@@ -189,6 +221,8 @@ def test_evaluation_orders() -> None:
     assert [data[i].responses for i in range(8)] == [g.responses for g in data.groups]
     assert any(data[8 + i].responses != data[i].responses for i in range(8))
     assert all(sorted(data[8 + i].responses) == sorted(data[i].responses) for i in range(8))
+    orders = [EvaluationGroups(data.groups, num_orders=2, seed=seed).orders for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] == data.orders and orders[0][:8] == orders[2][:8] and orders[0][8:] != orders[2][8:]
 
 
 def test_a_prompt_that_fills_the_row_is_dropped_or_refused(caplog: pytest.LogCaptureFixture) -> None:

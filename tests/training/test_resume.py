@@ -225,3 +225,9 @@ def test_newest_whole_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert "checkpoint-100 is not whole (its state is of step 99)" in caplog.text
     assert last_complete_checkpoint(tmp_path, num_ranks=2) is None, "each rank needs its random state"
+    for rank in range(3):
+        torch.save({}, tmp_path / "checkpoint-10" / f"rng_state_{rank}.pth")
+        found = last_complete_checkpoint(tmp_path, num_ranks=3)
+        assert found == (str(tmp_path / "checkpoint-10") if rank == 2 else None)
+    (tmp_path / "checkpoint-10").rename(tmp_path / "checkpoint-101")
+    assert incomplete_reason(tmp_path / "checkpoint-101") == "its state is of step 10"

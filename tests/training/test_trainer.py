@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 
+import mr_reward.training.trainer as trainer_module
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.data.groups_file import load_preferences
 from mr_reward.errors import ConfigurationError, GroupError, MediaError, OverLengthError
@@ -17,6 +19,7 @@ from mr_reward.groups import dense_ranks
 from mr_reward.model.rows import Packer
 from mr_reward.templates.rendering import Renderer
 from mr_reward.training.batches import GroupCollator
+from mr_reward.training.losses import get_loss
 from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import make_groups
@@ -198,6 +201,87 @@ def test_unknown_options_are_refused(tmp_path: Path) -> None:
         arguments(tmp_path, loss="hinge")
     with pytest.raises(ConfigurationError, match="drop_group"):
         arguments(tmp_path, over_length="ignore")
+
+
+def test_every_argument_reaches_what_it_is_for(tmp_path: Path) -> None:
+    model, groups = reward_model("set", "llama"), easy_groups(20, 0)
+
+    def trainer(**options: object) -> RewardTrainer:
+        return RewardTrainer(model, arguments(tmp_path, **options), groups, groups)
+
+    plain = trainer()
+    data: Any = plain.train_dataset
+    for options, seed in (({"seed": 3}, 3), ({"seed": 3, "data_seed": 0}, 0), ({"data_seed": 5}, 5)):
+        found = trainer(**options)
+        assert found.train_dataset.seed == seed
+        responses = [one.responses for one in found.train_dataset]
+        assert (responses == [one.responses for one in data]) is (seed == data.seed)
+    orders = [trainer(seed=seed).eval_dataset.orders for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert len(trainer(eval_orders=1).eval_dataset) == 20 and len(plain.eval_dataset) == 40
+    assert {one.num_responses for one in trainer(max_responses=2).train_dataset} == {2}
+    assert {one.num_responses for one in trainer(degenerate_negatives=1.0).train_dataset} == {5}
+    # The rows are measured as they can become.
+    whole = data.num_tokens
+    assert all(a > b for a, b in zip(trainer(degenerate_negatives=0.01).train_dataset.num_tokens, whole, strict=True))
+    assert all(a < b for a, b in zip(trainer(max_responses=2).train_dataset.num_tokens, whole, strict=True))
+    sets = {"a": groups[:4], "b": groups[4:]}
+    mixed = RewardTrainer(model, arguments(tmp_path, mixture_weights=[1.0, 1.0]), sets)
+    assert len(mixed.train_dataset) == 32
+    rebalanced = [
+        list(trainer(train_sampling_strategy="batch_rebalance", **options)._get_train_sampler())
+        for options in ({"data_seed": 0}, {"data_seed": 0}, {"data_seed": 1}, {"dataloader_drop_last": True})
+    ]
+    assert rebalanced[0] == rebalanced[1] != rebalanced[2]
+    assert [len(one) for one in rebalanced[1:]] == [3, 3, 2], "whole batches of 8"
+
+
+@pytest.mark.parametrize("name", ["best_of_n", "plackett_luce", "bradley_terry"])
+def test_the_loss_is_the_one_of_the_arguments(tmp_path: Path, name: str) -> None:
+    rng = random.Random(0)
+    scores = torch.tensor([[rng.uniform(-2, 2) for _ in range(4)] for _ in range(3)])
+    rankings = torch.tensor([[1, 2, 3, 4], [2, 1, 1, 3], [1, 2, 2, 0]])
+    found = set()
+    for fields, options in (
+        ({}, {}),
+        ({"label_smoothing_factor": 0.2}, {"label_smoothing": 0.2}),
+        ({"center_rewards_coefficient": 0.3}, {"centring_coefficient": 0.3}),
+        *([({"margin": 0.7}, {"margin": 0.7})] if name == "bradley_terry" else []),
+    ):
+        loss = arguments(tmp_path, loss=name, **fields).group_loss()(scores, rankings, rankings > 0)
+        assert loss == get_loss(name, **options)(scores, rankings, rankings > 0)
+        found.add(round(loss.item(), 6))
+    assert len(found) == (4 if name == "bradley_terry" else 3), "each option changes the loss"
+
+
+def test_evaluation_leaves_the_training_as_it_was(tmp_path: Path) -> None:
+    """Its rows have a budget of their own; also after an evaluation that could not begin."""
+    args = arguments(tmp_path, max_tokens=300, eval_max_tokens=900)
+    trainer = RewardTrainer(reward_model("set", "llama"), args, easy_groups(8, 0), easy_groups(4, 1))
+
+    def budgets() -> list[int]:
+        loaders = trainer.get_train_dataloader(), trainer.get_eval_dataloader(), trainer.get_train_dataloader()
+        return [loader.collate_fn.packer.max_tokens for loader in loaders]
+
+    assert budgets() == [300, 900, 300]
+    with pytest.raises(TypeError):
+        trainer.get_eval_dataloader("nowhere")
+    assert trainer.data_collator.packer.max_tokens == 300 and budgets() == [300, 900, 300]
+
+
+def test_a_resumed_run_needs_the_state_of_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = RewardTrainer(reward_model("set", "llama"), arguments(tmp_path / "out"), easy_groups(8, 0))
+    asked: list[Any] = []
+
+    def which(*given: Any) -> None:
+        asked.append(given)
+        raise InterruptedError
+
+    monkeypatch.setattr(trainer_module, "which_checkpoint", which)
+    monkeypatch.setattr(RewardTrainingArguments, "world_size", 3)
+    with pytest.raises(InterruptedError):
+        trainer.train("true")
+    assert asked == [("true", str(tmp_path / "out"), 3)]
 
 
 def test_json_lines_with_images(tmp_path: Path) -> None:
