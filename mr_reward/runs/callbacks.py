@@ -199,15 +199,21 @@ class PolicyValidation(TrainerCallback):
             # A new run replaces what an older one left here.
             write_json_lines(self._file, kept if state.global_step else [])
             for logs in state.log_history:  # of the run that is resumed
-                self._pending.extend(self.signs.update(logs))
+                if "eval_mr_reward/score_mean" in logs:
+                    self._pending = []  # they stand in its line
+                self._new_signs(logs)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Look for warning signs in the metrics of the training."""
-        if not state.is_world_process_zero or not logs or any(key.startswith("eval_") for key in logs):
-            return
-        for sign in self.signs.update(logs):
-            logger.warning("step %d, sign of reward hacking: %s", state.global_step, sign)
-            self._pending.append(sign)
+        if state.is_world_process_zero and logs:
+            for sign in self._new_signs(logs):
+                logger.warning("step %d, sign of reward hacking: %s", state.global_step, sign)
+
+    def _new_signs(self, logs: Mapping[str, Any]) -> list[str]:
+        """Those of a log of the training, for the next line too; those of an evaluation are not looked for."""
+        new = [] if any(key.startswith("eval_") for key in logs) else self.signs.update(logs)
+        self._pending += new
+        return new
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write down this evaluation."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -41,6 +44,18 @@ def test_help_shows_an_example_that_parses(path: tuple[str, ...]) -> None:
         assert words[: len(path) + 1] == ["mr-reward", *path]
         command.make_context(path[-1], words[len(path) + 1 :])  # an unknown or missing option would raise
     assert all(parameter.help for parameter in command.params if parameter.name != "help"), "an option without help"
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_option_is_passed_on(path: tuple[str, ...]) -> None:
+    """One that a command takes and does not look at is worse than one that it does not know."""
+    function = inspect.unwrap(COMMANDS[path].callback)
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(tree, ast.FunctionDef)
+    names = [node for statement in tree.body for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    options = set(inspect.signature(function).parameters)
+    assert options and options <= read, f"mr-reward {' '.join(path)} does not use {sorted(options - read)}"
 
 
 def test_start_is_quick_and_loads_no_framework() -> None:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, LAYOUTS, reward_model
 from transformers.utils import is_flash_attn_2_available
 
+import mr_reward.doctor.examine as examine
+import mr_reward.doctor.reward_model as reward_model_module
 from mr_reward import MultiResponseRewardConfig, MultiResponseRewardModel, ResponseGroup
 from mr_reward.doctor.examine import group_map
 from mr_reward.doctor.findings import Finding
@@ -30,7 +33,9 @@ from mr_reward.doctor.machine import (
     device_memory,
 )
 from mr_reward.doctor.reward_model import check_weights, score_tiny, score_whole
+from mr_reward.model.configuration import RewardMemory
 from mr_reward.model.scorer import GroupScorer
+from mr_reward.runs.launch import Launch, read_environment
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
@@ -227,6 +232,131 @@ def test_tiny_scores(name: str, layout: str, tmp_path: Path) -> None:
     if layout == "causal" and not is_flash_attn_2_available():
         missing = score_tiny(str(tmp_path), config, "flash_attention_2", ())
         assert missing.level != "green" and "attention flash_attention_2 cannot run here" in missing.text
+
+
+def planned(**args: object) -> Any:
+    """As much of a planned run as a single check asks for."""
+    options = {
+        "num_generations": 4,
+        "num_generations_eval": None,
+        "max_completion_length": 100,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_enable_sleep_mode": False,
+        "vllm_gpu_memory_utilization": 0.25,
+        "vllm_max_model_length": None,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 6,
+        "steps_per_generation": 1,
+        "eval_strategy": SimpleNamespace(value="steps"),
+        **args,
+    }
+    return SimpleNamespace(
+        args=SimpleNamespace(**options),
+        recipe=SimpleNamespace(reward_placement="resident", reward_over_length="drop_group", eval_dataset="x"),
+        launch=Launch(num_processes=2),
+        use_cpu=False,
+        prompts=[],
+        policy="policy",
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "args", "level", "words"),
+    [
+        # 100 of a device are 75 beside a vLLM that has a quarter; nine tenths of them may be taken.
+        (75, 0, {}, "yellow", "too tight"),
+        (76, 0, {}, "red", "does not fit"),
+        (40, 27, {}, "green", "of 0.0 GB beside vLLM; the policy comes on top"),
+        (40, 28, {}, "yellow", "too tight"),
+        (40, 50, {"vllm_enable_sleep_mode": True}, "green", "of 0.0 GB; the policy"),
+        (40, 51, {"vllm_enable_sleep_mode": True}, "yellow", "too tight"),
+        (40, 50, {"use_vllm": False}, "green", "of 0.0 GB; the policy"),
+        (40, 50, {"vllm_mode": "server"}, "green", "of 0.0 GB; the policy"),
+        (101, 0, {"use_vllm": False}, "red", "does not fit"),
+    ],
+)
+def test_memory_at_its_limits(
+    weights: int, activations: int, args: dict[str, Any], level: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward_model_module, "device_memory", lambda **options: 100)
+    found = reward_model_module._check_memory(planned(**args), RewardMemory(weights=weights, activations=activations))
+    assert (found.level, words in found.text) == (level, True), found
+
+
+@pytest.mark.parametrize(("limit", "level"), [(99, "red"), (100, "red"), (101, "green"), (None, "green")])
+def test_a_prompt_needs_room_beside_the_completion(limit: int | None, level: str) -> None:
+    (found,) = examine._check_vllm(planned(vllm_max_model_length=limit))
+    assert found.level == level
+
+
+@pytest.mark.parametrize(("train", "evaluation", "longest"), [(4, None, 4), (4, 2, 4), (4, 7, 7)])
+def test_the_row_is_that_of_the_larger_group(train: int, evaluation: int | None, longest: int, folder: Path) -> None:
+    scorer = GroupScorer(reward_model("qwen3_vl", "set"))
+    run = planned(num_generations=train, num_generations_eval=evaluation)
+    found = reward_model_module._check_row(run, scorer, "cpu", torch.float32)
+    assert found.level == "green" and f"an unknown prompt + {longest} completions of 100 = " in found.text
+
+
+def test_an_evaluation_batch_is_that_of_all_processes() -> None:
+    texts = {found.what: found.text for found in examine._check_groups(planned(num_generations_eval=3))}
+    assert texts["evaluation"] == "batches of 12 rows, groups of 3"
+    assert texts["groups"].startswith("2 processes x batch 8 x 1 steps per generation = 16 rollouts: 4 groups of 4")
+
+
+@pytest.mark.parametrize(("ranks", "cut"), [(8, False), (9, True)])
+def test_the_map_is_cut_when_something_is_left_out(ranks: int, cut: bool) -> None:
+    lines = group_map(ranks, 4, 4)[1]
+    assert len(lines) == ranks and any("... 1 more ranks" in line for line in lines) is cut
+    whole, more = (group_map(1, 4 * number, 4)[1][0] for number in (6, 7))
+    assert "..." not in whole and whole.startswith("rank 0: groups 0 (all) 1 (all) 2 (all) 3 (all) 4 (all) 5 (all), ")
+    assert "4 (all) ... 6 (all), scores 0 1 2 3 4 ... 6" in more
+
+
+def test_a_recipe_is_asked_as_it_would_be_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number of processes and ZeRO stage of the accelerate file, unless given; the scorer's options with --score."""
+    asked: list[Any] = []
+    monkeypatch.setattr(examine, "_check_run", lambda run: asked.append(run.launch) or [])
+    monkeypatch.setattr(examine, "score_whole", lambda *given, **options: asked.append((given, options)))
+    launch = tmp_path / "accelerate.yaml"
+    launch.write_text("num_processes: 8\nnum_machines: 2\ndeepspeed_config: {zero_stage: 3}\n")
+    options = {"reward_model": "rm", "reward_max_tokens": 77, "reward_over_length": "error", "reward_num_orders": 3}
+    options |= {"reward_dtype": "bfloat16", "reward_attn_implementation": "eager", "model_name_or_path": "policy"}
+    options |= {"output_dir": str(tmp_path), "num_generations": 4, "per_device_train_batch_size": 4, "use_cpu": True}
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    examine.examine_recipe(arguments, accelerate_config=launch)
+    examine.examine_recipe(arguments, accelerate_config=launch, num_processes=4)
+    examine.examine_recipe(arguments, num_processes=4, score=True)
+    given = {"max_tokens_per_batch": 77, "over_length": "error", "num_orders": 3}
+    assert asked == [
+        Launch(num_processes=8, num_machines=2, zero_stage=3),
+        Launch(num_processes=4, num_machines=2, zero_stage=3),
+        Launch(num_processes=4),
+        (("rm", []), {**given, "dtype": torch.bfloat16, "attn_implementation": "eager"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Launch()),
+        ({"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2"}, Launch(num_processes=6, num_machines=3)),
+        ({"WORLD_SIZE": "4"}, Launch(num_processes=4)),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, Launch(zero_stage=2)),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, Launch(zero_stage=3)),
+        ({"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, Launch()),
+    ],
+)
+def test_the_launch_of_this_process(
+    environment: dict[str, str], expected: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = read_environment()
+    assert found == expected and found.num_local_processes == expected.num_processes // expected.num_machines
 
 
 def test_scores_with_the_weights(folder: Path) -> None:

@@ -176,7 +176,7 @@ def test_an_attack_alone_is_that_attack_among_all() -> None:
 def test_what_is_dropped_counts_in_no_number_and_the_unit_is_that_of_all_attacks() -> None:
     """Two groups are dropped before, three others by this attack only."""
     groups = [
-        ResponseGroup(prompt="?", responses=[bad, f"the good answer {'x' * i}"], rankings=[2, 1])
+        ResponseGroup(prompt="?", responses=[bad, "x" * (2 if i % 2 else 30 + i)], rankings=[2, 1])
         for i, bad in enumerate(["gone", "bad!", "bad", "b", "a bad one", "bad!", "gone", "bad!", "worse"] + ["c"] * 4)
     ]
 

@@ -385,6 +385,20 @@ def test_items_that_belong_together_are_drawn_together(fact: str, copies: int) -
             assert other[name] == pytest.approx(one[name], abs=1e-12), name
 
 
+@pytest.mark.parametrize(
+    ("name", "mean"), [("vl_rewardbench", "macro"), ("video_rewardbench", "macro"), ("rewardbench_2", "average")]
+)
+def test_a_resample_without_a_category_is_averaged_over_the_others(name: str, mean: str) -> None:
+    metric = BENCHMARKS[name].summarise
+    rng = random.Random(0)
+    items = [Judged(str(i), "abc"[i % 3], (1, 2), (rng.random(), rng.random())) for i in range(30)]
+    others = [item for item in items if item.category != "b"]
+    weights = np.array([[1.0] * 30, [float(item.category != "b") for item in items]])
+    found = metric.weighted(items, weights)
+    assert found[mean].tolist() == [metric(items)[mean], metric(others)[mean]]
+    assert math.isnan(found["b"][1]) and not math.isnan(found["b"][0])
+
+
 def test_the_difference_goes_by_the_items_and_not_by_their_places() -> None:
     rng = random.Random(0)
     first, second = (
@@ -418,6 +432,16 @@ def test_a_value_is_the_mean_over_the_orders_and_few_orders_start_over() -> None
     assert intervals(orders, n_way, num_resamples=10)["best_of_n"] == (0.75, 0.75, 0.75)
     none = [[Judged("a", "", (1, 2), wrong)]] * 4
     assert paired_interval(orders, none, n_way, num_resamples=10)["best_of_n"] == (0.75, 0.75, 0.75)
+
+
+def test_an_id_counts_once_however_many_pairs_it_has() -> None:
+    pairs = [("a", True), ("a", True), ("a", True), ("b", False), ("c", True), ("c", False)]
+    items = [
+        Judged(str(i), "mcq", (1, 2), (1.0, 0.0) if right else (0.0, 1.0), {"id": name})
+        for i, (name, right) in enumerate(pairs)
+    ]
+    found = BENCHMARKS["mm_rlhf_rewardbench"].summarise(items)
+    assert found["acc_plus"] == found["acc_plus/mcq"] == pytest.approx(1 / 3) and found["acc"] == pytest.approx(4 / 6)
 
 
 def test_an_id_that_is_drawn_twice_counts_twice() -> None:

@@ -64,6 +64,14 @@ def test_a_scorer_that_likes_the_first_place_is_at_chance_and_flips() -> None:
     assert metrics["order_flip_rate"] == pytest.approx(0.75, abs=0.065)
 
 
+def test_the_second_order_follows_the_seed() -> None:
+    groups = numbered_groups(60, 3)
+    rates = [
+        evaluate_groups(FakeScorer(by_position=True), groups, seed=seed)["order_flip_rate"] for seed in (0, 0, 1, 2)
+    ]
+    assert rates[0] == rates[1] and len(set(rates)) > 1
+
+
 def test_dropped_groups_are_counted_and_unranked_ones_refused() -> None:
     groups = numbered_groups(10, 3)
     metrics = evaluate_groups(FakeScorer(drop=groups[4].responses[0]), groups)
@@ -83,6 +91,9 @@ def test_the_truth_as_a_reward_function() -> None:
         answers, [task.question for task in tasks], [task.digits for task in tasks], extra=1
     )
     assert rewards == [1.0, 0.0, 1.0]
+    turns = [{"role": "assistant", "content": content} for content in ("0", tasks[0].answer)]
+    for completion, reward in ((turns, 1.0), (turns[::-1], 0.0)):  # the last turn is the answer
+        assert handwriting_accuracy([completion], [tasks[0].question], [tasks[0].digits]) == [reward]
 
 
 def test_answers_do_not_depend_on_the_batch() -> None:
@@ -90,7 +101,9 @@ def test_answers_do_not_depend_on_the_batch() -> None:
     model, processor = build_qwen3_vl(0, hidden_size=64, num_layers=2), build_qwen3_vl_processor()
     tasks = make_tasks("test", 4, questions=["read", "even"], seed=0)
     assert len({task.question for task in tasks}) == 2
-    together = policy_answers(model, processor, tasks, max_new_tokens=4, show_progress=False)
+    for training in (False, True):
+        together = policy_answers(model.train(training), processor, tasks, max_new_tokens=4, show_progress=False)
+        assert model.training is training, "the model is left as it was"
     alone = policy_answers(model, processor, tasks, batch_size=1, max_new_tokens=4, show_progress=False)
     assert together == alone
 

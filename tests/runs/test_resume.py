@@ -17,9 +17,12 @@ import pytest
 import torch
 from killed_runs import kill_twice, log_of, policy_world, recipe_file, run_to_the_end, run_without_room
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import TrainerControl, TrainerState
 from trl import GRPOConfig
+from trl.trainer.utils import RepeatSampler
 
-from mr_reward.runs.resume import checkpoint_to_resume, updates_per_generation
+from mr_reward.runs.resume import ContinuedEpochs, checkpoint_to_resume, updates_per_generation
 
 RECIPE = Path(__file__).parents[2] / "grpo_recipes" / "train_policy.py"
 STEPS = 20
@@ -191,6 +194,31 @@ def test_updates_of_a_generation(
         num_iterations=iterations,
     )
     assert updates_per_generation(args) == expected
+
+
+@pytest.mark.parametrize(("save_steps", "told"), [(3, True), (4, False), (6, True), (8, False), (9, True)])
+def test_checkpoints_between_two_generations_are_told(
+    tmp_path: Path, save_steps: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = arguments(tmp_path, steps_per_generation=4, save_strategy="steps", save_steps=save_steps)
+    checkpoint_to_resume(args)
+    assert ("expected a multiple of 4" in caplog.text) is told
+    caplog.clear()
+    checkpoint_to_resume(arguments(tmp_path, steps_per_generation=4, save_strategy="no", save_steps=save_steps))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(("epoch", "finished"), [(None, 0), (0.0, 0), (0.9, 0), (1.0, 1), (1.6, 1), (3.2, 3)])
+def test_finished_epochs_are_drawn_and_thrown_away(tmp_path: Path, epoch: float | None, finished: int) -> None:
+    def loader() -> DataLoader[int]:
+        return DataLoader(range(20), sampler=RepeatSampler(range(20), 1, 4, shuffle=True, seed=0), batch_size=4)  # type: ignore[arg-type]
+
+    expected, found = loader(), loader()
+    orders = [torch.cat(list(expected)).tolist() for _ in range(5)]
+    assert len({tuple(order) for order in orders}) == 5
+    state = TrainerState(epoch=epoch)
+    ContinuedEpochs().on_train_begin(arguments(tmp_path), state, TrainerControl(), train_dataloader=found)
+    assert torch.cat(list(found)).tolist() == orders[finished]
 
 
 @pytest.mark.parametrize("given", [None, False, "false", True, "true", "here"])

@@ -1,5 +1,6 @@
 """Validation during real GRPO training: what is written at each evaluation, and what a resumed run keeps."""
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -116,6 +117,79 @@ def test_a_resumed_run_continues_its_files(models: Path, tmp_path: Path) -> None
     assert found[:2] == first
     train(models, tmp_path, 2)  # a new run in the same folder starts again
     assert [record["step"] for record in records(tmp_path)] == [0, 2]
+
+
+class Run:
+    """A trainer that logs and evaluates as it is told, with real callbacks; `checkpoint` is what it would save."""
+
+    def __init__(self, reward: MultiResponseReward, folder: Path) -> None:
+        self.reward, self.folder, self.state = reward, folder, TrainerState(is_world_process_zero=True)
+        self.args = TrainingArguments(str(folder), use_cpu=True)
+
+    def start(self, checkpoint: TrainerState | None = None) -> None:
+        if checkpoint is not None:
+            self.state = copy.deepcopy(checkpoint)
+        signs = WarningSigns(window=2)
+        console = Console(file=io.StringIO())
+        self.validation = PolicyValidation(self.reward, self.folder, signs=signs, console=console)
+        self.validation.on_train_begin(self.args, self.state, TrainerControl())
+
+    def log(self, step: int, **logs: float) -> None:
+        self.state.global_step = step
+        named = {key.replace("__", "/"): value for key, value in logs.items()}
+        self.state.log_history.append({**named, "step": step})
+        self.validation.on_log(self.args, self.state, TrainerControl(), logs=named)
+        if any(key.startswith("eval_") for key in named):
+            self.validation.on_evaluate(self.args, self.state, TrainerControl())
+
+
+def logs_of(step: int) -> list[dict[str, float]]:
+    """What each step logs: signs come at steps 2, 5 and 9, and every third step is evaluated."""
+    sick = {2: "mr_reward__zero_spread_groups", 5: "mr_reward__repeated_text", 9: "mr_reward__zero_spread_groups"}
+    healthy = {"mr_reward__zero_spread_groups": 0.0, "mr_reward__repeated_text": 0.0}
+    found = [{**healthy, **({sick[step]: 2.0} if step in sick else {})}]
+    return [*found, *([{"eval_mr_reward__score_mean": float(step)}] if step % 3 == 0 else [])]
+
+
+@pytest.mark.parametrize("stopped", [1, 2, 3, 4, 5, 6, 9, 11])
+def test_a_run_that_is_resumed_anywhere_writes_what_it_would_have(
+    models: Path, tmp_path: Path, stopped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signs that a line tells are not told again, and none gets lost, whatever was written after the checkpoint."""
+    monkeypatch.setattr("mr_reward.runs.callbacks.plot_curves", lambda *_, **__: None)  # takes most of the time
+    reward = MultiResponseReward(models / "rm", num_generations=4)
+    whole, broken = Run(reward, tmp_path / "whole"), Run(reward, tmp_path / "broken")
+    for run in (whole, broken):
+        run.start()
+        checkpoint = None
+        for step in range(1, 13):
+            for logs in logs_of(step):
+                run.log(step, **logs)
+            if run is broken and step == stopped:
+                checkpoint = copy.deepcopy(run.state)
+            if run is broken and step == min(stopped + 2, 12) and checkpoint is not None:
+                break
+    assert checkpoint is not None
+    broken.start(checkpoint)
+    for step in range(stopped + 1, 13):
+        for logs in logs_of(step):
+            broken.log(step, **logs)
+    found, expected = records(tmp_path / "broken"), records(tmp_path / "whole")
+    assert found == expected and [record["step"] for record in expected] == [3, 6, 9, 12]
+    assert [len(record["warning_signs"]) for record in expected] == [1, 1, 1, 0]
+
+
+def test_a_second_evaluation_of_a_step_takes_the_place_of_the_first(models: Path, tmp_path: Path) -> None:
+    run = Run(MultiResponseReward(models / "rm", num_generations=4), tmp_path)
+    run.start()
+    for value in (1.0, 2.0):
+        run.log(3, **{"eval_mr_reward__score_mean": value})
+    (record,) = records(tmp_path)
+    assert record["eval_mr_reward/score_mean"] == 2.0
+    run.state.is_world_process_zero = False
+    run.log(6, **{"eval_mr_reward__score_mean": 3.0})
+    run.state.is_world_process_zero = True
+    assert records(tmp_path) == [record], "another rank writes nothing"
 
 
 def test_samples_survive_what_a_policy_can_write(models: Path, tmp_path: Path) -> None:

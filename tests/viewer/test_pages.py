@@ -23,7 +23,7 @@ from mr_reward.cli.app import app
 from mr_reward.data.groups_file import write_scored
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.templates.rendering import Renderer
-from mr_reward.viewer.page import render_page
+from mr_reward.viewer.page import _scatter, render_page
 from mr_reward.viewer.views import FILTERS, GroupView, Lengths, Matrix, load_source, make_view, visible_text
 
 
@@ -122,6 +122,25 @@ def test_numbers_are_those_of_the_group() -> None:
         assert set(naive) == set(FILTERS)
 
 
+@pytest.mark.parametrize(("count", "told"), [(3, False), (4, True), (5, True)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_that_follow_the_length_are_suspicious_from_four_lengths_on(count: int, told: bool, sign: int) -> None:
+    texts = ["x" * i for i in range(1, count + 1)]
+    group = ResponseGroup(prompt="?", responses=[*texts, texts[0]])
+    found = view(scored(group, [sign * float(len(text)) for text in group.responses]))
+    assert ("suspicious" in found.filters) is told and found.correlation == pytest.approx(sign)
+
+
+def test_the_figure_has_short_ones_left_and_high_scores_up() -> None:
+    views = [view(scored(ResponseGroup(prompt="?", responses=["a", "bbb", "cc"]), [1.0, -2.0, 4.0]))]
+    points, ranges = _scatter(views)
+    by_length = {row.length: (float(x), float(y)) for row, (x, y) in zip(views[0].responses, points, strict=True)}
+    assert by_length[1][0] < by_length[2][0] < by_length[3][0]
+    assert by_length[2][1] < by_length[1][1] < by_length[3][1], "up is a small number"
+    assert by_length[2][0] - by_length[1][0] == pytest.approx(by_length[3][0] - by_length[2][0])
+    assert ranges == ("1", "3", "-2.00", "+4.00")
+
+
 def test_advantages_of_the_trainer_and_rewards_come_first() -> None:
     one = scored(ResponseGroup(prompt="?", responses=["a", "b"]), [1.0, 2.0], rewards=(0.0, 1.0))
     assert [row.advantage for row in view(one, advantages=(0.25, -0.5)).responses] == [-0.5, 0.25]
@@ -186,6 +205,10 @@ def test_the_command(tmp_path: Path) -> None:
             assert figure.width > 600 and len(figure.convert("RGB").getcolors(1 << 20) or ()) > 20
     with pytest.raises(ConfigurationError, match="--group nobody: no group has this id"):
         run(tmp_path / "scores.jsonl", "--group", "nobody")
+    for option, number in (("--limit", 3), ("--group", 7)):
+        run(tmp_path / "scores.jsonl", option, number, "--out", tmp_path / "some.html")
+        shown = "1 group" if option == "--group" else "3 groups"
+        assert shown in Reader((tmp_path / "some.html").read_text()).text
     with pytest.raises(ConfigurationError, match="--score needs --model"):
         run(tmp_path / "scores.jsonl", "--score")
 
@@ -211,8 +234,14 @@ def test_a_run_and_its_steps(tmp_path: Path) -> None:
     write_scored(handwriting(), tmp_path / "groups" / "eval_step_00030.rank0.jsonl")
     title, found = load_source(tmp_path)
     assert title.endswith("step 20") and [one.group.id for one, _ in found] == ["step 20 rank 0", "step 20 rank 1"]
-    assert len(load_source(tmp_path, 0)[1]) == 2
-    with pytest.raises(ConfigurationError, match="has no step 7; it has 0, 20"):
+    assert [one.group.id for one, _ in load_source(tmp_path, 0)[1]] == ["step 0 rank 0", "step 0 rank 1"]
+    for step in (99_999, 100_000):  # the names no longer sort as the numbers do
+        one = scored(ResponseGroup(prompt="?", responses=["a"], id=f"step {step}"), [1.0], step=step)
+        write_scored([one], tmp_path / "groups" / f"step_{step:05d}.rank0.jsonl")
+        title, found = load_source(tmp_path)
+        assert title.endswith(f"step {step}") and [one.group.id for one, _ in found] == [f"step {step}"]
+        (tmp_path / "groups" / f"step_{min(step, 99_999):05d}.rank0.jsonl").touch()
+    with pytest.raises(ConfigurationError, match="has no step 7; it has 0, 20, 99999, 100000"):
         load_source(tmp_path, 7)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigurationError, match="holds neither groups"):

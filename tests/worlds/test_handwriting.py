@@ -1,8 +1,10 @@
 """The handwriting world against its definition: splits, grades, rankings, and what a reader without eyes could win."""
 
 import hashlib
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mean
 
 import numpy as np
@@ -14,6 +16,7 @@ from sklearn.datasets import load_digits
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup
 from mr_reward.worlds.handwriting import (
+    HANDWRITING_BENCHMARKS,
     QUESTIONS,
     SPLITS,
     TILE_SIZE,
@@ -26,6 +29,7 @@ from mr_reward.worlds.handwriting import (
     make_sft_rows,
     make_tasks,
     split_scans,
+    write_handwriting_benchmarks,
 )
 
 LABELS = load_digits().target
@@ -241,6 +245,10 @@ def test_right_answers(question: str, digits: tuple[int, ...], answer: str) -> N
         ("read", "999", 0.05),
         ("read", "472 or 473", 0.0),
         ("read", "I cannot tell.", 0.1),
+        ("read", "I cannot tell, it is all wavy!", 0.1),  # 30 characters
+        ("read", "I cannot tell, it is all wavy.!", 0.0),
+        ("read", "It is, I would say, 472 or so.", 0.8),
+        ("read", "It is, I would say, 472 or so..", 0.5),
         ("read", "I cannot tell, since all of them look the same to me.", 0.0),
         ("read", "abc", 0.0),
         ("read", "", 0.0),
@@ -262,6 +270,27 @@ def test_only_the_right_answer_gets_the_full_mark() -> None:
     for question in QUESTIONS:
         for text in ("0", "2", "02", "4", "7", "13", "013", "472", "0472", " 472 ", "472.", "13 13"):
             assert (grade(question, (4, 7, 2), text) == 1.0) == is_correct(question, (4, 7, 2), text)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_the_best_response_stands_in_any_place(count: int) -> None:
+    groups = make_groups("train", 600, num_responses=count, questions=["sum"], seed=5)
+    places = [sum((group.rankings or ())[i] == 1 for group in groups) for i in range(count)]
+    expected = sum(places) / count
+    assert all(abs(place - expected) < 4 * expected**0.5 for place in places), places
+
+
+def test_every_benchmark_follows_the_seed_and_the_number_of_digits(tmp_path: Path) -> None:
+    written = {}
+    for name, options in (("a", {}), ("b", {}), ("seed", {"seed": 1}), ("digits", {"num_digits": 3})):
+        counts = write_handwriting_benchmarks(tmp_path / name, 6, **options)
+        assert set(counts) == set(HANDWRITING_BENCHMARKS) and set(counts.values()) == {6}
+        written[name] = {kind: (tmp_path / name / kind / "test.jsonl").read_text() for kind in counts}
+    assert written["a"] == written["b"]
+    for kind, text in written["a"].items():
+        assert text != written["seed"][kind] and text != written["digits"][kind], kind
+    rows = [json.loads(line) for line in written["a"]["pairs"].splitlines()]
+    assert [row["human_ranking"] for row in rows] == [[1, 0], [0, 1]] * 3, "neither place gives the better away"
 
 
 def test_policy_rows_survive_a_dataset() -> None:
