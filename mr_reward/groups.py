@@ -5,6 +5,7 @@ Files, benchmarks and trainers are read as groups; a `Scorer` turns groups into 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
@@ -66,6 +67,8 @@ class ResponseGroup:
         id: a name for messages and logs.
         source: the data set it came from, for reports by source.
         tools: JSON schemas of the tools that the prompt's chat template is to name.
+        ratings: N numbers that the source gave the responses, larger is better, as the strength of its preference;
+            None where it only ranks. Training goes by the rankings; without these the ratings are dropped.
 
     Raises:
         GroupError: no responses, wrong types, mismatched lengths, rankings that are not ranks.
@@ -85,6 +88,7 @@ class ResponseGroup:
     id: str | None = None
     source: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
+    ratings: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "responses", self._checked_responses())
@@ -102,6 +106,7 @@ class ResponseGroup:
         object.__setattr__(self, "_messages", messages)
         if self.rankings is not None:
             object.__setattr__(self, "rankings", self._checked_rankings())
+        object.__setattr__(self, "ratings", self._checked_ratings())
 
     @property
     def name(self) -> str:
@@ -120,10 +125,14 @@ class ResponseGroup:
 
     def select(self, indices: Sequence[int]) -> ResponseGroup:
         """The same prompt with the responses at `indices`, in that order, re-ranked densely; fewer may be chosen."""
-        rankings = None
-        if self.rankings is not None:
-            rankings = dense_ranks([self.rankings[i] for i in indices])
-        return replace(self, prompt=self.messages, responses=[self.responses[i] for i in indices], rankings=rankings)
+        rankings = None if self.rankings is None else dense_ranks([self.rankings[i] for i in indices])
+        return replace(
+            self,
+            prompt=self.messages,
+            responses=[self.responses[i] for i in indices],
+            rankings=rankings,
+            ratings=None if self.ratings is None else [self.ratings[i] for i in indices],
+        )
 
     def _checked_responses(self) -> tuple[str, ...]:
         if isinstance(self.responses, str) or not isinstance(self.responses, Sequence):
@@ -151,6 +160,19 @@ class ResponseGroup:
                 f"{self.name}: tools is {shown(tools, 80)}, expected a list of JSON schemas, one dict a tool"
             )
         return tuple(plain_json([dict(tool) for tool in tools], f"{self.name}: tools"))
+
+    def _checked_ratings(self) -> tuple[float, ...] | None:
+        if self.ratings is None or self.rankings is None:
+            return None
+        numbers = isinstance(self.ratings, Sequence) and all(
+            isinstance(one, Real) and not isinstance(one, bool) and math.isfinite(one) for one in self.ratings
+        )
+        if not numbers or len(self.ratings) != self.num_responses:
+            raise GroupError(
+                f"{self.name}: ratings is {shown(self.ratings, 80)}, expected a number for each of the "
+                f"{self.num_responses} responses"
+            )
+        return tuple(map(float, self.ratings))
 
     def _checked_rankings(self) -> tuple[int, ...]:
         if isinstance(self.rankings, Mapping) or not isinstance(self.rankings, Iterable):

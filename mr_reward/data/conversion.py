@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mr_reward.data.fields import is_empty, place_media, strip_placeholders
+from mr_reward.data.fields import is_empty, strip_placeholders, trim_tags
 from mr_reward.data.media_files import check_readable, resolve_media
 from mr_reward.data.sources import Row, RowSource
 from mr_reward.errors import GroupError, MRRewardError
@@ -122,13 +122,14 @@ def graded_group(
     id: str | None,
     images: Sequence[Any] = (),
     videos: Sequence[Sequence[Any]] = (),
+    tools: Sequence[Mapping[str, Any]] = (),
+    rated: bool = False,
 ) -> ResponseGroup:
     """A ranked group of responses with grades, smaller is better, equal grades tie.
 
     Empty responses are left out. Of texts that are equal but for white space around them the first stays if their
-    grades agree; if they differ, the judges have contradicted themselves and all of them go. `<image>` and `<video>`
-    placeholders are taken out of a text prompt that comes with media, stay in place in messages that have as many of
-    them as media, and are words like others in a prompt without.
+    grades agree; if they differ, the judges have contradicted themselves and all of them go. `rated`: the grades are
+    numbers of the source's own, and their opposites the group's ratings.
     """
     if len(responses) != len(badness):
         raise GroupError(f"{len(responses)} responses with {len(badness)} grades, expected one each")
@@ -142,16 +143,14 @@ def graded_group(
         raise SkippedRow("fewer than two different responses")
     if len({grade for _, grade in kept}) == 1:
         raise SkippedRow("all responses tie")
-    if isinstance(prompt, str):
-        prompt = strip_placeholders(prompt) if images or videos else prompt
-        if not prompt.strip():
-            raise GroupError("the prompt is empty, expected a question; check data set and version")
-    else:
-        prompt = place_media(prompt, len(images), len(videos))
+    if isinstance(prompt, str) and not strip_placeholders(prompt):
+        raise GroupError("the prompt is empty, expected a question; check data set and version")
     return ResponseGroup(
-        prompt=prompt,
+        prompt=trim_tags(prompt, [kind for kind, media in (("image", images), ("video", videos)) if media]),
         responses=[text for text, _ in kept],
         rankings=dense_ranks([grade for _, grade in kept]),
+        ratings=[-grade for _, grade in kept] if rated else None,
+        tools=tools,
         images=images,
         videos=videos,
         id=id,

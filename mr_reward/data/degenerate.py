@@ -29,4 +29,5 @@ def with_degenerate_negative(group: ResponseGroup, rng: random.Random) -> Respon
         prompt=group.messages,
         responses=[*group.responses, text],
         rankings=[*rankings, max(rankings) + 1],
+        ratings=None,
     )

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
 from mr_reward.data.sources import Row
 from mr_reward.errors import GroupError, shown
-from mr_reward.messages.prompts import Message
+from mr_reward.messages.completions import completion_text
+from mr_reward.messages.prompts import Message, tools_of
 from mr_reward.templates.images import image_source
 
 _PLACEHOLDERS = re.compile(r"[ \t]*<(?:image|video)>[ \t]*")
-_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "tool": "tool"} | {
+    role: role for role in ("system", "user", "assistant")
+}
+_CALLS = ("function_call", "tool_call")  # of ShareGPT and of ms-swift: messages that are a call
+_TOOL_ROLES = {"tool_response": "tool", "observation": "tool"}
 
 
 def field(row: Any, name: str, kind: type | tuple[type, ...], *, at: str = "") -> Any:
@@ -79,7 +85,7 @@ def chat_field(row: Row, name: str, *, at: str = "") -> list[Message]:
     messages = [_message(message) for message in field(row, name, list, at=at)]
     if not messages or None in messages:
         raise wrong_field(name, row[name], "chat messages with role and content, or with from and value")
-    return messages  # type: ignore[return-value]  # none is None
+    return _joined_calls([message for message in messages if message is not None])
 
 
 def _message(message: Any) -> Message | None:
@@ -88,17 +94,66 @@ def _message(message: Any) -> Message | None:
     # Arrow has every key in every message, and None where it was not given.
     kept = {key: value for key, value in message.items() if value is not None and key != "loss_weight"}
     if "from" in kept and "role" not in kept:
-        kept["role"], kept["content"] = _ROLES.get(kept.pop("from")), kept.pop("value", None)
+        kept["role"], kept["content"] = kept.pop("from"), kept.pop("value", None)
+        kept["role"] = kept["role"] if kept["role"] in _CALLS else _ROLES.get(kept["role"])
     if not isinstance(kept.get("role"), str):
         return None
     content = kept.setdefault("content", None)
+    if kept["role"] in _CALLS:
+        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content)}
+    kept["role"] = _TOOL_ROLES.get(kept["role"], kept["role"])
     if content is None and kept.get("tool_calls"):
         kept["content"] = ""
     elif isinstance(content, list):
-        kept["content"] = [_block(block) for block in content]
+        blocks = [_block(block) for block in content]
+        kept["content"] = [block for block in blocks if not _is_call(block)]
+        if calls := [call for block in blocks if _is_call(block) for call in _tool_calls(block["tool_call"])]:
+            kept["tool_calls"] = calls
     elif not isinstance(content, str):
         return None
     return kept
+
+
+def _is_call(block: Any) -> bool:
+    return isinstance(block, Mapping) and block.get("type") == "tool_call"
+
+
+def _tool_calls(content: Any) -> list[Any]:
+    """Calls from their JSON: one object with name and arguments, or a list of them."""
+    try:
+        calls = json.loads(content) if isinstance(content, str) else content
+    except ValueError:
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    for call in calls:
+        if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+            raise wrong_field("tool call", content, 'JSON with name and arguments: {"name": ..., "arguments": ...}')
+    return [{"type": "function", "function": dict(call)} for call in calls]
+
+
+def _joined_calls(messages: Sequence[Message]) -> list[Message]:
+    """Calls that stand in messages of their own, one after the other, are those of one turn."""
+    joined: list[Message] = []
+    for message in messages:
+        alone = message["role"] == "assistant" and message["content"] == "" and message.get("tool_calls")
+        if alone and joined and joined[-1]["role"] == "assistant" and joined[-1].get("tool_calls"):
+            joined[-1] = {**joined[-1], "tool_calls": [*joined[-1]["tool_calls"], *message["tool_calls"]]}
+        else:
+            joined.append(message)
+    return joined
+
+
+def tools_field(row: Row) -> list[Any]:
+    """The schemas of the tools: a list, or JSON text of one; bare functions get the frame that templates expect."""
+    if is_empty(row.get("tools")):
+        return []
+    tools = tools_of(row["tools"])
+    if isinstance(tools, list):
+        tools = [tools_of(tool) for tool in tools]  # ms-swift has a text for each
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise wrong_field("tools", row["tools"], "a list of JSON schemas, or JSON text of one")
+    bare = ["name" in tool and "function" not in tool for tool in tools]
+    return [{"type": "function", "function": tool} if own else tool for tool, own in zip(tools, bare, strict=True)]
 
 
 def _block(block: Any) -> Any:
@@ -112,16 +167,17 @@ def _block(block: Any) -> Any:
     return kept
 
 
-def answer_text(message: Message, name: str) -> str:
-    """The text of an assistant's turn; one that calls tools is no text."""
-    content = message["content"]
-    if message["role"] != "assistant" or message.get("tool_calls"):
-        raise wrong_field(name, message, "an answer of the assistant, in text")
-    if isinstance(content, str):
-        return content
-    if any(not isinstance(block, Mapping) or block.get("type") != "text" for block in content):
-        raise wrong_field(name, content, "an answer in text blocks only")
-    return "".join(block["text"] for block in content)
+def answer_text(turns: Sequence[Message], name: str) -> str:
+    """The answer that these turns are: one of the assistant, or several with calls of tools and their results."""
+    roles = [turn["role"] for turn in turns]
+    if roles[-1:] != ["assistant"] or set(roles) - {"assistant", "tool"} or (len(roles) > 1 and "tool" not in roles):
+        raise wrong_field(name, list(turns), "an answer of the assistant: one turn, or more with results of tools")
+    return completion_text(turns, name=f"field {name!r}")
+
+
+def context_fields(row: Row) -> dict[str, Any]:
+    """`images`, `videos` and `tools` of a row."""
+    return {**media_fields(row), "tools": tools_field(row)}
 
 
 def media_fields(row: Row) -> dict[str, list[Any]]:
@@ -149,7 +205,7 @@ _SCORES = (
 )
 
 
-def pair_badness(row: Row) -> list[float]:
+def pair_grades(row: Row) -> dict[str, Any]:
     """Of the chosen and the rejected answer: by their scores where the row has them, so that equal ones tie."""
     for names in _SCORES:
         scores = [row.get(name) for name in names]
@@ -161,8 +217,8 @@ def pair_badness(row: Row) -> list[float]:
             raise wrong_field(" and ".join(names), scores, "two numbers") from None
         if not chosen >= rejected:
             raise wrong_field(" and ".join(names), scores, "a chosen answer that is not the worse one")
-        return [-chosen, -rejected]
-    return [1, 2]
+        return {"badness": [-chosen, -rejected], "rated": True}
+    return {"badness": [1, 2]}
 
 
 def turns_field(row: Row, name: str) -> tuple[str, str]:
@@ -188,29 +244,18 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and not value)
 
 
-def place_media(messages: Sequence[Message], num_images: int, num_videos: int) -> list[Message]:
-    """Messages whose `<image>` and `<video>` are placeholders where they stand, if there is a medium for each.
-
-    They are taken out where the numbers differ: the media then stand before the first question.
-    """
-    texts = [message["content"] for message in messages if isinstance(message["content"], str)]
-    numbers = {"<image>": num_images, "<video>": num_videos}
-    in_place = all(sum(text.count(tag) for text in texts) == number for tag, number in numbers.items())
-    if not (num_images or num_videos):
-        return list(messages)
-    place: Callable[[str], Any] = _with_blocks if in_place else strip_placeholders
+def trim_tags(prompt: str | Sequence[Message], kinds: Sequence[str]) -> str | list[Message]:
+    """A prompt without the white space beside `<image>` and `<video>`; what these stand for the group itself says."""
+    if isinstance(prompt, str):
+        for kind in kinds:
+            prompt = re.sub(rf"\s*<{kind}>\s*", f"<{kind}>", prompt)
+        return prompt.strip() if kinds else prompt
     return [
-        {**message, "content": place(message["content"])} if isinstance(message["content"], str) else message
-        for message in messages
+        {**message, "content": trim_tags(message["content"], kinds)}
+        if isinstance(message["content"], str) and any(f"<{kind}>" in message["content"] for kind in kinds)
+        else message
+        for message in prompt
     ]
-
-
-def _with_blocks(text: str) -> str | list[dict[str, str]]:
-    parts = re.split(r"\s*<(image|video)>\s*", text)
-    if len(parts) == 1:
-        return text
-    blocks = [{"type": part} if i % 2 else {"type": "text", "text": part} for i, part in enumerate(parts)]
-    return [block for block in blocks if block.get("text") != ""]
 
 
 def strip_placeholders(text: str) -> str:

@@ -1,9 +1,10 @@
 """Groups in JSON Lines: ranked ones, and ones with their scores.
 
 One object per line: `prompt` (text or chat messages), `responses`, `rankings` (1 = best, ties share a rank) and, where
-there are any, `images`, `videos`, `id`, `source` and `tools` (JSON schemas). The paper's public data (`prompt,
-responses, rankings, image, video`, arXiv 2604.10966) reads as it is. A group that was scored has what scoring it gave
-besides: that is what `mr-reward score` and a GRPO run write, and `mr-reward inspect` reads.
+there are any, `images`, `videos`, `id`, `source`, `tools` (JSON schemas) and `ratings` (the source's own numbers). The
+paper's public data (`prompt, responses, rankings, image, video`, arXiv 2604.10966) reads as it is. A group that was
+scored has what scoring it gave besides: that is what `mr-reward score` and a GRPO run write, and `mr-reward inspect`
+reads.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_KEYS = {"prompt", "responses", "rankings", "image", "images", "video", "videos", "id", "source", "tools"}
+_KEYS = {"prompt", "responses", "rankings", "image", "images", "video", "videos", "id", "source", "tools", "ratings"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -281,7 +282,7 @@ def group_from_row(row: Any, fallback_id: str, *, ranked: bool) -> ResponseGroup
     if not isinstance(row, Mapping):
         raise GroupError(f"the row is {type(row).__name__}, expected an object with {', '.join(required)}")
     if ranked and row.get("rankings") is None and row.get("scores") is not None:
-        row = {**row, "rankings": _by_scores(row["scores"])}
+        row = {"ratings": row["scores"], **row, "rankings": _by_scores(row["scores"])}
     missing = [key for key in required if row.get(key) is None]
     if missing:
         raise GroupError(f"keys {missing} are missing, found {sorted(row)}; known keys are {sorted(_KEYS)}")
@@ -298,6 +299,7 @@ def group_from_row(row: Any, fallback_id: str, *, ranked: bool) -> ResponseGroup
         id=str(row["id"]) if row.get("id") is not None else fallback_id,
         source=str(row["source"]) if row.get("source") is not None else None,
         tools=tools_of(row.get("tools")),
+        ratings=row.get("ratings"),
     )
 
 
@@ -325,6 +327,7 @@ def row_from_group(group: ResponseGroup, path: Path) -> dict[str, Any]:
         "images": [_stored(image, path) for image in group.images],
         "videos": [[_stored(frame, path) for frame in video] for video in group.videos],
         "tools": list(group.tools),
+        "ratings": None if group.ratings is None else list(group.ratings),
     }
     return {key: value for key, value in row.items() if value not in (None, [])}
 

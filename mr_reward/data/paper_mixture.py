@@ -11,12 +11,12 @@ from typing import Any
 
 from mr_reward.data.conversion import Converter, SkippedRow, alternatives, graded_group, leave_out
 from mr_reward.data.fields import (
+    context_fields,
     field,
     image_field,
-    media_fields,
     messages_field,
     numbers_field,
-    pair_badness,
+    pair_grades,
     row_id,
     strip_placeholders,
     texts_field,
@@ -66,6 +66,7 @@ def _vlfeedback(row: Row) -> ResponseGroup:
         badness,
         images=[image_field(row, "img_path" if row.get("image") is None else "image")],
         id=row_id(row),
+        rated=True,
     )
 
 
@@ -129,7 +130,7 @@ def arena_battle(row: Row) -> ResponseGroup:
         [first[-1]["content"], second[-1]["content"]],
         [int(winner != "model_a"), int(winner != "model_b")],
         id=row_id(row, "question_id"),
-        **media_fields(row),
+        **context_fields(row),
     )
 
 
@@ -268,7 +269,7 @@ def _chat_pair(row: Row) -> ResponseGroup:
     if not chosen[:-1]:
         raise GroupError("field 'chosen' has a single turn, expected a prompt before the answer")
     answers = [chosen[-1]["content"], rejected[-1]["content"]]
-    return graded_group(chosen[:-1], answers, pair_badness(row), id=row_id(row), **media_fields(row))
+    return graded_group(chosen[:-1], answers, id=row_id(row), **pair_grades(row), **context_fields(row))
 
 
 def _nectar(row: Row) -> ResponseGroup:

@@ -32,7 +32,7 @@ def _ultrafeedback(row: Row) -> ResponseGroup:
         else:
             responses.append(response)
             badness.append(-number)
-    return graded_group(field(row, "instruction", str), responses, badness, id=row_id(row))
+    return graded_group(field(row, "instruction", str), responses, badness, id=row_id(row), rated=True)
 
 
 def _number(value: Any) -> float | None:
@@ -63,7 +63,7 @@ def _helpsteer2(row: Row) -> ResponseGroup:
     ratings = numbers_field(row, "helpfulness", len(responses))
     if len(responses) == 1:
         raise SkippedRow("a single answer to its prompt")
-    return graded_group(_nemo_prompt(row), responses, [-rating for rating in ratings], id=row_id(row))
+    return graded_group(_nemo_prompt(row), responses, [-rating for rating in ratings], id=row_id(row), rated=True)
 
 
 def _helpsteer2_preference(row: Row) -> ResponseGroup:
@@ -79,7 +79,7 @@ def _by_strength(row: Row, prompt: Prompt, names: tuple[str, str], strength: str
     value = field(row, strength, (int, float))
     if not -3 <= value <= 3:
         raise wrong_field(strength, value, "a number from -3 to 3")
-    return graded_group(prompt, [field(row, name, str) for name in names], [value, 0], id=row_id(row))
+    return graded_group(prompt, [field(row, name, str) for name in names], [value, 0], id=row_id(row), rated=True)
 
 
 def _rlhf_v(row: Row) -> ResponseGroup:

@@ -13,13 +13,14 @@ from mr_reward.data.conversion import Converter, SkippedRow, alternatives, grade
 from mr_reward.data.fields import (
     answer_text,
     chat_field,
+    context_fields,
     field,
     is_empty,
-    media_fields,
     numbers_field,
-    pair_badness,
+    pair_grades,
     row_id,
     texts_field,
+    tools_field,
     wrong_field,
 )
 from mr_reward.data.sources import Row
@@ -55,10 +56,15 @@ def with_system(row: Row, prompt: Prompt) -> Prompt:
 def pair_of_chats(
     chosen: Sequence[Message], rejected: Sequence[Message], names: str
 ) -> tuple[list[Message], list[str]]:
-    """The turns that two chats share, and their last ones."""
-    if list(chosen[:-1]) != list(rejected[:-1]):
+    """The turns that two chats share, and their last ones; behind the last question, where one calls tools."""
+    chats = [list(chosen), list(rejected)]
+    ends = [len(chat) - 1 for chat in chats]
+    if chats[0][:-1] != chats[1][:-1] and any(turn["role"] == "tool" for chat in chats for turn in chat):
+        ends = [max((i + 1 for i, turn in enumerate(chat) if turn["role"] == "user"), default=0) for chat in chats]
+    before = [chat[:end] for chat, end in zip(chats, ends, strict=True)]
+    if before[0] != before[1]:
         raise GroupError(f"fields {names} differ before their last turn, expected one prompt")
-    return list(chosen[:-1]), [answer_text(chat[-1], names) for chat in (chosen, rejected)]
+    return before[0], [answer_text(chat[end:], names) for chat, end in zip(chats, ends, strict=True)]
 
 
 def gather_by(key: Sequence[str], lists: Sequence[str]) -> Gather:
@@ -94,7 +100,7 @@ def _groups(row: Row) -> ResponseGroup:
     ranked = not is_empty(row.get("rankings"))
     values = numbers_field(row, "rankings" if ranked else "scores", len(responses))
     badness = values if ranked else [-value for value in values]
-    return graded_group(prompt_field(row), responses, badness, id=row_id(row), **media_fields(row))
+    return graded_group(prompt_field(row), responses, badness, id=row_id(row), rated=not ranked, **context_fields(row))
 
 
 def preference(row: Row) -> ResponseGroup:
@@ -104,12 +110,12 @@ def preference(row: Row) -> ResponseGroup:
     chosen, rejected = (field(row, name, (str, list)) for name in ("chosen", "rejected"))
     if isinstance(chosen, list) and chosen and all(isinstance(text, str) for text in chosen):
         return _several(row, prompt)
-    badness = pair_badness(row)
+    grades = pair_grades(row)
     if isinstance(chosen, str):
         texts = [chosen, field(row, "rejected", str)]
         if prompt is None:
             prompt, texts = _common_start(*texts)
-        return graded_group(with_system(row, prompt), texts, badness, id=row_id(row), **media_fields(row))
+        return graded_group(with_system(row, prompt), texts, id=row_id(row), **grades, **context_fields(row))
     names = "'chosen' and 'rejected'"
     before, texts = pair_of_chats(chat_field(row, "chosen"), chat_field(row, "rejected"), names)
     turns = _joined(prompt, before)
@@ -117,7 +123,7 @@ def preference(row: Row) -> ResponseGroup:
         raise GroupError(
             "field 'chosen' has a single turn and there is no 'prompt', expected a prompt before the answer"
         )
-    return graded_group(with_system(row, turns), texts, badness, id=row_id(row), **media_fields(row))
+    return graded_group(with_system(row, turns), texts, id=row_id(row), **grades, **context_fields(row))
 
 
 def _several(row: Row, prompt: Prompt | None) -> ResponseGroup:
@@ -127,7 +133,7 @@ def _several(row: Row, prompt: Prompt | None) -> ResponseGroup:
     chosen, rejected = texts_field(row, "chosen"), texts_field(row, "rejected")
     badness = [1] * len(chosen) + [2] * len(rejected)
     prompt = with_system(row, prompt)
-    return graded_group(prompt, [*chosen, *rejected], badness, id=row_id(row), **media_fields(row))
+    return graded_group(prompt, [*chosen, *rejected], badness, id=row_id(row), **context_fields(row))
 
 
 def _joined(prompt: Prompt | None, before: list[Message]) -> list[Message]:
@@ -162,10 +168,7 @@ def _unpaired(row: Row) -> ResponseGroup:
         if isinstance(completion, str):
             texts.append(completion)
             continue
-        chat = chat_field({"completion": completion}, "completion")
-        if len(chat) > 1:
-            raise wrong_field(f"completion[{i}]", completion, "a single turn")
-        texts.append(answer_text(chat[0], "completion"))
+        texts.append(answer_text(chat_field({"completion": completion}, "completion"), f"completion[{i}]"))
     for i, label in enumerate(labels):
         if not isinstance(label, bool | int | float):
             raise wrong_field(f"label[{i}]", label, "true, false or a number")
@@ -175,7 +178,7 @@ def _unpaired(row: Row) -> ResponseGroup:
 def _labelled(prompt: Prompt, texts: list[str], labels: list[Any], row: Row) -> ResponseGroup:
     if len(texts) == 1:
         raise SkippedRow("a single answer to its prompt")
-    return graded_group(prompt, texts, [-float(x) for x in labels], id=row_id(row), **media_fields(row))
+    return graded_group(prompt, texts, [-float(x) for x in labels], id=row_id(row), **context_fields(row))
 
 
 def _sharegpt(row: Row) -> ResponseGroup:
@@ -183,9 +186,8 @@ def _sharegpt(row: Row) -> ResponseGroup:
     turns = with_system(row, chat_field(row, "conversations"))
     texts = []
     for name in ("chosen", "rejected"):
-        turn = chat_field({name: [field(row, name, Mapping)]}, name)[0]
-        texts.append(answer_text(turn, name))
-    return graded_group(turns, texts, pair_badness(row), id=row_id(row), **media_fields(row))
+        texts.append(answer_text(chat_field({name: [field(row, name, Mapping)]}, name), name))
+    return graded_group(turns, texts, id=row_id(row), **pair_grades(row), **context_fields(row))
 
 
 def _sharegpt_kto(row: Row) -> ResponseGroup:
@@ -204,18 +206,18 @@ def _gather_kto(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
                 if not isinstance(tag := field(row, "kto_tag", (bool, int)), bool | int):
                     raise wrong_field("kto_tag", tag, "true or false")
                 rest = {key: value for key, value in row.items() if key != name}
-                yield place, {**rest, "prompt": turns[:-1], "answer": answer_text(turns[-1], name)}
+                yield place, {**rest, "prompt": turns[:-1], "answer": answer_text(turns[-1:], name)}
             except GroupError as error:
                 yield place, row if isinstance(row, GroupError) else error
 
-    return gather_by(("prompt", "system", "images", "videos"), ("answer", "kto_tag"))(split())
+    return gather_by(("prompt", "system", "images", "videos", "tools"), ("answer", "kto_tag"))(split())
 
 
 def _llama_factory_v1(row: Row) -> ResponseGroup:
     names = "'chosen_messages' and 'rejected_messages'"
     chats = [chat_field(row, name) for name in ("chosen_messages", "rejected_messages")]
     turns, texts = pair_of_chats(chats[0], chats[1], names)
-    return graded_group(turns, texts, pair_badness(row), id=row_id(row), **media_fields(row))
+    return graded_group(turns, texts, id=row_id(row), **pair_grades(row), **context_fields(row))
 
 
 def _alpaca(row: Row) -> ResponseGroup:
@@ -223,7 +225,7 @@ def _alpaca(row: Row) -> ResponseGroup:
     asked = [field(row, "instruction", str), "" if is_empty(row.get("input")) else field(row, "input", str)]
     prompt = _with_history(row, "\n".join(part for part in asked if part))
     texts = [field(row, "chosen", str), field(row, "rejected", str)]
-    return graded_group(with_system(row, prompt), texts, pair_badness(row), id=row_id(row), **media_fields(row))
+    return graded_group(with_system(row, prompt), texts, id=row_id(row), **pair_grades(row), **context_fields(row))
 
 
 def _with_history(row: Row, question: str) -> Prompt:
@@ -240,7 +242,7 @@ def _ms_swift(row: Row) -> ResponseGroup:
     """`messages` that end with the chosen answer, and what was rejected, one or several; `query` is the older form."""
     if "messages" in row:
         chat = chat_field(row, "messages")
-        prompt, chosen = with_system(row, chat[:-1]), answer_text(chat[-1], "messages")
+        prompt, chosen = with_system(row, chat[:-1]), answer_text(chat[-1:], "messages")
     else:
         chat = []
         prompt = with_system(row, _with_history(row, field(row, "query", str)))
@@ -254,8 +256,8 @@ def _ms_swift(row: Row) -> ResponseGroup:
         rejected = texts_field(row, "rejected_response")
     else:
         rejected = [field(row, "rejected_response", str)]
-    badness = pair_badness(row) if len(rejected) == 1 else [1, *[2] * len(rejected)]
-    return graded_group(prompt, [chosen, *rejected], badness, id=row_id(row), **media_fields(row))
+    grades = pair_grades(row) if len(rejected) == 1 else {"badness": [1, *[2] * len(rejected)]}
+    return graded_group(prompt, [chosen, *rejected], id=row_id(row), **grades, **context_fields(row))
 
 
 def _rejected_chats(row: Row, chat: list[Message]) -> list[list[Message]]:
@@ -269,12 +271,10 @@ def _rejected_chats(row: Row, chat: list[Message]) -> list[list[Message]]:
 def _openai(row: Row) -> ResponseGroup:
     """OpenAI's preference fine-tuning: a request, the preferred output and the other one."""
     asked = field(row, "input", Mapping)
-    if not is_empty(asked.get("tools")):
-        raise GroupError("field 'input.tools' is a part of the prompt that openai does not read; remove it")
     turns = chat_field(asked, "messages", at="input")
     outputs = [[*turns, *chat_field(row, name)] for name in ("preferred_output", "non_preferred_output")]
     prompt, texts = pair_of_chats(outputs[0], outputs[1], "'preferred_output' and 'non_preferred_output'")
-    return graded_group(prompt, texts, [1, 2], id=row_id(row))
+    return graded_group(prompt, texts, [1, 2], id=row_id(row), tools=tools_field(asked))
 
 
 def _verl(row: Row) -> ResponseGroup:
@@ -302,7 +302,7 @@ TRAINER_FORMATS = (
         "unpaired",
         _unpaired,
         columns=alternatives("prompt completion label"),
-        gather=gather_by(("prompt", "system", "image", "images"), ("completion", "label")),
+        gather=gather_by(("prompt", "system", "image", "images", "tools"), ("completion", "label")),
     ),
     Converter("sharegpt", _sharegpt, columns=alternatives("conversations chosen rejected")),
     Converter(

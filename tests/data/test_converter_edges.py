@@ -175,7 +175,7 @@ def test_equal_scores_tie_and_scores_against_the_choice_are_an_error() -> None:
         ("pku_saferlhf", {"video": ["a.mp4"]}, "'video' holds video"),
         ("skywork", {"audio": b"RIFF"}, "'audio' holds audio"),
         ("tulu", {"system": "Answer in French."}, "'system' is a part of the prompt"),
-        ("skywork", {"tools": [{"name": "add"}]}, "'tools' is a part of the prompt"),
+        ("nectar", {"tools": [{"name": "add"}]}, "'tools' is a part of the prompt"),
     ],
 )
 def test_a_column_with_a_meaning_that_no_one_reads_is_an_error(

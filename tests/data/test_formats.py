@@ -380,7 +380,7 @@ def test_columns_of_two_formats_are_an_error_that_names_both(tmp_path: Path) -> 
         ("preference", {"chosen": chat("a"), "rejected": chat("b")}, "assistant"),
         ("preference", {"chosen": "abc", "rejected": "xyz"}, "share no start"),
         ("preference", {"chosen": chat("Q", "a"), "rejected": chat("P", "b")}, "differ before their last turn"),
-        ("preference", {"prompt": "Q", "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]}, "'tools'"),
+        ("preference", {"prompt": "Q", "chosen": "a", "rejected": "b", "system_prompt": "S"}, "'system_prompt'"),
         ("preference", {"prompt": "Q", "chosen": "a", "rejected": "b", "image": "a", "images": ["a"]}, "both given"),
         ("unpaired", {"prompt": "Q", "completion": "a"}, "'label' is missing"),
         ("unpaired", {"prompt": "Q", "completion": "a", "label": "yes"}, "'label\\[0\\]' is 'yes'"),
@@ -392,7 +392,7 @@ def test_columns_of_two_formats_are_an_error_that_names_both(tmp_path: Path) -> 
             "from -3 to 3",
         ),
         ("verl", {"data_source": "x", "prompt": chat("Q"), "reward_model": {}}, "prompts without responses"),
-        ("openai", {"input": {"messages": chat("Q"), "tools": [{"a": 1}]}}, "input.tools"),
+        ("openai", {"input": {"messages": chat("Q"), "tools": [{"a": 1}]}}, "'preferred_output' is missing"),
     ],
 )
 def test_a_wrong_row_says_what_is_wrong(name: str, row: dict[str, Any], words: str, tmp_path: Path) -> None:
