@@ -375,7 +375,7 @@ MUTATIONS = [
     ),
     Mutation(
         "equal scores of a pair are a preference",
-        "mr_reward.data.fields.pair_badness",
+        "mr_reward.data.fields.pair_grades",
         "[-chosen, -rejected]",
         "[1, 2]",
         "tests/data/test_converter_edges.py",
