@@ -150,12 +150,14 @@ def test_select_keeps_all_that_is_not_of_the_responses() -> None:
         id="g",
         source="s",
         tools=[{"function": {"name": "add"}}],
+        ratings=[9, 5, 1],
     )
     chosen = whole.select([2, 0])
     for field in dataclasses.fields(ResponseGroup):
         kept = getattr(whole, field.name)
         assert kept, f"{field.name} is not tried"
-        expected = {"responses": ("c", "a"), "rankings": (2, 1), "prompt": whole.messages}.get(field.name, kept)
+        own = {"responses": ("c", "a"), "rankings": (2, 1), "ratings": (1, 9)}
+        expected = {**own, "prompt": whole.messages}.get(field.name, kept)
         assert getattr(chosen, field.name) == expected, field.name
 
 
