@@ -104,6 +104,8 @@ class ResponseGroup:
         object.__setattr__(self, "images", media["image"])
         object.__setattr__(self, "videos", media["video"])
         object.__setattr__(self, "_messages", messages)
+        if any(embedded.values()):  # they stand in images and videos now, where `dataclasses.replace` finds them
+            object.__setattr__(self, "prompt", messages)
         if self.rankings is not None:
             object.__setattr__(self, "rankings", self._checked_rankings())
         object.__setattr__(self, "ratings", self._checked_ratings())

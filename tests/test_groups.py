@@ -161,6 +161,12 @@ def test_select_keeps_all_that_is_not_of_the_responses() -> None:
         assert getattr(chosen, field.name) == expected, field.name
 
 
+def test_a_group_with_media_in_its_blocks_can_be_replaced() -> None:
+    group = ResponseGroup(prompt=turn({"type": "image", "image": PIXEL}, text("u")), responses=["a"])
+    again = dataclasses.replace(group, responses=["b", "c"])
+    assert again.images == group.images == (PIXEL,) and again.messages == group.messages
+
+
 @given(values=st.lists(st.integers(-5, 5) | st.floats(-2, 2), max_size=8))
 def test_dense_ranks_by_counting(values: list[float]) -> None:
     expected = tuple(1 + len({other for other in values if other < value}) for value in values)

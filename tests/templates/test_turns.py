@@ -16,11 +16,14 @@ from trl.data_utils import prepare_multimodal_messages
 
 from mr_reward import GroupScorer, MultiResponseReward, ResponseGroup
 from mr_reward.data import load_preferences, save_preferences
+from mr_reward.data.groups_file import ScoredGroup
 from mr_reward.errors import GroupError
+from mr_reward.groups import GroupScores
 from mr_reward.grpo.groups import RolloutRow, plan_groups
 from mr_reward.messages.completions import Transcript, completion_text
 from mr_reward.scorers.wire import WireGroup, dump, from_wire, to_wire
 from mr_reward.templates.rendering import Renderer
+from mr_reward.viewer.views import make_view
 
 WITH_TOOLS = (
     *("qwen2_5", "qwen2_5_training", "qwen3", "qwen3_training", "qwen3_instruct_2507", "glm4moe", "glm4moe_training"),
@@ -199,3 +202,13 @@ def test_a_transcript_is_not_its_text() -> None:
     for before, text, response in zip(("left", "right"), (first, second), planned.responses, strict=True):
         assert isinstance(response, Transcript) and response.turns[1:] == text.turns[1:]  # type: ignore[attr-defined]
         assert str.__str__(response) == f"{before}\n\n{str.__str__(text)}"
+
+
+def test_the_viewer_shows_what_was_judged() -> None:
+    one = group(QUESTION, [completion(0), completion(1, thoughts=True)])
+    result = GroupScores(scores=(1.0, 0.0), truncated=(False, False))
+    view = make_view(ScoredGroup(group=one, result=result), None, None)
+    for shown, response in zip(view.responses, one.responses, strict=True):
+        assert shown.text == str.__str__(response) and '<tool_call>\n{"name": "add"' in shown.text
+        assert "<tool_response>" in shown.text
+    assert "<think>\nI add " in view.responses[1].text
