@@ -6,13 +6,12 @@
 
 Every field of `RewardTrainingArguments` (all of transformers' `TrainingArguments`) and of TRL's `ModelConfig` (LoRA
 included) can stand in the YAML file or on the command line. With `resume_from_checkpoint: true` the same command
-starts a run and resumes it after it was killed.
+starts a run and resumes it after it was killed. `mr-reward doctor --config my.yaml` looks at it first.
 """
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -22,68 +21,15 @@ from trl import ModelConfig, get_peft_config
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.checkpoint.card import write_model_card
+from mr_reward.checkpoint.verify import check_there
 from mr_reward.checkpoint.zero3 import outside_zero3
 from mr_reward.cli.errors import one_error_line
-from mr_reward.data.groups_file import load_preferences
 from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.evaluator import evaluate_groups
+from mr_reward.runs.pretraining import RewardModelArguments, load_sets, named_sets
 from mr_reward.runs.recipe import parse_recipe
 from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments
-from mr_reward.worlds.handwriting import make_groups
-
-
-@dataclass
-class RewardModelArguments:
-    """What is trained, on what.
-
-    Args:
-        layout: causal, isolated or set.
-        thoughts: what is judged of responses with `<think>`: included, stripped or refused; see `from_backbone`.
-        train_file: what `load_preferences` reads: a file or folder with `prompt, responses, rankings` and optional
-            `image(s)`, `video`, or in a format of docs/data-formats.md, or a hub id; or "handwriting". Several are
-            mixed, with `mixture_weights` if given.
-        eval_file: the same for evaluation, one or several; None for no evaluation. "handwriting" uses its unseen
-            validation scans.
-        num_responses: N of the handwriting groups.
-        num_train_groups: number of handwriting groups to train on.
-        num_eval_groups: number of handwriting groups to evaluate on.
-        num_digits: digits per image of the handwriting world.
-        questions: questions of the handwriting world.
-    """
-
-    layout: str = field(default="set", metadata={"help": "causal, isolated or set"})
-    thoughts: str = field(default="included", metadata={"help": "included, stripped or refused"})
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": "Files or folders of ranked groups, hub ids, or handwriting"}
-    )
-    eval_file: list[str] | None = field(default=None, metadata={"help": "The same for evaluation"})
-    num_responses: int = field(default=4, metadata={"help": "N of the handwriting groups"})
-    num_train_groups: int = field(default=8192, metadata={"help": "Handwriting groups to train on"})
-    num_eval_groups: int = field(default=256, metadata={"help": "Handwriting groups to evaluate on"})
-    num_digits: int = field(default=3, metadata={"help": "Digits per image of the handwriting world"})
-    questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "Handwriting questions"})
-
-
-def load_groups(
-    sources: list[str] | str, arguments: RewardModelArguments, split: str, num_groups: int, seed: int
-) -> dict[str, list[ResponseGroup]]:
-    """Groups from each file, or from the handwriting world, by name."""
-    loaded = {}
-    for source in [sources] if isinstance(sources, str) else sources:
-        if source == "handwriting":
-            loaded[source] = make_groups(
-                split,
-                num_groups,
-                num_responses=arguments.num_responses,
-                num_digits=arguments.num_digits,
-                questions=arguments.questions,
-                seed=seed,
-            )
-        else:
-            name = Path(source).stem
-            # Two files train.jsonl, in two folders, are two sets.
-            loaded[source if name in loaded else name] = load_preferences(source)
-    return loaded
+from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
 
 
 def pretrain(
@@ -110,13 +56,11 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
     """Load, train, save, evaluate."""
     if not model_config.model_name_or_path:
         raise ConfigurationError("model_name_or_path is missing; give the backbone's folder or hub id")
-    if not arguments.train_file:
-        raise ConfigurationError("train_file is missing; give files of ranked groups, hub ids, or handwriting")
+    named_sets(arguments)  # that there are some
+    check_there(model_config.model_name_or_path, model_config.model_revision)
     # Data first: a wrong row must show before the backbone is loaded.
-    train_groups = load_groups(arguments.train_file, arguments, "train", arguments.num_train_groups, args.seed)
-    eval_groups: dict[str, list[ResponseGroup]] | None = None
-    if arguments.eval_file is not None:
-        eval_groups = load_groups(arguments.eval_file, arguments, "validation", arguments.num_eval_groups, args.seed)
+    train_groups = load_sets(arguments, seed=args.seed)
+    eval_groups = load_sets(arguments, evaluation=True, seed=args.seed) or None
     set_seed(args.seed)  # the new head starts the same on every rank and at every restart
     load_options = {
         "dtype": model_config.dtype,
@@ -159,4 +103,4 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     with one_error_line():
-        main(*parse_recipe(RewardModelArguments, RewardTrainingArguments, ModelConfig))
+        main(*parse_recipe(HandwritingRewardArguments, RewardTrainingArguments, ModelConfig))

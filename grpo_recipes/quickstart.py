@@ -109,7 +109,7 @@ def train_reward_model(options: QuickstartArguments, backbone: Path, folder: Pat
     """Pretrain the reward model on ranked groups; returns the log."""
     arguments, args, model_config = read_recipe(
         "rm_tiny_handwriting_cpu.yaml",
-        (pretrain_rm.RewardModelArguments, RewardTrainingArguments, ModelConfig),
+        (pretrain_rm.HandwritingRewardArguments, RewardTrainingArguments, ModelConfig),
         output_dir=folder,
         model_name_or_path=backbone,
         layout=options.layout,
@@ -122,8 +122,8 @@ def train_reward_model(options: QuickstartArguments, backbone: Path, folder: Pat
     model = MultiResponseRewardModel.from_backbone(str(backbone), layout=options.layout)
     trainer = pretrain_rm.pretrain(
         model,
-        pretrain_rm.load_groups("handwriting", arguments, "train", arguments.num_train_groups, options.seed),
-        pretrain_rm.load_groups("handwriting", arguments, "validation", arguments.num_eval_groups, options.seed),
+        pretrain_rm.load_sets(arguments, seed=options.seed),
+        pretrain_rm.load_sets(arguments, evaluation=True, seed=options.seed),
         args,
         model_config,
     )

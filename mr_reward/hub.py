@@ -53,9 +53,7 @@ def why_missing(
     name, path = str(name), Path(name)
     if path.exists():
         return f"is a file, expected a folder; {_ADVICE[kind]}" if kind == "model" and path.is_file() else None
-    near = _near(path)
-    text = f"{_IS_NONE[kind]}; {_ADVICE[kind]}"
-    text = f"{text} (there is {near})" if near else text
+    text = f"{_IS_NONE[kind]}; {_ADVICE[kind]}{near_name(path)}"
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -89,10 +87,10 @@ def _is_cached(name: str, kind: str, cache_dir: str | Path | None) -> bool:
     return kind == "dataset" and (prepared / name.replace("/", "___")).is_dir()
 
 
-def _near(path: Path) -> Path | None:
-    """What stands beside a missing file or folder under nearly the same name."""
+def near_name(path: Path) -> str:
+    """What stands beside a missing file or folder under nearly the same name, in brackets; or nothing."""
     parent = path.parent
     if not parent.is_dir() or not os.access(parent, os.R_OK):
-        return None
+        return ""
     found = difflib.get_close_matches(path.name, os.listdir(parent), n=1, cutoff=0.5)
-    return parent / found[0] if found else None
+    return f" (there is {parent / found[0]})" if found else ""

@@ -557,7 +557,7 @@ MUTATIONS = [
     ),
     Mutation(
         "doctor: a field that does not exist is let through",
-        "mr_reward.doctor.examine.examine_recipe",
+        "mr_reward.doctor.recipes.read_recipe",
         "_unknown_fields(unknown, [name for part in parsed for name in vars(part)])",
         "[]",
         "tests/doctor/test_doctor.py",

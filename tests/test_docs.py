@@ -30,6 +30,7 @@ from mr_reward.training.trainer import RewardTrainingArguments
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
 from mr_reward.worlds.handwriting_policy import HandwritingArguments
+from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -133,7 +134,7 @@ def commands() -> Iterator[tuple[str, str]]:
 
 FIELDS = {
     "train_policy.py": (HandwritingArguments, GRPOConfig, ModelConfig),
-    "pretrain_rm.py": (RewardTrainingArguments, ModelConfig),
+    "pretrain_rm.py": (HandwritingRewardArguments, RewardTrainingArguments, ModelConfig),
 }
 OTHERS = ("pip ", "export ", "curl ", "trl ", '"messages"', "pytest ", "git ", ".ci/run")
 

@@ -15,7 +15,9 @@ from mr_reward.errors import ConfigurationError
 
 def doctor(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Option(help="Recipe of train_policy.py; else this machine only")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Recipe of train_policy.py or pretrain_rm.py; else this machine")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Without a recipe: a reward model to look at too")] = None,
     accelerate_config: Annotated[
         Path | None, typer.Option("--accelerate-config", "--accelerate_config", help="File for accelerate launch")
@@ -29,23 +31,29 @@ def doctor(
     """Check a run before it costs a GPU: in seconds, without loading a weight. Exit code 1 if anything is red.
 
     Versions, devices, who holds which rollout, lengths, attention, the reward model's folder, memory, and a score of
-    its architecture made tiny. Any field of the recipe can be given as --name value.
+    its architecture made tiny. Of the recipe of a reward model: its data, read as the training reads them, its
+    backbone, and what the trainer says. Any field of the recipe can be given as --name value.
 
     Example: mr-reward doctor --config recipe.yaml --num-processes 8 --num_generations 16
     """
     from mr_reward.doctor.examine import examine_machine, examine_recipe
     from mr_reward.doctor.findings import may_start, show_findings
+    from mr_reward.doctor.recipes import trains_reward_model
     from mr_reward.worlds.handwriting_policy import HandwritingArguments
+    from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
 
+    if config is None and context.args and Path(context.args[0]).is_file():
+        config = Path(context.args.pop(0))
     if config is not None:
         if model is not None:
             raise ConfigurationError("--model goes without --config; a recipe names its own, or say --reward_model")
+        arguments = ["--config", str(config), *context.args]
         findings = examine_recipe(
-            ["--config", str(config), *context.args],
+            arguments,
             accelerate_config=accelerate_config,
             num_processes=num_processes,
             score=score,
-            recipe_type=HandwritingArguments,
+            recipe_type=HandwritingRewardArguments if trains_reward_model(arguments) else HandwritingArguments,
         )
     else:
         if context.args:

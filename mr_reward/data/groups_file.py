@@ -22,6 +22,7 @@ from mr_reward.data.media_files import resolve_media, write_image
 from mr_reward.data.sources import RowSource, dataset_rows, is_hub_id, read_rows
 from mr_reward.errors import ConfigurationError, GroupError, MRRewardError, shown
 from mr_reward.groups import GroupScores, ResponseGroup, dense_ranks
+from mr_reward.hub import near_name
 from mr_reward.messages.completions import Transcript
 from mr_reward.messages.prompts import Message, short_messages, tools_of
 from mr_reward.templates.images import image_source, is_url
@@ -214,7 +215,7 @@ def read_groups(
     """What `make` gives for each group of a file and its row. An error names file, line and what is `expected`."""
     rows = _open(path)
     if rows is None:
-        raise GroupError(f"{path}: is not a file; give {expected}")
+        raise GroupError(f"{path}: is not a file; give {expected}{near_name(Path(str(path)))}")
     made, bad = [], []
     for place, row in rows:
         file, _, number = place.rpartition(", ")

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import yaml
 from rich.console import Console
-from transformers import AutoConfig
-from trl import GRPOConfig, ModelConfig, TrlParser
+from trl import GRPOConfig, ModelConfig
 
-from mr_reward.checkpoint.verify import has_file, weight_shapes
 from mr_reward.doctor.findings import Finding, may_start, show_findings
-from mr_reward.doctor.machine import check_devices, check_needed, check_output_folder, check_versions
+from mr_reward.doctor.machine import check_devices, check_needed, check_versions
+from mr_reward.doctor.recipes import (
+    check_folder_of_run,
+    check_model_files,
+    given_fields,
+    is_hub_name,
+    needed_packages,
+    read_recipe,
+)
 from mr_reward.doctor.reward_model import check_reward_folder, check_reward_of_run, score_whole
+from mr_reward.doctor.reward_recipe import examine_reward_recipe
 from mr_reward.errors import ConfigurationError, MRRewardError
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.groups import PlannedGroup, RolloutRow, plan_groups
 from mr_reward.hub import why_missing
 from mr_reward.runs.launch import Launch, read_environment, read_launch
+from mr_reward.runs.pretraining import RewardModelArguments
 from mr_reward.runs.recipe import (
     PolicyArguments,
     PolicyTrainingArguments,
@@ -37,9 +42,6 @@ from mr_reward.runs.vllm import check_vllm_server
 
 logger = logging.getLogger(__name__)
 
-_REPORT_MODULES = ("wandb", "trackio", "tensorboard", "mlflow", "swanlab")
-_OTHER_WEIGHTS = ("adapter_model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _SHOWN_RANKS, _SHOWN_GROUPS = 4, 6  # of the ranks as many at either end
 
 
@@ -99,16 +101,17 @@ def examine_recipe(
     accelerate_config: str | Path | None = None,
     num_processes: int | None = None,
     score: bool = False,
-    recipe_type: type[PolicyArguments] = PolicyArguments,
+    recipe_type: type[PolicyArguments] | type[RewardModelArguments] = PolicyArguments,
 ) -> list[Finding]:
     """Check a recipe as if it ran on so many processes, on any machine.
 
     Args:
-        arguments: as for `train_policy.py`: `--config FILE` and any field as `--name value`.
+        arguments: as for `train_policy.py` or `pretrain_rm.py`: `--config FILE` and any field as `--name value`.
         accelerate_config: file that `accelerate launch` will get.
         num_processes: of the run; None for that of the file, or one.
         score: score a prompt with the reward model itself too, for which its weights are loaded.
-        recipe_type: with the fields of the recipe's own data sets.
+        recipe_type: with the fields of the recipe's own data sets; `RewardModelArguments`, or a kind of it, for the
+            recipe of a reward model.
 
     Returns:
         The findings. A recipe that cannot be read is one red finding.
@@ -121,15 +124,15 @@ def examine_recipe(
         launch = read_launch(accelerate_config) if accelerate_config is not None else Launch()
         if num_processes is not None:
             launch = replace(launch, num_processes=num_processes)
-        parser = TrlParser((recipe_type, planned_arguments(launch.num_processes), ModelConfig))
-        parser.error = _refuse  # argparse would end the process
-        *parsed, unknown = parser.parse_args_and_config(args=list(arguments), return_remaining_strings=True)
-        recipe, args, model_config = parsed
+        if issubclass(recipe_type, RewardModelArguments):
+            return examine_reward_recipe(arguments, launch, recipe_type)
+        planned = recipe_type, planned_arguments(launch.num_processes), ModelConfig
+        (recipe, args, model_config), unknown = read_recipe(arguments, *planned)
     except (MRRewardError, OSError, ValueError, yaml.YAMLError) as error:
         # Without TRL's own configuration little of the run can be asked; the machine and the model can.
         return [Finding("red", "configuration", str(error)), *check_versions(), *_check_named(arguments)]
     run = PlannedRun(recipe, args, model_config, launch, args.asks_for_cpu)
-    run.problems += _unknown_fields(unknown, [name for part in parsed for name in vars(part)])
+    run.problems += unknown
     findings = _check_run(run)
     if score and may_start(findings) and recipe.reward_model is not None:
         findings.append(score_whole(recipe.reward_model, run.prompts, **scorer_options(recipe)))
@@ -195,14 +198,12 @@ def check_before_start(recipe: PolicyArguments, args: GRPOConfig, model_config: 
 def _check_run(run: PlannedRun) -> list[Finding]:
     """Everything that can be known before a run, in seconds, without loading a weight."""
     args, launch = run.args, run.launch
-    given = str(args.resume_from_checkpoint or "false")  # on the command line everything is text
-    resume = given.lower() == "true" if given.lower() in ("true", "false") else given
     findings = [
         *run.problems,
         *check_versions(),
         *check_needed(_needed_packages(run), here=run.is_here),
         check_devices(use_cpu=run.use_cpu, bf16=bool(args.bf16), num_local_processes=launch.num_local_processes),
-        *check_output_folder(str(args.output_dir), resume=resume, num_processes=launch.num_processes),
+        *check_folder_of_run(args, launch),
         *_check_groups(run),
         *_check_rewards(run),
         *_check_policy(run),
@@ -214,12 +215,9 @@ def _check_run(run: PlannedRun) -> list[Finding]:
 def _needed_packages(run: PlannedRun) -> dict[str, str]:
     """Modules that the recipe cannot do without -> the field that asks for them."""
     args = run.args
-    reports = args.report_to if isinstance(args.report_to, list) else [args.report_to or "none"]
-    needed = {name: f"report_to: {name}" for name in reports if name in _REPORT_MODULES}
+    needed = needed_packages(args, run.launch)
     if args.use_vllm and args.vllm_mode == "colocate":
         needed["vllm"] = "use_vllm: true"
-    if run.launch.zero_stage:
-        needed["deepspeed"] = f"ZeRO stage {run.launch.zero_stage}"
     if run.recipe.reward_server is not None:
         needed["httpx2"] = "reward_server"
     if args.eval_strategy != "no":
@@ -304,30 +302,12 @@ def _check_rewards(run: PlannedRun) -> Iterator[Finding]:
 
 
 def _check_policy(run: PlannedRun) -> Iterator[Finding]:
-    """Whether transformers would find the policy's files; no weight is loaded."""
     if not run.policy:
         return
-    name, folder = run.policy, Path(run.policy)
     if getattr(run.args, "trust_remote_code", False):
-        text = f"trust_remote_code is on: Python code of {name} is run with your rights; read it first"
+        text = f"trust_remote_code is on: Python code of {run.policy} is run with your rights; read it first"
         yield Finding("yellow", "foreign code", text)
-    try:
-        if why_missing(name) is None and has_file(name, "config.json"):
-            if folder.is_dir() and not any((folder / file).is_file() for file in _OTHER_WEIGHTS):
-                weight_shapes(folder)
-            AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-            yield Finding("green", "policy", f"{name}: its files are there")
-            return
-    except (OSError, ValueError) as error:
-        yield Finding("red", "policy", f"{name}: {error}")
-        return
-    if (folder / "adapter_config.json").is_file():
-        yield Finding("yellow", "policy", f"{name}: an adapter; merge it to have it checked")
-        return
-    text = f"{name} is no folder with a config.json, and no hub within reach has it; give the policy's folder"
-    # On another machine than that of the run, a name of the hub may well be right.
-    unknown = not run.is_here and _HUB_ID.fullmatch(name)
-    yield Finding("yellow" if unknown else "red", "policy", f"{text} as model_name_or_path")
+    yield check_model_files(run.policy, "policy", is_here=run.is_here)
 
 
 def _check_vllm(run: PlannedRun) -> Iterator[Finding]:
@@ -351,31 +331,12 @@ def _check_vllm(run: PlannedRun) -> Iterator[Finding]:
         yield Finding("green", "vLLM", text)
 
 
-def _unknown_fields(given: Sequence[str], known: Sequence[str]) -> Iterator[Finding]:
-    """A line for each field that does not exist, with the nearest that does."""
-    for name in (part.removeprefix("--") for part in given if part.startswith("--")):
-        near = difflib.get_close_matches(name, known, n=1)
-        text = f"there is no field {name}; {f'{near[0]} is one' if near else 'take it out'}"
-        yield Finding("red", "configuration", text)
-
-
 def _check_named(arguments: Sequence[str]) -> Iterator[Finding]:
     """Whether the models that a recipe names are there, where nothing else of it can be looked at."""
-    given = list(arguments)
+    given = given_fields(arguments)
     for what, field in (("policy", "model_name_or_path"), ("reward model", "reward_model")):
-        name = given[given.index(f"--{field}") + 1] if f"--{field}" in given[:-1] else _in_file(given, field)
-        elsewhere = what == "policy" and _HUB_ID.fullmatch(name or "")  # as in `_check_policy`
-        if name is not None and not elsewhere and (reason := why_missing(name)):
+        name = given.get(field)
+        if not isinstance(name, str) or (what == "policy" and is_hub_name(name)):  # as in `check_model_files`
+            continue
+        if reason := why_missing(name):
             yield Finding("red", what, f"{name} {reason}")
-
-
-def _in_file(given: Sequence[str], field: str) -> str | None:
-    try:
-        found = yaml.safe_load(Path(given[given.index("--config") + 1]).read_text())[field]
-        return found if isinstance(found, str) else None
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
-        return None  # said already
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ConfigurationError(message)

@@ -106,16 +106,17 @@ class TrainingGroups(Dataset):
         degenerate_negatives: float = 0.0,
         seed: int = 0,
     ) -> None:
+        problems = []
         if weights is not None and (len(weights) != len(sources) or min(weights) <= 0):
-            raise ConfigurationError(
-                f"got mixture weights {list(weights)} for {len(sources)} data sets, expected one positive weight each"
-            )
+            given = f"got mixture weights {list(weights)} for {len(sources)} data sets"
+            problems.append(f"{given}, expected one positive weight each")
         if max_responses is not None and max_responses < 2:
-            raise ConfigurationError(f"got max_responses={max_responses}, expected at least 2: a row compares")
+            problems.append(f"got max_responses={max_responses}, expected at least 2: a row compares")
         if not 0.0 <= degenerate_negatives <= 1.0:
-            raise ConfigurationError(
-                f"got degenerate_negatives={degenerate_negatives}, expected a probability from 0 to 1"
-            )
+            given = f"got degenerate_negatives={degenerate_negatives}"
+            problems.append(f"{given}, expected a probability from 0 to 1")
+        if problems:
+            raise ConfigurationError("; ".join(problems))
         counts = sizes = [len(source) for source in sources]
         if weights is not None:
             per_weight = max(size / weight for size, weight in zip(sizes, weights, strict=True))

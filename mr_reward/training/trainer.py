@@ -101,8 +101,14 @@ class RewardTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.ddp_backend = backend_for_deepspeed(self.ddp_backend, use_cpu=self.use_cpu)
         super().__post_init__()
-        self.group_loss()  # known before a model is loaded
-        check_over_length(self.over_length)
+        problems = []  # known before a model is loaded, and all at once
+        for check in (self.group_loss, lambda: check_over_length(self.over_length)):
+            try:
+                check()
+            except ConfigurationError as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigurationError("; ".join(problems))
 
     def group_loss(self) -> LossFunction:
         """The loss that the arguments describe."""

@@ -1,0 +1,71 @@
+"""A recipe of a reward model: the fields of its YAML file beside those of the trainer, and the groups that they name.
+
+`grpo_recipes/pretrain_rm.py` trains with it, `mr-reward doctor` looks at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mr_reward.data.groups_file import load_preferences
+from mr_reward.errors import ConfigurationError
+from mr_reward.groups import ResponseGroup
+
+# Gets the recipe's arguments and, by name, `evaluation` (whether these are the groups to evaluate on), `seed` and
+# `limit` (at most so many, or None).
+GroupSource = Callable[..., list[ResponseGroup]]
+
+
+@dataclass
+class RewardModelArguments:
+    """What is trained, on what.
+
+    A recipe with groups of its own is a subclass that adds the fields and names them in `sources`; see
+    `mr_reward.worlds.handwriting_pretraining.HandwritingRewardArguments`.
+    """
+
+    sources: ClassVar[Mapping[str, GroupSource]] = {}
+
+    layout: str = field(default="set", metadata={"help": "causal, isolated or set"})
+    thoughts: str = field(default="included", metadata={"help": "included, stripped or refused"})
+    # What `load_preferences` reads: files or folders of ranked groups, in any format of docs/data-formats.md, or hub
+    # ids; or a name in `sources`. Several are mixed, with `mixture_weights` if given.
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "Files or folders of ranked groups, hub ids, or a name in sources"}
+    )
+    eval_file: list[str] | None = field(default=None, metadata={"help": "The same for evaluation"})
+
+
+def named_sets(arguments: RewardModelArguments, *, evaluation: bool = False) -> dict[str, str]:
+    """The sets of groups that the recipe names, by the names that the trainer knows them by; none is read."""
+    given = arguments.eval_file if evaluation else arguments.train_file
+    if not given and not evaluation:
+        raise ConfigurationError("train_file is missing; give files of ranked groups, hub ids, or handwriting")
+    sets: dict[str, str] = {}
+    for place in [given] if isinstance(given, str) else given or []:
+        name = place if place in arguments.sources else Path(place).stem
+        # Two files train.jsonl, in two folders, are two sets.
+        sets[place if name in sets else name] = place
+    return sets
+
+
+def load_set(
+    arguments: RewardModelArguments, place: str, *, evaluation: bool = False, seed: int = 0, limit: int | None = None
+) -> list[ResponseGroup]:
+    """One of `named_sets`. The limit is for sets that are made; a file is read whole."""
+    if place in arguments.sources:
+        return arguments.sources[place](arguments, evaluation=evaluation, seed=seed, limit=limit)
+    return load_preferences(place)
+
+
+def load_sets(
+    arguments: RewardModelArguments, *, evaluation: bool = False, **options: Any
+) -> dict[str, list[ResponseGroup]]:
+    """The groups to train on, or to evaluate on, by name; a wrong row shows before the backbone is loaded."""
+    return {
+        name: load_set(arguments, place, evaluation=evaluation, **options)
+        for name, place in named_sets(arguments, evaluation=evaluation).items()
+    }
