@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_converters import chat
-from test_formats import ASSISTANT, convert
+from test_formats import ASSISTANT, convert, source
 
-from mr_reward.data.converters import CONVERTERS
+from mr_reward.data.conversion import Conversion
+from mr_reward.data.converters import CONVERTERS, get_converter, recognise
 from mr_reward.errors import GroupError
 
 
@@ -65,6 +66,68 @@ def test_a_prompt_of_several_turns_before_chats(
     }
     (group,) = convert("preference", [row], tmp_path)
     assert [turn["content"][0]["text"] for turn in group.messages] == expected
+
+
+def test_columns_without_a_value_are_no_columns(tmp_path: Path) -> None:
+    """Arrow has every column of a file in every row."""
+    names = {name for converter in CONVERTERS.values() for form in converter.columns for name in form}
+    empty = dict.fromkeys(names)
+    for row, name in (
+        ({"prompt": "Q", "chosen": "a", "rejected": "b"}, "preference"),
+        ({"prompt": "Q", "completion": "a", "label": False}, "unpaired"),
+        ({"prompt": "Q", "responses": ["a", "b"], "scores": [0, 1]}, "groups"),
+    ):
+        assert recognise(source([empty | row], tmp_path)).name == name
+
+
+def test_a_system_prompt_is_said_once(tmp_path: Path) -> None:
+    pair = {"chosen": [{**ASSISTANT, "content": "a"}], "rejected": [{**ASSISTANT, "content": "b"}]}
+    system = {"role": "system", "content": "S"}
+    for said, expected in (([], ["S", "Q"]), ([system], ["S", "Q"]), ([{**system, "content": "T"}], ["S", "T", "Q"])):
+        (group,) = convert("preference", [{"system": "S", "prompt": [*said, *chat("Q")], **pair}], tmp_path)
+        assert [turn["content"][0]["text"] for turn in group.messages] == expected
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [("Q: yes", "Q: yes and more"), ("Q: yes and more", "Q: yes")])
+def test_an_answer_that_goes_on_where_the_other_ends(chosen: str, rejected: str, tmp_path: Path) -> None:
+    """TRL's rule would make the shorter one a prompt with an empty answer, which is no response here."""
+    groups = Conversion(get_converter("preference"), source([{"chosen": chosen, "rejected": rejected}], tmp_path))
+    assert not list(groups) and groups.skipped == {"fewer than two different responses": 1}
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_scores_of_a_pair_count_in_every_format_with_pairs(equal: bool, tmp_path: Path) -> None:
+    scores = {"score_chosen": 2.0, "score_rejected": 2.0 if equal else None}
+    rows: dict[str, dict[str, Any]] = {
+        "preference": {"prompt": "Q", "chosen": "a", "rejected": "b"},
+        "alpaca": {"instruction": "Q", "chosen": "a", "rejected": "b"},
+        "ms_swift": {"messages": chat("Q", "a"), "rejected_response": "b"},
+        "llama_factory_v1": {"chosen_messages": chat("Q", "a"), "rejected_messages": chat("Q", "b")},
+    }
+    for name, row in rows.items():
+        groups = Conversion(get_converter(name), source([{**row, **scores}], tmp_path), keep_order=True)
+        found = [group.rankings for group in groups]
+        assert (found, groups.skipped) == (([], {"all responses tie": 1}) if equal else ([(1, 2)], {})), name
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_rejected_chats_may_hold_the_answer_alone(several: bool, tmp_path: Path) -> None:
+    whole, alone = chat("Q1", "A1", "Q2", "bad"), [{**ASSISTANT, "content": "worse"}]
+    row = {"messages": chat("Q1", "A1", "Q2", "good"), "rejected_messages": [whole, alone] if several else alone}
+    (group,) = convert("ms_swift", [row], tmp_path)
+    assert group.responses == (("good", "bad", "worse") if several else ("good", "worse"))
+    assert len(group.messages) == 3
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 5, None])
+def test_a_limit_counts_rows_and_names_count_groups_of_rows(limit: int | None, tmp_path: Path) -> None:
+    rows: list[Any] = [{"prompt": f"Q{i}", "chosen": "a", "rejected": "a" if i == 1 else "b"} for i in range(4)]
+    groups = Conversion(get_converter("preference"), source(rows, tmp_path), limit=limit)
+    made = list(groups)
+    read = 4 if limit is None else min(limit, 4)
+    assert groups.num_rows == read
+    assert [group.id for group in made] == [f"preference-{i + 1}" for i in range(read) if i != 1]
+    assert groups.skipped.total() == (read > 1)
 
 
 @pytest.mark.parametrize(("strength", "rankings"), [(-3, (1, 2)), (-0.5, (1, 2)), (1, (2, 1)), (3, (2, 1))])

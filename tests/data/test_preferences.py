@@ -165,6 +165,50 @@ def test_paths_do_not_lead_out_of_the_folder(tmp_path: Path, name: str, key: str
         load_preferences(tmp_path / "in" / "t.jsonl")
 
 
+def test_tools_and_calls_come_back(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+    prompt = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "easy"},
+        {"role": "tool", "content": "4", "name": "add", "tool_call_id": "1"},
+    ]
+    group = ResponseGroup(
+        prompt=prompt,
+        responses=["4", "5"],
+        rankings=[1, 2],
+        id="1",
+        tools=[{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}],
+    )
+    plain = ResponseGroup(prompt="p", responses=["a", "b"], rankings=[1, 2], id="2", tools=group.tools)
+    save_preferences([group, plain], tmp_path / "t.jsonl")
+    for found, one in zip(load_preferences(tmp_path / "t.jsonl"), (group, plain), strict=True):
+        assert same(found, one) and found.tools == one.tools != ()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".MP4", ".Mov", ".webm"])
+def test_a_video_file_is_told_by_its_name_in_any_case(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"film{suffix}").write_bytes(b"")
+    path = tmp_path / "v.jsonl"
+    path.write_text(json.dumps({**ROW, "video": f"film{suffix}"}))
+    with pytest.raises(GroupError, match="is a video file and none is decoded here"):
+        load_preferences(path)
+
+
+def test_frames_by_their_suffix_in_any_case_and_a_bad_one_by_its_place(tmp_path: Path) -> None:
+    for i, suffix in enumerate((".JPG", ".jpeg", ".PNG", ".Webp", ".txt")):
+        path = tmp_path / "film" / f"{i}{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(RED, "JPEG" if i < 2 else "PNG" if i == 2 else "WEBP"))
+    path = tmp_path / "v.jsonl"
+    path.write_text(json.dumps({**ROW, "videos": ["film", "film"]}))
+    (group,) = load_preferences(path)
+    assert [[frame.stem for frame in video] for video in group.videos] == [["0", "1", "2", "3"]] * 2
+    check_readable(group)
+    bad = replace(group, prompt=group.messages, videos=[group.videos[0], [*group.videos[1][:2], b"no image"]])
+    with pytest.raises(MediaError, match=r"^videos\[1\]\[2\]: "):
+        check_readable(bad)
+
+
 @pytest.mark.parametrize("beside", ["in2", "in.old", "i", "IN"])
 def test_a_folder_whose_name_begins_alike_is_another(tmp_path: Path, beside: str) -> None:
     for folder in ("in", beside):

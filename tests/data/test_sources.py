@@ -126,6 +126,52 @@ def test_errors_name_the_place_in_every_container(tmp_path: Path) -> None:
         load_preferences(tmp_path / "cut.jsonl.gz")
 
 
+def test_of_saved_splits_one_is_taken_only_where_there_is_no_doubt(tmp_path: Path) -> None:
+    def saved(*names: str) -> Path:
+        path = tmp_path / "-".join(names)
+        rows = {name: datasets.Dataset.from_list([{"prompt": name}]) for name in names}
+        datasets.DatasetDict(rows).save_to_disk(str(path))
+        return path
+
+    def found(path: Path, split: str | None = None) -> list[str]:
+        return [row["prompt"] for _, row in read_rows(path, split=split)]
+
+    assert found(saved("test", "train")) == ["train"]
+    assert found(tmp_path / "test-train", "test") == ["test"]
+    assert found(saved("validation")) == ["validation"]
+    with pytest.raises(ConfigurationError, match=r"has the splits \['a', 'b'\], got None; name one"):
+        found(saved("a", "b"))
+    with pytest.raises(ConfigurationError, match=r"has the splits \['validation'\], got train"):
+        found(tmp_path / "validation", "train")
+
+
+@pytest.mark.parametrize("beside", ["state.json", "dataset_info.json"])
+def test_a_folder_of_rows_beside_another_file_of_such_a_name(beside: str, tmp_path: Path) -> None:
+    """A trainer's state, for example."""
+    (tmp_path / beside).write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Q"}\n')
+    assert [row for _, row in read_rows(tmp_path)] == [{"prompt": "Q"}]
+
+
+def test_a_split_begins_the_name_and_a_config_is_a_whole_folder(tmp_path: Path) -> None:
+    names = ["pair/train-0.jsonl", "pair/test-0.jsonl", "pairwise/train-0.jsonl", "deep/pair/train-1.jsonl"]
+    names += ["other/pair.jsonl", "other/retrain-pair.jsonl", "other/train-pair.jsonl"]
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"name": name}) + "\n")
+
+    def found(split: str | None, config: str | None) -> list[str]:
+        return [row["name"] for _, row in read_rows(tmp_path, split=split, config=config)]
+
+    assert found("train", "pair") == ["deep/pair/train-1.jsonl", "pair/train-0.jsonl"]
+    assert found(None, "pair") == ["deep/pair/train-1.jsonl", "pair/test-0.jsonl", "pair/train-0.jsonl"]
+    assert found("train", None) == sorted(name for name in names if Path(name).name.startswith("train"))
+    assert found(None, None) == sorted(names)
+    with pytest.raises(ConfigurationError, match=r"for split None and config pair\.jsonl"):
+        found(None, "pair.jsonl")
+
+
 def test_scores_become_ranks_and_ties_stay(tmp_path: Path) -> None:
     row = {"prompt": "Q", "responses": ["a", "b", "c"], "scores": [0.5, 2, 0.5]}
     path = _written("rows.jsonl")(tmp_path / "rows.jsonl", [row, {**row, "rankings": [1, 2, 3]}])

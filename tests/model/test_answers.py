@@ -40,6 +40,15 @@ def test_without_weights_refuses_as_a_loaded_model_does() -> None:
         MultiResponseRewardModel.without_weights(reward_model("llama", "set").config, "flash_attention_2")
 
 
+@pytest.mark.parametrize("requested", [None, "sdpa", "eager"])
+def test_a_model_without_weights_leaves_its_configuration_as_it_was(requested: str | None) -> None:
+    config = reward_model("llama", "set", fresh=True).config
+    before = config.to_dict(), config.get_text_config()._attn_implementation
+    model = MultiResponseRewardModel.without_weights(config, requested)
+    assert model.config is not config and model.attention_backend == (requested or "mr_group")
+    assert (config.to_dict(), config.get_text_config()._attn_implementation) == before
+
+
 def test_attention_for_knows_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_module, "_passes_check", lambda *args: False)
     model = reward_model("llama", "set", fresh=True)

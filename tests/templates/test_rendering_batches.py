@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import random
 from dataclasses import fields
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import FAMILIES, family, random_group, random_image, random_text
+from tokenizers import AddedToken
 
 from mr_reward import ResponseGroup
 from mr_reward.errors import MediaError
@@ -66,6 +69,43 @@ def test_encoding_together_equals_encoding_alone(name: str) -> None:
     assert encode.encode_all(texts) == [encode(text) for text in texts]
     assert encode.encode_all([]) == []
     assert not any(index in encode.control_tokens for ids in encode.encode_all(texts) for index in ids)
+
+
+@pytest.mark.parametrize("change", ["images", "order", "system", "text", "prefill", "role"])
+def test_prompts_that_differ_in_one_thing_are_rendered_apart(change: str) -> None:
+    """In one call, where equal ones are rendered once."""
+    renderer = family("qwen3_vl").renderer()
+    pictures = [random_image(random.Random(seed), max_tiles=1) for seed in range(3)]
+    prompt: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}]}
+    ]
+    first = ResponseGroup(prompt=prompt, responses=["a", "b"], images=pictures[:2])
+    changed: dict[str, Any] = {
+        "images": {"images": [pictures[0], pictures[2]]},
+        "order": {"images": pictures[1::-1]},
+        "system": {"prompt": [{"role": "system", "content": "Be kind."}, *prompt]},
+        "text": {"prompt": [{"role": "user", "content": [*prompt[0]["content"], {"type": "text", "text": " "}]}]},
+        "prefill": {"prompt": [*prompt, {"role": "assistant", "content": "The"}]},
+        "role": {"prompt": [*prompt, {"role": "user", "content": "The"}]},
+    }
+    second = dataclasses.replace(first, **{"prompt": first.messages, **changed[change]})
+    groups = [first, second, first]
+    expected = [renderer.render(group) for group in groups]
+    assert not expected[0].has_prompt_of(expected[1]) and expected[0].has_prompt_of(expected[2])
+    for found, one in zip(renderer.render_all(groups), expected, strict=True):
+        assert_same(found, one)
+
+
+def test_of_control_tokens_that_begin_alike_the_longest_is_found() -> None:
+    tokenizer = copy.deepcopy(family("llama").tokenizer)
+    tokens = ["<x>", "<x>y", "<x>yz", "a<x>"]
+    tokenizer.add_tokens([AddedToken(token, special=i % 2 == 0, normalized=False) for i, token in enumerate(tokens)])
+    encode = TextEncoder(tokenizer)
+    assert set(tokens) <= {*encode.control_tokens.values()}
+    assert encode.pattern().findall("<x>yz <x>y! <x> ba<x>y <x") == ["<x>yz", "<x>y", "<x>", "a<x>"]
+    for text in ("<x>yz", "a<x>y", "<x<x>>yz", "aa<x>yz<x>"):
+        ids = encode(text)
+        assert not {*ids} & {*encode.control_tokens} and tokenizer.decode(ids) == text
 
 
 def test_a_prompt_of_several_groups_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
