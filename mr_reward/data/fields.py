@@ -72,14 +72,6 @@ def row_id(row: Row, name: str = "id") -> str | None:
     return str(row[name]) if row.get(name) not in (None, "") else None
 
 
-def messages_field(row: Row, name: str) -> list[Message]:
-    """Chat messages with an answer, the assistant's last turn, behind them."""
-    messages = chat_field(row, name)
-    if messages[-1]["role"] != "assistant" or not isinstance(messages[-1]["content"], str):
-        raise wrong_field(name, messages, "chat messages with role and content that end with the assistant's")
-    return messages
-
-
 def chat_field(row: Row, name: str, *, at: str = "") -> list[Message]:
     """Chat messages: OpenAI's form (`role`, `content`; its other keys stay), or ShareGPT's (`from`, `value`)."""
     messages = [_message(message) for message in field(row, name, list, at=at)]
@@ -175,17 +167,13 @@ def answer_text(turns: Sequence[Message], name: str) -> str:
     return completion_text(turns, name=f"field {name!r}")
 
 
-def context_fields(row: Row) -> dict[str, Any]:
-    """`images`, `videos` and `tools` of a row."""
-    return {**media_fields(row), "tools": tools_field(row)}
-
-
-def media_fields(row: Row) -> dict[str, list[Any]]:
-    """`images` and `videos` of a row, from the columns that formats have for them, one medium or several."""
+def context_fields(row: Row) -> dict[str, list[Any]]:
+    """`images`, `videos` and `tools`, from the columns that formats have for them, one medium or several."""
     videos = _media(row, ("video", "videos"), "video")
     return {
         "images": _media(row, ("image", "images", "img_path"), "image"),
         "videos": [[video] if isinstance(video, str) else video for video in videos],
+        "tools": tools_field(row),
     }
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from mr_reward.data.conversion import Converter, SkippedRow, alternatives, graded_group, leave_out
 from mr_reward.data.fields import (
+    answer_text,
+    chat_field,
     context_fields,
     field,
     image_field,
-    messages_field,
     numbers_field,
-    pair_grades,
     row_id,
     strip_placeholders,
     texts_field,
@@ -24,6 +24,7 @@ from mr_reward.data.fields import (
     wrong_field,
 )
 from mr_reward.data.sources import Row
+from mr_reward.data.trainer_formats import preference
 from mr_reward.errors import GroupError
 from mr_reward.groups import ResponseGroup
 from mr_reward.messages.prompts import Message
@@ -127,7 +128,7 @@ def arena_battle(row: Row) -> ResponseGroup:
         raise SkippedRow("the chats part before their last turn")
     return graded_group(
         first[:-1],
-        [first[-1]["content"], second[-1]["content"]],
+        [answer_text(chat[-1:], name) for chat, name in ((first, "conversation_a"), (second, "conversation_b"))],
         [int(winner != "model_a"), int(winner != "model_b")],
         id=row_id(row, "question_id"),
         **context_fields(row),
@@ -138,8 +139,8 @@ def _battle_chat(row: Row, name: str) -> list[Message]:
     """VisionArena has a list around each turn."""
     turns = field(row, name, list)
     if turns and all(isinstance(turn, list) for turn in turns):
-        return messages_field({name: [message for turn in turns for message in turn]}, name)
-    return messages_field(row, name)
+        return chat_field({name: [message for turn in turns for message in turn]}, name)
+    return chat_field(row, name)
 
 
 def _wildvision(row: Row) -> ResponseGroup:
@@ -261,17 +262,6 @@ def _critic_parts(request: str) -> list[str] | None:
 # --- text ---
 
 
-def _chat_pair(row: Row) -> ResponseGroup:
-    """`chosen` and `rejected` chats that differ in their last turn (Tulu, Skywork)."""
-    chosen, rejected = messages_field(row, "chosen"), messages_field(row, "rejected")
-    if chosen[:-1] != rejected[:-1]:
-        raise GroupError("fields 'chosen' and 'rejected' differ before their last turn, expected one prompt")
-    if not chosen[:-1]:
-        raise GroupError("field 'chosen' has a single turn, expected a prompt before the answer")
-    answers = [chosen[-1]["content"], rejected[-1]["content"]]
-    return graded_group(chosen[:-1], answers, id=row_id(row), **pair_grades(row), **context_fields(row))
-
-
 def _nectar(row: Row) -> ResponseGroup:
     """Seven answers with GPT-4's ranks, 1 is best."""
     *turns, last = dialogue(row, "prompt")
@@ -370,11 +360,11 @@ PAPER_MIXTURE = (
     ),
     Converter(
         "tulu",
-        _chat_pair,
+        preference,
         hub_id="allenai/llama-3.1-tulu-3-8b-preference-mixture",
         licence="odc-by, with terms of its parts",
     ),
-    Converter("skywork", _chat_pair, hub_id="Skywork/Skywork-Reward-Preference-80K-v0.2"),
+    Converter("skywork", preference, hub_id="Skywork/Skywork-Reward-Preference-80K-v0.2"),
     Converter(
         "nectar",
         _nectar,

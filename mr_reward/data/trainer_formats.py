@@ -105,9 +105,9 @@ def _groups(row: Row) -> ResponseGroup:
 
 def preference(row: Row) -> ResponseGroup:
     """`chosen` and `rejected`: texts or chats, behind a `prompt` or with it inside; lists of texts for N answers."""
+    chosen, _ = (field(row, name, (str, list)) for name in ("chosen", "rejected"))
     asked = next((name for name in ("prompt", "question") if not is_empty(row.get(name))), None)
     prompt = None if asked is None else prompt_field(row, asked)
-    chosen, rejected = (field(row, name, (str, list)) for name in ("chosen", "rejected"))
     if isinstance(chosen, list) and chosen and all(isinstance(text, str) for text in chosen):
         return _several(row, prompt)
     grades = pair_grades(row)

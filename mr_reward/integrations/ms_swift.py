@@ -8,12 +8,11 @@ So `MultiResponseReward` itself does the work, groups over several ranks include
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mr_reward.errors import GroupError
 from mr_reward.grpo.reward import MultiResponseReward
-from mr_reward.messages.prompts import split_tags
 
 
 def register(
@@ -52,23 +51,9 @@ def register(
             if messages is None:
                 raise GroupError(f"ms-swift passed no messages, found {sorted(kwargs)}; another version than 4.6?")
             images = [list(row or ()) for row in kwargs.get("images") or [()] * len(messages)]
-            prompts = [to_prompt(turns[:-1]) for turns in messages]
+            prompts = [turns[:-1] for turns in messages]
             columns = {"images": images, "tools": kwargs.get("tools")}
             return self.reward(prompts, completions, **columns, trainer_state=kwargs.get("trainer_state"))
 
     orms[name] = MultiResponseORM
     return MultiResponseORM
-
-
-def to_prompt(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """ms-swift's messages, where `<image>` in the text stands for an image, as messages of content blocks.
-
-    >>> to_prompt([{"role": "user", "content": "<image>What?"}])
-    [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]}]
-    """
-    return [
-        {**message, "content": split_tags(message["content"], ("image",))}
-        if isinstance(message.get("content"), str)
-        else dict(message)
-        for message in messages
-    ]

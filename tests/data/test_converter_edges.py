@@ -12,7 +12,8 @@ from test_converters import CRITIC, PICTURE, ROWS, changed, chat, convert, ratin
 from mr_reward.data.conversion import Conversion, SkippedRow, graded_group
 from mr_reward.data.converters import CONVERTERS
 from mr_reward.data.sources import RowSource, read_rows
-from mr_reward.errors import ConfigurationError, GroupError
+from mr_reward.errors import ConfigurationError, GroupError, MediaError
+from mr_reward.groups import ResponseGroup
 
 
 @pytest.mark.parametrize("name", list(ROWS))
@@ -100,9 +101,9 @@ def test_twins_with_other_grades_go_and_empty_ones_too() -> None:
     [
         ("a <image> b", 1, 0, ["text", "image", "text"]),
         ("a <image> b <video> c", 1, 1, ["text", "image", "text", "video", "text"]),
-        ("a <image> b", 2, 0, ["image", "image", "text"]),  # not one each: they stand before the question
-        ("a <image> b", 1, 1, ["video", "image", "text"]),
-        ("a <image> b <video> c", 1, 0, ["image", "text"]),
+        ("a b", 2, 0, ["image", "image", "text"]),  # none: they stand before the question
+        ("a <image> b", 1, 1, ["video", "text", "image", "text"]),
+        ("a <image> b <video> c", 1, 0, ["text", "image", "text"]),  # without videos it is text
         ("a <image> b", 0, 1, ["video", "text"]),
         ("a <image> b", 0, 0, ["text"]),
     ],
@@ -110,13 +111,21 @@ def test_twins_with_other_grades_go_and_empty_ones_too() -> None:
 def test_placeholders_stay_where_there_is_one_for_each_medium(
     text: str, images: int, videos: int, types: list[str]
 ) -> None:
-    group = graded_group(
-        chat(text), ["a", "b"], [1, 2], id=None, images=[PICTURE] * images, videos=[[PICTURE]] * videos
-    )
-    content = group.messages[0]["content"]
-    assert [block["type"] for block in content] == types
-    words = " ".join(block["text"].strip() for block in content if block["type"] == "text")
-    assert words == (text if not images + videos else " ".join(w for w in text.split() if "<" not in w))
+    """As in every other group."""
+    media: dict[str, Any] = {"images": [PICTURE] * images, "videos": [[PICTURE]] * videos}
+    groups = [graded_group(prompt, ["a", "b"], [1, 2], id=None, **media) for prompt in (text, chat(text))]
+    plain = ResponseGroup(prompt=text, responses=["a"], **media).messages[0]["content"]
+    for group in groups:
+        content = group.messages[0]["content"]
+        assert [block["type"] for block in content] == types == [block["type"] for block in plain]
+        texts = [[block["text"].strip() for block in each if block["type"] == "text"] for each in (content, plain)]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("prompt", ["<image>a<image>", chat("<image>a<image>")])
+def test_another_number_of_placeholders_than_of_media_is_an_error(prompt: Any) -> None:
+    with pytest.raises(MediaError, match="has 2 <image> but 1 images came with it"):
+        graded_group(prompt, ["a", "b"], [1, 2], id=None, images=[PICTURE])
 
 
 def test_a_second_reading_counts_anew_and_gives_the_same(tmp_path: Path) -> None:
@@ -174,7 +183,7 @@ def test_equal_scores_tie_and_scores_against_the_choice_are_an_error() -> None:
         ("nectar", {"image": PICTURE}, "'image' holds image data that nectar does not read"),
         ("pku_saferlhf", {"video": ["a.mp4"]}, "'video' holds video"),
         ("skywork", {"audio": b"RIFF"}, "'audio' holds audio"),
-        ("tulu", {"system": "Answer in French."}, "'system' is a part of the prompt"),
+        ("nectar", {"system": "Answer in French."}, "'system' is a part of the prompt"),
         ("nectar", {"tools": [{"name": "add"}]}, "'tools' is a part of the prompt"),
     ],
 )

@@ -24,7 +24,7 @@ from mr_reward import GroupScorer, MultiResponseReward
 from mr_reward.errors import ConfigurationError, GroupAssemblyError, GroupError, MRRewardError, ScoringServerError
 from mr_reward.groups import ResponseGroup
 from mr_reward.integrations.collector import cut_into_groups
-from mr_reward.integrations.ms_swift import register, to_prompt
+from mr_reward.integrations.ms_swift import register
 from mr_reward.integrations.openrlhf import build_collecting_app, response_of
 from mr_reward.integrations.verl import compute_score, compute_score_single
 from mr_reward.serving import build_app
@@ -403,9 +403,3 @@ def test_ms_swift(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reward_func(rows.responses, **columns) == pytest.approx(rows.expected(folder), abs=SAME)
     with pytest.raises(MRRewardError, match="ms-swift passed no messages"):
         reward_func(rows.responses)
-
-
-def test_image_tags_become_blocks() -> None:
-    turns = to_prompt([{"role": "system", "content": "s"}, {"role": "user", "content": "a<image>b<image>"}])
-    kinds = [[block["type"] for block in turn["content"]] for turn in turns]
-    assert kinds == [["text"], ["text", "image", "text", "image"]]
