@@ -167,7 +167,7 @@ def answer_text(turns: Sequence[Message], name: str) -> str:
     return completion_text(turns, name=f"field {name!r}")
 
 
-def context_fields(row: Row) -> dict[str, list[Any]]:
+def context_fields(row: Row) -> dict[str, Any]:
     """`images`, `videos` and `tools`, from the columns that formats have for them, one medium or several."""
     videos = _media(row, ("video", "videos"), "video")
     return {
