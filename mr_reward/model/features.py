@@ -67,7 +67,7 @@ _TELLING = re.compile(
 # (prompt, responses): longer than every limit, an empty response, and rows so short that what leaks in has not faded.
 _GROUPS = ((21, (13, 0, 6)), (2, (1,)), (10, (9, 1)))
 _TOLERANCE = 1e-3
-_DIFFERS = "differs from the stock model"
+_FLEX, _NOT_RUN = "flex_attention", "does not run"
 # What a family may raise that cannot do what it is asked for.
 _ERRORS = (
     ArithmeticError,
@@ -120,10 +120,11 @@ def why_not(model_class: Any, config: MultiResponseRewardConfig, backend: str) -
         return f"{GROUP_ATTENTION!r} does not have the backbone's {reach}"
     text = config.get_text_config().to_dict()
     layout = "causal" if config.layout == "causal" else "isolated"
-    # Flash attention needs a GPU. FlexAttention reads the rows end to end too, and has the same features.
-    tried = "flex_attention" if backend.startswith("flash") else backend
+    # Flash attention needs a GPU. FlexAttention reads the rows end to end too, and has the same features; what does not
+    # run on a CPU (sinks) may run there.
+    tried = _FLEX if backend.startswith("flash") else backend
     reason = _try(model_class, json.dumps(text, sort_keys=True, default=str), layout, tried)
-    return None if reason is None or (tried != backend and _DIFFERS not in reason) else reason.replace(tried, backend)
+    return None if reason is None or (tried == _FLEX and _NOT_RUN in reason) else reason.replace(tried, backend)
 
 
 @functools.lru_cache(maxsize=64)
@@ -159,14 +160,14 @@ def _try(model_class: Any, text: str, layout: str, backend: str) -> str | None:
             model.load_state_dict(weights)
             if model.attention_backend != backend:
                 return f"the family does not take {backend!r}"
-            with _uncompiled() if backend == "flex_attention" else nullcontext():
+            with _uncompiled() if backend == _FLEX else nullcontext():
                 found = _read_rows(model, rows)
         except _ERRORS as error:
-            return f"{backend!r} does not run ({type(error).__name__}: {error})"
+            return f"{backend!r} {_NOT_RUN} ({type(error).__name__}: {error})"
     for way, states in found.items():
         difference = _difference(states, expected)
         if not difference <= _TOLERANCE:
-            return f"{backend!r} {way} {_DIFFERS} by {difference:.1e} of the hidden states"
+            return f"{backend!r} {way} differs from the stock model by {difference:.1e} of the hidden states"
     return None
 
 

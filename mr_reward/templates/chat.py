@@ -9,7 +9,7 @@ the policy does not see that either.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -130,9 +130,13 @@ class ChatTemplate:
             options = {**options, "tools": probe.tools}
         try:
             text = self._render(probe.messages, options)
+            lost = [part for mark, part in probe.parts.items() if mark not in text]
+            for part, others in () if lost else probe.without_media():
+                if self._render(others, options) == text:
+                    lost.append(part)
         except (*TEMPLATE_ERRORS, ValueError):
             return None  # the prompt itself will say so, under its name
-        return next((part for mark, part in probe.parts.items() if mark not in text), None)
+        return lost[0] if lost else None
 
     def _comes_out(self, messages: list[Message], options: dict[str, Any], marks: int) -> bool:
         """Whether all marks are in the text, and blocks are not written as Python or JSON."""
@@ -164,6 +168,22 @@ class _Probe:
         keys = [[key for key in message if key != "content"] for message in messages]
         shown = [{key: message.get(key) for key in ("role", "content", "tool_calls")} for message in self.messages]
         self.shape = json.dumps([shown, keys, len(self.tools), thoughts])
+
+    def without_media(self) -> Iterator[tuple[str, list[Message]]]:
+        """The media of one kind in one turn, and the prompt without them."""
+        for i, message in enumerate(self.messages):
+            blocks = message.get("content", ())
+            for kind in dict.fromkeys(block["type"] for block in blocks if not isinstance(block, str)):
+                if kind != "text":
+                    rest = {**message, "content": [block for block in blocks if block["type"] != kind]}
+                    yield (
+                        f"the {kind} of turn {i} ({message['role']!r})",
+                        [
+                            *self.messages[:i],
+                            rest,
+                            *self.messages[i + 1 :],
+                        ],
+                    )
 
     def _message(self, message: Message, index: int, template: ChatTemplate) -> Message:
         place = f"turn {index} ({message['role']!r})"

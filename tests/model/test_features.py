@@ -344,6 +344,16 @@ def test_soft_caps_are_not_lost_in_sdpa() -> None:
         )
 
 
+def test_what_runs_on_a_gpu_only_is_not_refused() -> None:
+    config = reward_model(backbone("gpt_oss", **EXPERTS), "set").config
+    for backend in ("flex_attention", "flash_attention_2"):  # sinks
+        assert features.why_not(MultiResponseRewardModel, config, backend) is None
+        config.backbone_config = backbone("gemma3n_text", **PER_LAYER, laurel_rank=4).config
+        reason = features.why_not(MultiResponseRewardModel, config, backend)
+        assert reason and "reads token ids besides" in reason
+        config.backbone_config = backbone("gpt_oss", **EXPERTS).config
+
+
 def test_attention_dropout_is_trained_with() -> None:
     model = reward_model(backbone("llama", attention_dropout=0.5), "set")
     assert model.attention_for(training=False) == "mr_group" and model.attention_for(training=True) == "sdpa"

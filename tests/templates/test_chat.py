@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
 from tiny_models import family, random_image, reward_model
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
+from trl_templates import TEMPLATES, TOOL, call, processor, template, tokenizer
 
 from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel, ResponseGroup
 from mr_reward.data import load_preferences, save_preferences
@@ -22,43 +22,7 @@ from mr_reward.scorers.wire import WireGroup, dump, from_wire, to_wire
 from mr_reward.templates.rendering import Renderer, template_hash
 from mr_reward.worlds import tiny
 
-_TOKENIZER = tiny.build_tokenizer()
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 WITH_TOOLS = ("qwen2_5", "qwen3", "qwen3_instruct_2507", "glm4moe", "llama3_1", "llama3_2", "qwen3_vl", "gptoss")
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "Adds.",
-        "parameters": {
-            "type": "object",
-            "properties": {"a": {"type": "integer", "description": "one"}, "b": {"type": "integer"}},
-            "required": ["a", "b"],
-        },
-    },
-}
-
-
-def template(name: str) -> str:
-    return (TEMPLATES / f"{name}.jinja").read_text()
-
-
-def tokenizer(name: str) -> Any:
-    made = copy.deepcopy(_TOKENIZER)
-    made.bos_token = "<|endoftext|>"
-    made.chat_template = template(name)
-    return made
-
-
-def processor(name: str = "qwen3_vl") -> Any:
-    made = copy.deepcopy(family("qwen3_vl").processor)
-    made.chat_template = made.tokenizer.chat_template = template(name)
-    return made
-
-
-def call(a: int, b: int, **more: Any) -> dict[str, Any]:
-    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": a, "b": b}}}]
-    return {"role": "assistant", "tool_calls": calls, **more}
 
 
 def tool_prompt(seed: int, content: Any = None) -> list[dict[str, Any]]:
