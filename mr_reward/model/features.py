@@ -120,8 +120,8 @@ def why_not(model_class: Any, config: MultiResponseRewardConfig, backend: str) -
         return f"{GROUP_ATTENTION!r} does not have the backbone's {reach}"
     text = config.get_text_config().to_dict()
     layout = "causal" if config.layout == "causal" else "isolated"
-    # Flash attention needs a GPU. FlexAttention reads the rows end to end too, and has the same features. What does not
-    # run here may run on a GPU (sinks).
+    # Flash attention needs a GPU. FlexAttention reads the rows end to end too, and has the same features; on a GPU
+    # more of it runs (sinks).
     tried = _FLEX if backend.startswith("flash") else backend
     reason = _try(model_class, json.dumps(text, sort_keys=True, default=str), layout, tried)
     return None if reason is None or (tried == _FLEX and _NOT_RUN in reason) else reason.replace(tried, backend)
