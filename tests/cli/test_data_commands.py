@@ -271,6 +271,41 @@ def test_decontaminate_reports_and_writes(tmp_path: Path) -> None:
     assert len(load_preferences(tmp_path / "clean.jsonl")) == 1
 
 
+def test_bad_rows_of_either_side_are_left_out_when_asked(tmp_path: Path) -> None:
+    good = [{"prompt": p, "responses": ["a", "b"], "rankings": [1, 2]} for p in ("One?", "Two?")]
+    files = {"good": write_jsonl(tmp_path / "good.jsonl", good)}
+    files["bad"] = write_jsonl(tmp_path / "bad.jsonl", [*good, {"prompt": "?"}])
+    files["one"] = write_jsonl(tmp_path / "one.jsonl", good[:1])
+    files["bad one"] = write_jsonl(tmp_path / "bad_one.jsonl", [good[0], {"prompt": "?"}])
+    for train, benchmark in (("good", "bad one"), ("bad", "one"), ("bad", "bad one")):
+        command = [
+            "data",
+            "decontaminate",
+            files[train],
+            "--benchmark",
+            files[benchmark],
+            "--out",
+            tmp_path / "c.jsonl",
+        ]
+        with pytest.raises(GroupError, match=r"bad(\.jsonl, line 3|_one\.jsonl, line 2)"):
+            run(*command)
+        assert "1 of 2 kept" in run(*command, "--skip-bad")
+
+
+def test_auto_reads_the_split_and_the_configuration_that_are_asked_for(tmp_path: Path) -> None:
+    """Also where it looks for the format: the other files have another one."""
+    for config, split, row in (
+        ("a", "train", {"question": "not this", "answer": 1}),
+        ("b", "test", {"question": "nor this", "answer": 1}),
+        ("b", "train", {"prompt": "Q?", "chosen": "x", "rejected": "y"}),
+    ):
+        (tmp_path / "data" / config).mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / "data" / config / f"{split}.jsonl", [row])
+    out = tmp_path / "out.jsonl"
+    run("data", "convert", "auto", tmp_path / "data", out, "--config", "b", "--split", "train")
+    assert [best(group) for group in load_preferences(out)] == ["x"]
+
+
 def test_decontaminate_with_published_benchmarks(tmp_path: Path) -> None:
     """By id and picture of VL-RewardBench, by the path of the medium of MM-RLHF-RewardBench."""
     vl = WRITERS["vl_rewardbench"](tmp_path / "vl", random.Random(0))

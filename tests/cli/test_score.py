@@ -439,6 +439,28 @@ def test_dropped_groups_stay_in_their_place(folder: Path) -> None:
     assert rows[1]["drop_reason"] == "over the token budget"
 
 
+def test_every_option_of_the_scorer_has_an_effect(tmp_path: Path) -> None:
+    reward_model("llama", "causal").save_pretrained(tmp_path / "rm")
+    rows = [{"prompt": "?", "responses": ["a" * 30, "b", "cc"]}, {"prompt": "?", "responses": ["a", "b"]}]
+    source = "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+    def scored(*options: object) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in run(tmp_path / "rm", *options, stdin=source).splitlines()]
+
+    plain = scored()
+    for options in (("--dtype", "bfloat16"), ("--num-orders", 3)):
+        found = scored(*options)
+        assert all(one["scores"] != other["scores"] for one, other in zip(found, plain, strict=True)), options
+        assert {row["scored_with"] for row in found}.isdisjoint(row["scored_with"] for row in plain)
+    assert [row["scores"] is None for row in scored("--max-tokens", 40)] == [True, False]
+    cut = scored("--max-tokens", 40, "--over-length", "truncate_responses")
+    assert [row["truncated"] for row in cut] == [[True, False, False], [False, False]]
+    assert scored("--device", "cpu") == plain
+    assert close(*([row["scores"] for row in rows] for rows in (scored("--chunk", 1), plain)))
+    with pytest.raises(RuntimeError, match="nowhere"):
+        scored("--device", "nowhere")
+
+
 def test_a_server_scores_as_well(folder: Path, expected: list[list[float]], tmp_path: Path) -> None:
     out = tmp_path / "scores.jsonl"
     with running(build_app(GroupScorer.from_pretrained(folder / "rm"))) as url:

@@ -379,6 +379,11 @@ def test_scores_from_a_file(tmp_path: Path) -> None:
     assert [r.scores for r in again] == [r.scores for r in first]
     with pytest.raises(GroupError, match="'00005': no scores in the file, expected"):
         run(ScoresFile(tmp_path / "scores.jsonl"), tmp_path / "c.jsonl", items(6))
+    for scores in ([1.0], [1.0, 2.0, 3.0], []):  # of two responses
+        write_jsonl(tmp_path / "other.jsonl", [{"uid": "x", "scores": scores}])
+        group = ResponseGroup(prompt="?", responses=["a", "b"], id="x")
+        with pytest.raises(GroupError, match=f"'x': {len(scores)} scores in the file, expected 2"):
+            ScoresFile(tmp_path / "other.jsonl").score_detailed([group])
     for row in ({"uid": 1, "scores": [1.0]}, {"uid": "a", "scores": ["1"]}, {"uid": "a", "scores": [float("nan")]}):
         write_jsonl(tmp_path / "bad.jsonl", [row])
         with pytest.raises(GroupError, match=r"bad.jsonl, line 1: .* expected a uid and finite scores"):

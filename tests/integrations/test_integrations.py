@@ -22,12 +22,13 @@ from tiny_models import random_image, random_text, reward_model
 
 from mr_reward import GroupScorer, MultiResponseReward
 from mr_reward.errors import ConfigurationError, GroupAssemblyError, GroupError, MRRewardError, ScoringServerError
-from mr_reward.groups import ResponseGroup
-from mr_reward.integrations.collector import cut_into_groups
+from mr_reward.groups import GroupScores, ResponseGroup
+from mr_reward.integrations import verl
+from mr_reward.integrations.collector import GroupCollector, cut_into_groups
 from mr_reward.integrations.ms_swift import register
 from mr_reward.integrations.openrlhf import build_collecting_app, response_of
 from mr_reward.integrations.verl import compute_score, compute_score_single
-from mr_reward.serving import build_app
+from mr_reward.serving import ServerLimits, build_app
 
 N = 4
 SAME = 1e-5  # the batches of a call differ, so the last bits do
@@ -86,6 +87,8 @@ def test_verl_batch(folder: Path) -> None:
         expected = rows.expected(folder, reward)
         assert [row["score"] for row in scores] == pytest.approx([expected[i] for i in order], abs=SAME)
         assert all(set(row) == {"score", "mr_reward_score"} for row in scores)
+        raw = rows.expected(folder, "raw")
+        assert [row["mr_reward_score"] for row in scores] == pytest.approx([raw[i] for i in order], abs=SAME)
     with running(build_app(GroupScorer.from_pretrained(folder / "rm"))) as url:
         scores = compute_score(["mine"] * N, rows.responses[:N], [None] * N, infos[:N], server=url, num_generations=N)
         assert [row["score"] for row in scores] == pytest.approx(rows.expected(folder)[:N], abs=SAME)
@@ -258,7 +261,7 @@ def test_verl_reward_loop_from_several_threads(folder: Path, collecting: str) ->
 def test_a_group_that_never_gets_whole_is_told_in_time(collecting: str) -> None:
     info = {"index": "alone", "prompt": "?"}
     started = time.perf_counter()
-    with pytest.raises(ScoringServerError, match=f"1 of {N} rollouts came within 3 s"):
+    with pytest.raises(ScoringServerError, match=f"1 of {N} rollouts came within 3 s; give"):
         asyncio.run(compute_score_single("mine", "a", None, info, server=collecting))
     assert time.perf_counter() - started < 20
     assert httpx2.get(collecting + "/health").json()["waiting_rollouts"] == 0
@@ -357,6 +360,69 @@ def test_bad_posts_are_refused(collecting: str, tmp_path: Path) -> None:
     assert httpx2.get(collecting + "/health").json()["waiting_rollouts"] == 0
 
 
+def test_a_request_may_be_as_large_as_the_limit() -> None:
+    scorer = GroupScorer(reward_model("llama"))
+    body = json.dumps({"query": ["ab"], "prompts": ["a"], "labels": [None]}).encode()
+    app = build_collecting_app(scorer, num_generations=1, limits=ServerLimits(max_request_bytes=len(body)))
+    with running(app) as url:
+        statuses = [httpx2.post(url + "/get_reward", content=sent).status_code for sent in (body, body + b" ")]
+    assert statuses == [200, 413]
+
+
+def test_who_gives_up_takes_nothing_from_the_others() -> None:
+    """Before the group is whole its place is free again; afterwards it is scored for the others all the same."""
+    started = asyncio.Event()
+
+    class Slow:
+        calls: list[list[str]] = []
+
+        async def submit(self, groups: Any) -> list[GroupScores]:
+            self.calls.append(list(groups[0].responses))
+            started.set()
+            await asyncio.sleep(0.3)
+            scores = tuple(float(len(text)) for text in groups[0].responses)
+            return [GroupScores(scores=scores, truncated=(False,) * len(scores))]
+
+    async def scenario() -> None:
+        slow = Slow()
+        collector = GroupCollector(slow, num_generations=3, reward="raw")  # type: ignore[arg-type]
+
+        def ask(text: str) -> asyncio.Task[float]:
+            return asyncio.create_task(collector.reward(ResponseGroup(prompt="?", responses=[text], id="0")))
+
+        early, others = ask("gives up early"), [ask("a")]
+        await asyncio.sleep(0)
+        assert collector.num_waiting == 2
+        early.cancel()
+        await asyncio.gather(early, return_exceptions=True)
+        assert collector.num_waiting == 1
+        others.append(ask("bb"))
+        await asyncio.sleep(0)
+        assert not slow.calls
+        late = ask("gives up late")
+        await started.wait()
+        late.cancel()
+        assert await asyncio.gather(*others) == [1.0, 2.0] and late.cancelled()
+        assert slow.calls == [["a", "bb", "gives up late"]] and collector.num_waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_verl_opens_a_model_once_and_cuts_what_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no missing reward, so a group is not to be dropped."""
+    opened: list[Any] = []
+    monkeypatch.setattr(verl, "open_scorer", lambda *given, **options: opened.append((given, options)) or object())
+    verl._scorer.cache_clear()
+    found = [verl._scorer(*given) for given in (("a", None), ("b", None), ("a", None), (None, "http://a"))]
+    assert found[0] is found[2] and len({id(one) for one in found}) == 3
+    assert opened == [
+        (("a",), {"over_length": "truncate_responses"}),
+        (("b",), {"over_length": "truncate_responses"}),
+        (("http://a",), {}),
+    ]
+    verl._scorer.cache_clear()
+
+
 def test_settings_are_checked() -> None:
     scorer = GroupScorer(reward_model("llama"))
     for options in ({"num_generations": 0}, {"num_generations": True}, {"reward": "best"}, {"deadline": 0.0}):
@@ -368,6 +434,8 @@ def test_the_response_is_what_stands_behind_the_prompt() -> None:
     assert response_of("<bos>Q? A</s></s>", "Q?", ["</s>"]) == " A"
     assert response_of("Q?", "Q?", ["</s>"]) == ""
     assert response_of("Q? say </s> twice", "Q?", ["</s>"]) == " say </s> twice"
+    assert response_of("<s>Q? You ask: Q?", "Q?", ["</s>"]) == " You ask: Q?", "a response may repeat the prompt"
+    assert response_of("Q? A</s><pad><pad>", "Q?", ["</s>", "<pad>"]) == " A"
 
 
 # ms-swift
@@ -401,5 +469,14 @@ def test_ms_swift(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "trainer_state": None,
     }
     assert reward_func(rows.responses, **columns) == pytest.approx(rows.expected(folder), abs=SAME)
+    tools = [[{"type": "function", "function": {"name": "add", "parameters": {}}}]] * len(rows.prompts)
+    with pytest.raises(
+        MRRewardError, match="tools|template"
+    ):  # the tiny template cannot write them: they came through
+        reward_func(rows.responses, **{**columns, "tools": tools})
+    reward_func(rows.responses, **{**columns, "trainer_state": types.SimpleNamespace(global_step=7)})
+    assert reward_func.reward.last_scored[0].group.id == "step 8 group 0"
+    arguments.num_generations_eval = 3
+    assert orm.orms["multi_response_reward"](args=arguments).reward.num_generations_eval == 3  # type: ignore[attr-defined]
     with pytest.raises(MRRewardError, match="ms-swift passed no messages"):
         reward_func(rows.responses)

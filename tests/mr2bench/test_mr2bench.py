@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,35 @@ def test_variants(min_gap: float) -> None:
     assert set(places) == {0, 1, 2, 3}, "the best stands anywhere"
 
 
+def test_the_item_of_a_question_alone_is_its_item_among_all() -> None:
+    """And a gap that is just reached is reached."""
+    ranking = rank_votes(draw_votes(draw_strengths(12, 8), Crowd(num_votes=12 * 100)))
+    variants, _ = sample_variants(ranking, seed=3)
+    assert len(variants) > 6
+    for one in variants:
+        chosen = slice(one.question, one.question + 1)
+        strengths = replace(
+            ranking.strengths, mean=ranking.strengths.mean[chosen], covariance=ranking.strengths.covariance[chosen]
+        )
+        alone = replace(
+            ranking,
+            questions=ranking.questions[chosen],
+            wins=ranking.wins[chosen],
+            ranks=ranking.ranks[chosen],
+            strengths=strengths,
+        )
+        for min_gap in (0.0, one.gap):
+            assert sample_variants(alone, seed=3, min_gap=min_gap) == ([replace(one, question=0)], [])
+
+
+def test_votes_against_the_ranking_are_counted_where_it_has_an_order() -> None:
+    wins = np.array([[0.0, 3.0, 5.0], [1.0, 0.0, 2.5], [3.0, 0.5, 0.0]])
+    ranking = rank_votes([Vote("q", "a", "b", 1.0), Vote("q", "b", "c", 1.0)])
+    found = replace(ranking, wins=[wins, wins.T], ranks=[(1, 1, 2), (1, 2, 3)])
+    assert found.contradicted == pytest.approx((3.0 + 0.5 + 3.0 + 5.0 + 2.5) / (5 + 2.5 + 3 + 0.5 + 15))
+    assert replace(ranking, wins=[wins], ranks=[(1, 1, 1)]).contradicted == 0.0
+
+
 def test_the_filter_keeps_right_labels() -> None:
     """The share of right labels rises with the gap."""
     strengths = draw_strengths(300, 19)
@@ -398,5 +428,10 @@ def test_build_wants_one_kind_of_judgment(tmp_path: Path) -> None:
 def test_votes_of_rankings_and_two_votes_for_one_question() -> None:
     votes = votes_of([FullRanking("q", {"a": 1, "b": 2, "c": 3})])
     assert rank_votes(votes).ranks == [(1, 2, 3)]
+    tied = votes_of([FullRanking("q", {"b": 2, "a": 1, "c": 2, "d": 3}, "x")])
+    assert tied == [
+        Vote("q", *pair, share, "x")
+        for pair, share in (("ba", 0.0), ("bc", 0.5), ("bd", 1.0), ("ac", 1.0), ("ad", 1.0), ("cd", 1.0))
+    ]
     found = bradley_terry_map([np.array([[0.0, 3.0], [1.0, 0.0]])])
     assert found.best_probability(0, 0, [1]) > 0.5 and found.best_probability(0, 1, [0]) < 0.5

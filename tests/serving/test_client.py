@@ -12,11 +12,14 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx2
 import pytest
 from http_server import Faulty, running
 
+import mr_reward.scorers.remote as remote_module
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.checkpoint import weights_digest
 from mr_reward.errors import (
@@ -30,6 +33,7 @@ from mr_reward.errors import (
 from mr_reward.groups import GroupScores
 from mr_reward.scorers import RemoteScorer
 from mr_reward.scorers.remote import _AgainError, _failure, batches
+from mr_reward.scorers.wire import Health
 from mr_reward.serving import ServerLimits, build_app
 
 SAME = 1e-6
@@ -277,6 +281,28 @@ def test_how_long_and_how_often_a_failing_server_is_asked(
     found = _failure("http://host", "/v1/score", answer, b"no json")
     assert isinstance(found, _AgainError) and (found.pause, found.answered) == (pause, answered)
     assert str(found) == f"status {status}: no json"
+
+
+def test_the_deadline_counts_from_the_first_question(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is waited for takes its time out of that of the scores."""
+    clock = SimpleNamespace(now=50.0)
+    monkeypatch.setattr(remote_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    asked: list[tuple[str, float]] = []
+    health = {"status": "ok", "version": "1", "model_hash": "1f", "layout": "set", "options": {}}
+    limits = {"max_groups": 4, "max_request_bytes": 10**6, "pending_groups": 0}
+
+    def send(requests: Any, seconds: float) -> list[Any]:
+        asked.append((requests[0].path, seconds))
+        clock.now += 3.0
+        if requests[0].path == "/health":
+            return [Health.model_validate({**health, **limits})]
+        raise ScoringServerError("enough")
+
+    remote = RemoteScorer("http://host:1", deadline=10.0)
+    monkeypatch.setattr(remote, "_send", send)
+    with pytest.raises(ScoringServerError, match="enough"):
+        remote.score(groups(1))
+    assert asked == [("/health", 10.0), ("/v1/score", 7.0)]
 
 
 def test_nobody_there() -> None:

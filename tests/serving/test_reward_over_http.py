@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from reward_worker import call
 from tiny_models import random_image, reward_model
 from tiny_runs import SHORT_RUN, save_policy_that_sees
@@ -28,7 +29,10 @@ from mr_reward import GroupScorer, MultiResponseReward, ResponseGroup
 from mr_reward.checkpoint import weights_digest
 from mr_reward.cli.app import app
 from mr_reward.errors import CheckpointError, ConfigurationError, ScoringServerError
-from mr_reward.scorers import RemoteScorer
+from mr_reward.integrations import openrlhf
+from mr_reward.scorers import RemoteScorer, opening
+from mr_reward.serving import ServerLimits
+from mr_reward.serving import server as server_module
 
 Groups = Callable[..., list[ResponseGroup]]
 SAME = 1e-6
@@ -213,6 +217,46 @@ def test_token_from_file_and_environment(folder: Path, tmp_path: Path, monkeypat
         assert MultiResponseReward(server=url, num_generations=2, server_token="abc123")
         monkeypatch.setenv("MR_REWARD_TOKEN", "abc123")
         assert MultiResponseReward(server=url, num_generations=2)
+
+
+def test_every_option_of_serve_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: dict[str, Any] = {}
+    scorer = GroupScorer(reward_model("qwen3_vl"))
+
+    def recording(name: str, result: Any = None) -> Any:
+        return lambda *given, **options: calls.update({name: (given, options)}) or result
+
+    monkeypatch.setattr(opening, "open_scorer", recording("open", scorer))
+    monkeypatch.setattr(openrlhf, "build_collecting_app", recording("collect", "collecting app"))
+    monkeypatch.setattr(server_module, "build_app", recording("build", "app"))
+    monkeypatch.setattr(server_module, "run_app", recording("run"))
+    (tmp_path / "token").write_text("abc\n")
+    common = {"--port": 1, "--device": "cpu", "--dtype": "bfloat16", "--max-tokens": 77, "--over-length": "error"}
+    common |= {"--num-orders": 3, "--max-groups": 2, "--max-request-mb": 0.5, "--max-megapixels": 0.25}
+    common |= {"--max-pending": 5, "--max-wait-ms": 7}
+    limits = ServerLimits(max_groups=2, max_request_bytes=2**19, max_pixels=250_000, max_pending=5, max_wait=0.007)
+    opened = {"device": "cpu", "dtype": torch.bfloat16, "max_tokens_per_batch": 77, "over_length": "error"}
+
+    def serve(*options: object, **others: object) -> None:
+        calls.clear()
+        parts = [part for name, value in {**common, **others}.items() for part in (name, value)]
+        command = ["serve", "rm", *map(str, [*parts, *options])]
+        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+        assert calls["open"] == (("rm",), {**opened, "num_orders": 3})
+
+    serve("--host", "0.0.0.0", "--token-file", tmp_path / "token", "--reuse-port")
+    assert calls["build"] == ((scorer,), {"token": "abc", "limits": limits})
+    assert calls["run"] == (("app",), {"host": "0.0.0.0", "port": 1, "reuse_port": True})
+    serve()
+    assert calls["build"][1]["token"] is None and calls["run"][1] == {
+        "host": "127.0.0.1",
+        "port": 1,
+        "reuse_port": False,
+    }
+    serve("--collect", 4, "--reward", "rank", "--deadline", 9.5, "--media", tmp_path)
+    assert "build" not in calls and calls["run"] == (("collecting app",), {"host": "127.0.0.1", "port": 1})
+    given = {"num_generations": 4, "reward": "rank", "deadline": 9.5, "media_root": tmp_path, "limits": limits}
+    assert calls["collect"] == ((scorer,), given)
 
 
 @pytest.mark.parametrize(

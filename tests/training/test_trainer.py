@@ -284,6 +284,22 @@ def test_a_resumed_run_needs_the_state_of_every_rank(tmp_path: Path, monkeypatch
     assert asked == [("true", str(tmp_path / "out"), 3)]
 
 
+def test_every_group_of_a_step_weighs_the_same_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks average their gradients; one of them has 2 of the 12 groups of a step in this micro-batch."""
+    groups = easy_groups(2, 0)
+    trainer = RewardTrainer(reward_model("set", "llama"), arguments(tmp_path), groups)
+    batch = GroupCollator(Packer.of(trainer.model, max_tokens=4096))(groups)
+    plain = trainer.compute_loss(trainer.model, batch).item()
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 3)
+    monkeypatch.setattr(
+        trainer.accelerator, "gather", lambda count: torch.stack([count, torch.tensor(6), torch.tensor(2)])
+    )
+    total = trainer._get_num_items_in_batch([batch, batch], torch.device("cpu"))
+    assert total == 4 + 6 + 2
+    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True, num_items_in_batch=total)
+    assert loss.item() == pytest.approx(plain * 2 * 3 / 12) and outputs["scores"].shape == (2, 4)
+
+
 def test_json_lines_with_images(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
     rows = [
