@@ -412,6 +412,14 @@ def test_the_difference_goes_by_the_items_and_not_by_their_places() -> None:
     assert paired_interval([first], [worse], n_way)["best_of_n"].high <= 4 / 40
 
 
+def test_as_many_other_items_are_other_items() -> None:
+    first, second = ([Judged(f"{name}{i}", "", (1, 2), (1.0, 0.0)) for i in range(3)] for name in "ab")
+    with pytest.raises(ConfigurationError, match=r"have 3 and 3 items and differ in 6 \(a0, "):
+        paired_interval([first], [second], n_way)
+    with pytest.raises(ConfigurationError, match=r"have 3 and 3 items and differ in 2 \(a2, "):
+        paired_interval([first], [[*first[:2], second[2]]], n_way)
+
+
 def test_memory_is_saved_in_blocks_that_do_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     items = [Judged(str(i), "", (1, 2), (rng.random(), rng.random())) for i in range(50)]

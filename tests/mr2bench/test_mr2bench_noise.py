@@ -237,3 +237,5 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
 def test_rankings_of_different_models_have_no_agreement() -> None:
     with pytest.raises(GroupError, match="one ranking is of 2 models, another of 1"):
         agreement([FullRanking("q", {"a": 1, "b": 2}), FullRanking("q", {"a": 1})])
+    with pytest.raises(GroupError, match="one ranking is of 2 models, another of 2 or of others"):
+        agreement([FullRanking("q", {"a": 1, "b": 2}), FullRanking("q", {"a": 1, "c": 2})])

@@ -115,14 +115,14 @@ def test_another_number_of_runs_is_refused(ids: list[int], images: int) -> None:
         collapse_image_tokens(ids, PAD, images)
 
 
-def fake_trainer(expanded: int) -> Any:
-    """A vLLM that makes `expanded` tokens of each placeholder."""
+def fake_trainer(expanded: int, shift: int = 0) -> Any:
+    """A vLLM that makes `expanded` tokens of each placeholder, and other tokens of the text where there is a shift."""
 
     def generate(prompts: list[dict[str, Any]], *, sampling_params: Any) -> list[Any]:
         assert sampling_params.logit_bias == {PAD: -100.0, 3: 1.0}
         outputs = []
         for row in prompts:
-            ids = [token for i in row["prompt_token_ids"] for token in ([i] * expanded if i == PAD else [i])]
+            ids = [token for i in row["prompt_token_ids"] for token in ([i] * expanded if i == PAD else [i + shift])]
             outputs.append(SimpleNamespace(prompt_token_ids=ids))
         return outputs
 
@@ -145,6 +145,12 @@ def test_vllm_has_to_see_the_trainers_prompt() -> None:
     trainer = fake_trainer(3)
     send_single_placeholders(trainer)
     with pytest.raises(GroupAssemblyError, match="vLLM made 5 tokens of a prompt that has 4 for the trainer"):
+        trainer.vllm_generation.llm.generate(rows, sampling_params=sampling)
+    trainer = fake_trainer(2, shift=1)
+    send_single_placeholders(trainer)
+    with pytest.raises(
+        GroupAssemblyError, match="vLLM made 4 tokens .* has 4 for the trainer, expected the same ones"
+    ):
         trainer.vllm_generation.llm.generate(rows, sampling_params=sampling)
 
 
