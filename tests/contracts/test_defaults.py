@@ -6,16 +6,18 @@ CHANGELOG.md.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import pkgutil
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
-from test_public_names import PACKAGES, exported
 
+import mr_reward
 from mr_reward.cli.app import app
 from mr_reward.runs.recipe import PolicyArguments
 from mr_reward.worlds.handwriting_policy import HandwritingArguments
@@ -44,11 +46,13 @@ def own_defaults(value: Any) -> dict[str, str]:
 
 
 def current() -> dict[str, dict[str, str]]:
+    folders = [one.name for one in pkgutil.iter_modules(mr_reward.__path__) if one.ispkg and one.name != "cli"]
+    packages = [mr_reward, *(importlib.import_module(f"mr_reward.{folder}") for folder in folders)]
     found = {
-        f"mr_reward.{folder}.{name}".replace("..", "."): value
-        for folder in PACKAGES
-        for name, value in exported(folder).items()
-        if folder != "cli" and callable(value)
+        f"{package.__name__}.{name}": getattr(package, name)
+        for package in packages
+        for name in getattr(package, "__all__", ())
+        if callable(getattr(package, name))
     }
     for name, value in list(found.items()):
         methods = inspect.getmembers(value, lambda one: inspect.ismethod(one) or inspect.isfunction(one))
