@@ -92,14 +92,14 @@ def _message(message: Any) -> Message | None:
         return None
     content = kept.setdefault("content", None)
     if kept["role"] in _CALLS:
-        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content)}
+        return {"role": "assistant", "content": None, "tool_calls": _tool_calls(content)}
     kept["role"] = _TOOL_ROLES.get(kept["role"], kept["role"])
     if content is None and kept.get("tool_calls"):
-        kept["content"] = ""
-    elif isinstance(content, list):
+        return kept
+    if isinstance(content, list):
         blocks = [_block(block) for block in content]
         kept["content"] = [block for block in blocks if not _is_call(block)]
-        if calls := [call for block in blocks if _is_call(block) for call in _tool_calls(block["tool_call"])]:
+        if calls := [call for block in blocks if _is_call(block) for call in _tool_calls(block.get("tool_call"))]:
             kept["tool_calls"] = calls
     elif not isinstance(content, str):
         return None
@@ -127,7 +127,7 @@ def _joined_calls(messages: Sequence[Message]) -> list[Message]:
     """Calls that stand in messages of their own, one after the other, are those of one turn."""
     joined: list[Message] = []
     for message in messages:
-        alone = message["role"] == "assistant" and message["content"] == "" and message.get("tool_calls")
+        alone = message["role"] == "assistant" and not message["content"] and message.get("tool_calls")
         if alone and joined and joined[-1]["role"] == "assistant" and joined[-1].get("tool_calls"):
             joined[-1] = {**joined[-1], "tool_calls": [*joined[-1]["tool_calls"], *message["tool_calls"]]}
         else:

@@ -166,7 +166,10 @@ class _Probe:
         self.messages = [self._message(message, i, template) for i, message in enumerate(messages)]
         self.tools = [self._tool(tool, i) for i, tool in enumerate(tools)]
         keys = [[key for key in message if key != "content"] for message in messages]
-        shown = [{key: message.get(key) for key in ("role", "content", "tool_calls")} for message in self.messages]
+        shown = [
+            [message["role"], message.get("content"), [c.get("function", c) for c in message.get("tool_calls", ())]]
+            for message in self.messages
+        ]  # without ids of calls, which differ from one to the next
         self.shape = json.dumps([shown, keys, len(self.tools), thoughts])
 
     def without_media(self) -> Iterator[tuple[str, list[Message]]]:

@@ -46,18 +46,14 @@ class TurnEncoder:
 
     def _shown(self, group: ResponseGroup, turns: Sequence[Message], name: str) -> Sequence[Message]:
         """The turns in the form that the template shows whole: thoughts by a key of their own, or in the text."""
-        forms = [turns, [_with_thought_inside(turn) for turn in turns]]
-        found = [
-            self._template.find_lost(name, [*group.messages, *form], {}, tools=group.tools, thoughts=True)
-            for form in forms
-        ]
-        for form, lost in zip(forms, found, strict=True):
+        for form in (turns, [_with_thought_inside(turn) for turn in turns]):
+            lost = self._template.find_lost(name, [*group.messages, *form], {}, tools=group.tools, thoughts=True)
             if lost is None:
                 return form
         raise GroupError(
-            f"{name}: the backbone's chat template leaves out {found[0]}, which the policy wrote or saw; take a "
-            "backbone whose template shows it, or one with another chat template"
-            + ("; or make a model with thoughts='stripped'" if "thought" in str(found[0]) else "")
+            f"{name}: the backbone's chat template leaves out {lost}, which the policy wrote or saw; take a backbone "
+            "whose template shows it, or one with another chat template"
+            + ("; or make a model with thoughts='stripped'" if "thought" in str(lost) else "")
         )
 
     def _ending(self) -> str:
