@@ -597,4 +597,18 @@ MUTATIONS = [
         "result.scores[item.good] - result.scores[item.bad]",
         "tests/evaluation/test_attacks.py",
     ),
+    Mutation(
+        "interval: items that belong together are drawn apart",
+        "mr_reward.evaluation.official._draws",
+        "np.unique(names, return_inverse=True)",
+        "np.unique([item.uid for item in items], return_inverse=True)",
+        "tests/evaluation/test_benchmarks_official.py -k belong_together",
+    ),
+    Mutation(
+        "server: a request that failed is not scored again",
+        "mr_reward.serving.server._Service._answer_for",
+        "self._running.pop(content)",
+        "None",
+        "tests/serving/test_server.py -k after_a_failure",
+    ),
 ]
