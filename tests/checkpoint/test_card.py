@@ -16,8 +16,8 @@ from peft import LoraConfig
 from tiny_models import family, random_group, reward_model
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
-from mr_reward.checkpoint.card import write_model_card
-from mr_reward.errors import CheckpointError
+from mr_reward.checkpoint.card import _attacks, _cell, write_model_card
+from mr_reward.errors import CheckpointError, ConfigurationError
 from mr_reward.model.export import merge
 from mr_reward.training.trainer import _with_lora
 
@@ -169,3 +169,35 @@ def test_push_uploads_a_whole_folder(name: str, tmp_path: Path, monkeypatch: pyt
     assert 'from_pretrained("someone/rm")' in card and str(tmp_path) not in card and "0.9235" in card
     groups = [random_group(random.Random(0), 3)]
     assert GroupScorer.from_pretrained(uploaded).score(groups) == GroupScorer(model).score(groups)
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [
+        (None, "not given"),
+        (0, "0"),
+        (0.0, "0"),
+        (False, "False"),
+        ("", ""),
+        (12800, "12800"),
+        (0.92345678, "0.9235"),
+        ("a | b\n c", "a \\| b c"),
+    ],
+)
+def test_a_cell_of_zero_was_given(value: Any, cell: str) -> None:
+    assert _cell(value) == cell
+
+
+def test_attacks_in_their_columns() -> None:
+    one = {"name": "padding", "shift": 0.5, "shift_low": -0.25, "shift_high": 1.0, "num_items": 20}
+    (row,) = _attacks({"attacks": [{**one, "wins_before": 0.1, "wins_after": 0.35, "other": 1}]}) or []
+    assert row == {
+        "attack": "padding",
+        "shift of the margin": "+0.50 [-0.25, +1.00]",
+        "bad answer wins before": "10.0%",
+        "after": "35.0%",
+        "groups": 20,
+    }
+    assert _attacks(None) is None
+    with pytest.raises(ConfigurationError, match=r"KeyError\('wins_before'\)"):
+        _attacks({"attacks": [one]})

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import checkpoint_groups, reward_model
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
@@ -268,6 +268,44 @@ def test_weights_of_an_earlier_save_do_not_stay_beside_the_new_ones(tmp_path: Pa
     model.save_pretrained(tmp_path / "rm")
     assert [path.name for path in (tmp_path / "rm").glob("model*")] == ["model.safetensors"]
     assert changed_file(tmp_path / "rm") is None
+
+
+def test_the_list_of_checksums_is_the_last_file_that_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in between leaves files of two saves, which must not agree with the list."""
+    moved: list[str] = []
+    replace = os.replace
+
+    def recorded(source: Path, target: Path) -> None:
+        moved.append(target.relative_to(tmp_path).as_posix())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", recorded)
+    names = ["A.json", "config.json", "model.safetensors", "zz/SHA1", "zz/tokenizer.json"]
+    with written_whole(tmp_path) as unfinished:
+        for name in names:
+            (unfinished / name).parent.mkdir(exist_ok=True)
+            (unfinished / name).write_text(name)
+    assert sorted(moved[:-1]) == names and moved[-1] == CHECKSUM_FILE
+
+
+def test_a_sketch_is_of_the_size_the_header_and_the_first_bytes_of_each_tensor(tmp_path: Path) -> None:
+    save_file({name: torch.zeros(300, dtype=torch.uint8) for name in "abc"}, tmp_path / "model.safetensors")
+    write_checksums(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    start = len(whole) - 900
+
+    def noticed(changed: bytes) -> bool:
+        path.write_bytes(changed)
+        return changed_file(tmp_path, verify=False) is not None
+
+    assert not noticed(whole) and noticed(whole[:-1]) and noticed(whole + b"\0")
+    for tensor in range(3):
+        for place in (0, 1, 7, 8, 55, 56, 63, 64, 299):
+            changed = bytearray(whole)
+            changed[start + 300 * tensor + place] ^= 1
+            assert noticed(bytes(changed)) == (place < 64), (tensor, place)
+            assert changed_file(tmp_path) == path.name, "every byte with verify"
 
 
 def test_a_changed_checkpoint_is_not_resumed_from(folders: tuple[Path, Path], tmp_path: Path) -> None:

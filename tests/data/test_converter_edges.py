@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_twins_with_other_grades_go_and_empty_ones_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "images", "videos", "types"),
+    ("text", "images", "videos", "parts"),
     [
         ("a <image> b", 1, 0, ["text", "image", "text"]),
         ("a <image> b <video> c", 1, 1, ["text", "image", "text", "video", "text"]),
@@ -148,6 +149,37 @@ def test_a_second_reading_counts_anew_and_gives_the_same(tmp_path: Path) -> None
     first = read()
     assert first[1] == 3 and all(first[2]) and len(first[3]) == 1
     assert read() == first
+
+
+def test_answers_that_are_left_out_add_up_over_rows(tmp_path: Path) -> None:
+    rows = [{**ROWS["vlfeedback"], "image": PICTURE}] * 3
+    places = [(f"row {i}", row) for i, row in enumerate(rows)]
+    groups = Conversion(CONVERTERS["vlfeedback"], RowSource("rows", tmp_path, lambda: iter(places)))
+    assert len(list(groups)) == 3 and groups.left_out == {"without a rating of every aspect": 3}
+
+
+@pytest.mark.parametrize("winner", ["tie", "tie (bothbad)", "both_bad", "bothbad"])
+def test_every_way_to_say_that_nobody_won(winner: str) -> None:
+    with pytest.raises(SkippedRow, match=f"^{re.escape(winner)}$"):
+        convert("wildvision", changed("wildvision", winner=winner))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "2", True])
+def test_grades_that_are_no_finite_numbers_are_refused(bad: Any) -> None:
+    with pytest.raises(GroupError, match="'final_ranking' is .*expected 4 numbers, one per response"):
+        convert("mm_rlhf", changed("mm_rlhf", final_ranking=[1, 2, bad, 4]))
+
+
+@pytest.mark.parametrize(
+    ("ranking", "best"),
+    [([1, 2, 3, 4], 0), ([2, 1, 3, 4], 1), ([4, 3, 2, 1], 0), ([4, 2, 3, 1], 0), ([1, 3, 4, 2], 0)],
+)
+def test_the_direction_of_a_ranking_by_scores_that_agree_in_part(ranking: list[int], best: int) -> None:
+    """Humans' scores fall from A to D; a ranking need not be the same order to say where its best end is."""
+    row = changed("mm_rlhf", final_ranking=ranking, faithfulness=[9, 6, 4, 1], helpfulness=[9, 6, 4, 1])
+    group = CONVERTERS["mm_rlhf"].make([row])(row)
+    assert (group.rankings or ())[best] == 1
+    assert sorted(group.rankings or ()) == [1, 2, 3, 4]
 
 
 def test_rows_of_one_id_are_not_shuffled_alike(tmp_path: Path) -> None:

@@ -80,6 +80,24 @@ def test_columns_without_a_value_are_no_columns(tmp_path: Path) -> None:
         assert recognise(source([empty | row], tmp_path)).name == name
 
 
+def test_answers_keep_their_white_space(tmp_path: Path) -> None:
+    """The model reads it; code begins with it."""
+    texts = ["    return 1\n", " b"]
+    ends = [[{**ASSISTANT, "content": text}] for text in texts]
+    inside = [[{**ASSISTANT, "content": [{"type": "text", "text": text}]}] for text in texts]
+    rows: list[tuple[str, dict[str, Any]]] = [
+        ("preference", {"prompt": "Q", "chosen": texts[0], "rejected": texts[1]}),
+        ("preference", {"prompt": chat("Q"), "chosen": ends[0], "rejected": ends[1]}),
+        ("preference", {"prompt": chat("Q"), "chosen": inside[0], "rejected": inside[1]}),
+        ("preference", {"prompt": "Q", "chosen": texts[:1], "rejected": texts[1:]}),
+        ("ms_swift", {"messages": [*chat("Q"), *ends[0]], "rejected_response": texts[1]}),
+        ("groups", {"prompt": "Q", "responses": texts, "rankings": [1, 2]}),
+    ]
+    for name, row in rows:
+        (group,) = convert(name, [row], tmp_path)
+        assert list(group.responses) == texts, (name, row)
+
+
 def test_a_system_prompt_is_said_once(tmp_path: Path) -> None:
     pair = {"chosen": [{**ASSISTANT, "content": "a"}], "rejected": [{**ASSISTANT, "content": "b"}]}
     system = {"role": "system", "content": "S"}

@@ -20,6 +20,7 @@ from mr_reward.grpo.groups import read_rollouts
 from mr_reward.integrations.verl import _rollout
 from mr_reward.scorers.wire import WireGroup, dump, from_wire, to_wire
 from mr_reward.templates.rendering import Renderer, template_hash
+from mr_reward.templates.thoughts import without_thoughts
 from mr_reward.worlds import tiny
 
 WITH_TOOLS = ("qwen2_5", "qwen3", "qwen3_instruct_2507", "glm4moe", "llama3_1", "llama3_2", "qwen3_vl", "gptoss")
@@ -347,6 +348,29 @@ def test_thoughts_are_stripped_or_refused(name: str) -> None:
         Renderer(made, thoughts="some")
     hashes = [template_hash(made, "chat", thoughts) for thoughts in ("included", "stripped", "refused")]
     assert len(set(hashes)) == 3 and template_hash(made) == hashes[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("4", "4"),
+        ("", ""),
+        (" 4\n", " 4\n"),
+        ("so</think> 4", "4"),
+        ("</think>4", "4"),
+        ("<think>so</think>\n\n4", "4"),
+        ("<think></think>4", "4"),
+        ("4 <think>sure?</think> yes", "4 yes"),  # what stands before a thought that is opened later is answer
+        ("<think>a</think>b<think>c\n</think>\nd", "bd"),
+        ("a</think>4 <think>b</think> c", "4 c"),
+        ("4<think>never ends", "4"),
+        ("<think>never ends", ""),
+        ("<think>a</think>4<think>never ends", "4"),
+        ("a\nb</think>4", "4"),
+    ],
+)
+def test_the_answer_without_its_thoughts(text: str, answer: str) -> None:
+    assert without_thoughts(text) == answer
 
 
 def test_a_model_keeps_what_it_judges(tmp_path: Path) -> None:
