@@ -98,7 +98,7 @@ def test_twins_with_other_grades_go_and_empty_ones_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "images", "videos", "parts"),
+    ("text", "images", "videos", "types"),
     [
         ("a <image> b", 1, 0, ["text", "image", "text"]),
         ("a <image> b <video> c", 1, 1, ["text", "image", "text", "video", "text"]),
