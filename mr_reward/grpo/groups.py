@@ -25,6 +25,9 @@ from mr_reward.templates.images import DecodedImages
 Prompt = str | Sequence[Mapping[str, Any]]
 
 
+REFERENCE_COLUMN = "reference_response"  # of the data set: what the policy's responses are compared with
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutRow:
     """What the other ranks need to know of one rollout: two strings, never media."""
@@ -99,6 +102,17 @@ def read_rollouts(
             last = prompt, _hashed(prompt)
         rows.append(RolloutRow(last[1], group.responses[0], opening))
     return groups, rows
+
+
+def read_references(columns: Mapping[str, Any]) -> list[str | None] | None:
+    """The text of the column `reference_response` for each row, None for a prompt without one; None without it."""
+    column = columns.get(REFERENCE_COLUMN)
+    if column is None:
+        return None
+    return [
+        None if one is None else completion_text(one, name=f"{REFERENCE_COLUMN} of rollout {i}")
+        for i, one in enumerate(column)
+    ]
 
 
 def whole_number(value: Any, name: str, what: str) -> int:

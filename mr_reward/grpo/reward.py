@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mr_reward.checkpoint.verify import weights_digest
 from mr_reward.data.groups_file import ScoredGroup
 from mr_reward.errors import CheckpointError, ConfigurationError
-from mr_reward.groups import GroupScores, ResponseGroup
+from mr_reward.groups import GroupScores, ResponseGroup, score_each
 from mr_reward.grpo.exchange import Exchange
 from mr_reward.grpo.groups import (
     Completion,
@@ -27,12 +27,13 @@ from mr_reward.grpo.groups import (
     group_size,
     is_evaluating,
     plan_groups,
+    read_references,
     read_rollouts,
     updates_per_generation,
     whole_number,
     with_opening,
 )
-from mr_reward.grpo.telemetry import GroupLog, describe_rows, measure
+from mr_reward.grpo.telemetry import GroupLog, describe_rows, measure, win_rate
 from mr_reward.model.rows import check_over_length
 from mr_reward.scorers.opening import is_url, open_scorer
 from mr_reward.templates.chat import is_prefilled
@@ -105,6 +106,10 @@ class MultiResponseReward:
     Metrics (`METRIC_KEYS`) and columns of the completions table (`COLUMN_KEYS`), both in `mr_reward.grpo.telemetry`,
     are logged at every call. TRL tells reward functions apart by name only, so use one `MultiResponseReward` per
     trainer.
+
+    A column `reference_response` of the data set (a text or a completion, None for a prompt without one) gives one
+    metric more, `mr_reward/win_rate`: the share of a group's responses that the reward model places above it, ties
+    half. The responses and the reference are scored once more for it, together; the rewards do not know of it.
 
     In evaluation groups may have another size (`num_generations_eval`), and the last batch may be shorter; on several
     processes accelerate fills it up with the first prompts of the set, as whole groups, which then count twice. In the
@@ -229,8 +234,8 @@ class MultiResponseReward:
             prompts: M prompts (text or chat messages with content blocks), each prompt `num_generations` times (in
                 evaluation `num_generations_eval` times) in a row in the global, rank-major batch.
             completions: M completions, text or chat messages.
-            **kwargs: the rest of what TRL passes; `image`, `images`, `trainer_state`, `log_extra` and `log_metric` are
-                used if there.
+            **kwargs: the rest of what TRL passes; `image`, `images`, `reference_response`, `trainer_state`,
+                `log_extra` and `log_metric` are used if there.
 
         Returns:
             M rewards; None for the rollouts of a dropped group.
@@ -250,10 +255,12 @@ class MultiResponseReward:
         with self._exchange.fail_together("reading the rollouts") as phase:
             size = group_size(log_metric, self.num_generations, self.num_generations_eval)
             local, rows = read_rollouts(prompts, completions, kwargs)
-            phase.payload = rows, "" if self._ranks_agree else self._weights_digest()
-        rows_by_rank = [rows for rows, _ in phase.gathered]
+            references = read_references(kwargs)
+            phase.payload = rows, "" if self._ranks_agree else self._weights_digest(), references is not None
+        rows_by_rank = [rows for rows, *_ in phase.gathered]
+        has_references = any(given for *_, given in phase.gathered)
         # In the first call, not at construction: there the ranks may not know each other yet.
-        check_same_weights([digest for _, digest in phase.gathered])
+        check_same_weights([digest for _, digest, _ in phase.gathered])
         self._ranks_agree = True
         plan = plan_groups(rows_by_rank, size)
 
@@ -262,7 +269,9 @@ class MultiResponseReward:
             own = [group for group in plan if group.owner == rank]
             prefix = "" if step is None else f"step {step} "
             phase.at = _name_groups(prefix, own)
-            phase.payload = self._score(own, local, prefix, step)
+            results, seconds = self._score(own, local, prefix, step)
+            shares = self._shares_above(own, references) if references is not None else []
+            phase.payload = results, seconds, shares
             if self._group_log is not None:
                 args = getattr(getattr(log_metric, "__self__", None), "args", None)
                 self._group_log.write(
@@ -272,18 +281,21 @@ class MultiResponseReward:
                     evaluating=evaluating,
                     num_steps=updates_per_generation(args) if hasattr(args, "num_iterations") else 1,
                 )
-        by_index = {index: result for scored, _ in phase.gathered for index, result in scored.items()}
-        results = [by_index[group.index] for group in plan]
+        by_index = {index: result for scored, *_ in phase.gathered for index, result in scored.items()}
+        ordered = [by_index[group.index] for group in plan]
 
         if log_metric is not None:
-            for key, value in measure(plan, results, math.fsum(seconds for _, seconds in phase.gathered)).items():
+            metrics = measure(plan, ordered, math.fsum(seconds for _, seconds, _ in phase.gathered))
+            if has_references:
+                metrics |= win_rate(share for *_, own_shares in phase.gathered for share in own_shares)
+            for key, value in metrics.items():
                 log_metric(key, value)
         start = sum(len(rows) for rows in rows_by_rank[:rank])
         mine = slice(start, start + len(local))
         if log_extra is not None:
-            for name, column in describe_rows(plan, results).items():
+            for name, column in describe_rows(plan, ordered).items():
                 log_extra(name, column[mine])
-        return [value for result in results for value in self._rewards(result)][mine]
+        return [value for result in ordered for value in self._rewards(result)][mine]
 
     def _weights_digest(self) -> str:
         """Checksum of the model that scores for this rank: its own, or that of its server."""
@@ -323,6 +335,27 @@ class MultiResponseReward:
             rewards = tuple(self._rewards(result))
             self.last_scored.append(ScoredGroup(group=group, result=result, rewards=rewards, step=step))
         return {planned.index: result for planned, result in zip(own, results, strict=True)}, seconds
+
+    def _shares_above(self, own: Sequence[PlannedGroup], references: Sequence[str | None]) -> list[float]:
+        """Of each group of `last_scored` whose prompt has a reference: the share of responses above it, ties half.
+
+        Scored beside the responses: under most layouts only scores of one row can be compared. What goes wrong here
+        costs the metric and no reward.
+        """
+        groups = [
+            replace(scored.group, prompt=scored.group.messages, responses=[*scored.group.responses, reference])
+            for scored, planned in zip(self.last_scored, own, strict=True)
+            if (reference := references[planned.owner_row]) is not None
+        ]
+        shares = []
+        for group, found in zip(groups, score_each(self._scorer, groups), strict=True):
+            if not isinstance(found, GroupScores) or found.scores is None:
+                reason = found.drop_reason if isinstance(found, GroupScores) else found
+                logger.warning("%s is not compared with its reference: %s", group.id, reason)
+                continue
+            *scores, reference_score = found.scores
+            shares.append(statistics.fmean((one > reference_score) + 0.5 * (one == reference_score) for one in scores))
+        return shares
 
     def _rewards(self, result: GroupScores) -> list[float | None]:
         """N rewards of a group; None for each if it was dropped."""

@@ -60,6 +60,11 @@ def measure(plan: Sequence[PlannedGroup], results: Sequence[GroupScores], second
     }
 
 
+def win_rate(shares: Iterable[float]) -> dict[str, float]:
+    """The metric of prompts that have a reference: the mean over groups of the share of responses that beat it."""
+    return {"mr_reward/win_rate": _mean(shares)}
+
+
 def describe_rows(plan: Sequence[PlannedGroup], results: Sequence[GroupScores]) -> dict[str, list[Any]]:
     """Columns of the completions table, `COLUMN_KEYS` -> a value for each row of the global batch.
 

@@ -34,12 +34,14 @@ logger = logging.getLogger(__name__)
 # Panel of a figure -> the metrics it shows. One that was never logged leaves no trace.
 _TRAINING_PANELS = {
     "score of the reward model": ("mr_reward/score_mean",),
+    "share above the reference": ("mr_reward/win_rate",),
     "spread within groups": ("mr_reward/score_spread", "mr_reward/zero_spread_groups"),
     "order": ("mr_reward/order_flip_rate",),
     "length": ("mr_reward/score_length_correlation",),
 }
 _VALIDATION_PANELS = {
     "score of the reward model": ("eval_mr_reward/score_mean",),
+    "share above the reference": ("eval_mr_reward/win_rate",),
     "within groups": ("eval_mr_reward/score_spread", "eval_mr_reward/score_length_correlation"),
     "responses": ("eval_mr_reward/duplicate_responses", "eval_mr_reward/repeated_text"),
 }

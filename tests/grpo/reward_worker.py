@@ -98,6 +98,11 @@ def make_rows(num_rows: int, group_size: int) -> tuple[list[Any], list[Any]]:
     return prompts, completions
 
 
+def references(num_rows: int, group_size: int) -> list[str | None]:
+    """A column `reference_response` for `make_rows`; every third group has none."""
+    return [None if row // group_size % 3 == 2 else f"reference {row // group_size}" for row in range(num_rows)]
+
+
 def call(reward: MultiResponseReward, prompts: list[Any], completions: list[Any], **columns: Any) -> dict[str, Any]:
     """Call a reward as TRL does; the rewards, or the error, and everything that it logged."""
     metrics: dict[str, float] = {}
@@ -154,7 +159,8 @@ def run(scenario: str, model: str | None) -> dict[str, Any]:
         mine = slice(rank * rows, (rank + 1) * rows)
         timeout = DEADLINE_SECONDS if scenario.startswith("stall") else 120.0
         reward = MultiResponseReward(model or "fake", size, device="cpu", timeout=timeout)
-        records[f"{rows}x{size}"] = call(reward, prompts[mine], completions[mine])
+        column = {"reference_response": references(rows * world_size, size)[mine]} if scenario == "equal" else {}
+        records[f"{rows}x{size}"] = call(reward, prompts[mine], completions[mine], **column)
         if scenario in ("fail", "memory"):
             # a rollout that cannot be read, on the last rank only; and after two failures a call that works
             broken = [[{"role": "assistant", "content": [{"type": "image"}]}]] * rows

@@ -136,8 +136,8 @@ def test_the_time_of_a_group_by_the_clock(built: list[Any], monkeypatch: pytest.
         """A second rank with a group of its own, which took it 2.5 seconds."""
         _, payload = own
         if isinstance(payload[0], dict):
-            return [own, (None, ({3: GroupScores(scores=(1.0, 0.0), truncated=(False, False))}, 2.5))]
-        return [own, (None, (payload[0][:2], payload[1]))]
+            return [own, (None, ({3: GroupScores(scores=(1.0, 0.0), truncated=(False, False))}, 2.5, []))]
+        return [own, (None, (payload[0][:2], *payload[1:]))]
 
     monkeypatch.setattr(Exchange, "all_gather_objects", gather)
     assert call(reward, ["p"] * 6, completions)["metrics"]["mr_reward/ms_per_group"] == (1.5 + 2.5) * 1000 / 4
@@ -201,6 +201,28 @@ def test_groups_are_logged_under_the_steps_that_they_serve(
     names = [path.name.partition(".")[0] for path in tmp_path.iterdir()]
     assert names == ([] if expected is None else [expected])
     assert len(reward.last_scored) == (1 if evaluating else 2), "an evaluation has groups of its own size"
+
+
+def test_the_win_rate_over_a_reference(built: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Ties half; a prompt without one and a group that does not fit with it are left out; the rewards stay."""
+    reward = MultiResponseReward("folder", 2)
+    prompts = ["p", "p", "q", "q", "r", "r", "s", "s"]
+    completions = ["a 1", "a 3", "a 2", "b 2", "a 1", "a 9", "a 0", "a 1"]
+    plain = call(reward, prompts, completions)
+    turns = [{"role": "assistant", "content": "x 2"}]
+    references = ["x 2", "x 2", turns, turns, None, None, "drop", "drop"]
+    found = call(reward, prompts, completions, reference_response=references)
+    assert found["rewards"] == plain["rewards"] and found["extra"] == plain["extra"]
+    assert tuple(plain["metrics"]) == METRIC_KEYS
+    assert tuple(found["metrics"]) == (*METRIC_KEYS, "mr_reward/win_rate")
+    assert found["metrics"]["mr_reward/win_rate"] == (0.5 + 0.5) / 2
+    assert caplog.messages == ["step 13 group 3 is not compared with its reference: too long"]
+    won = call(reward, prompts[:2], completions[:2], reference_response=["x 0", "x 0"])
+    assert won["metrics"]["mr_reward/win_rate"] == 1.0
+    assert [scored.group.responses for scored in reward.last_scored] == [("a 1", "a 3")]
+    none = call(reward, prompts[:2], completions[:2], reference_response=[None, None])
+    assert math.isnan(none["metrics"]["mr_reward/win_rate"])
+    assert call(reward, ["p", "p"], ["a 1", "b 2"], reference_response=[3, 3])["error"] == "GroupError"
 
 
 def test_metrics_that_are_undefined_are_nan_but_logged(built: list[Any]) -> None:

@@ -111,7 +111,10 @@ def _check_against_a_single_process(records: list[dict[str, Any] | None], world_
                     assert f"got {rows * world_size} rows" in result["message"]
                 continue
             prompts, completions = reward_worker.make_rows(rows * world_size, size)
-            expected = reward_worker.call(MultiResponseReward(model, size, device="cpu"), prompts, completions)
+            column = reward_worker.references(rows * world_size, size)
+            expected = reward_worker.call(
+                MultiResponseReward(model, size, device="cpu"), prompts, completions, reference_response=column
+            )
             assert len(set(expected["rewards"])) >= size - 1  # not all equal; two rows of a group are duplicates
             assert sum((result["rewards"] for result in results), []) == pytest.approx(expected["rewards"], abs=1e-6)
             for column in COLUMN_KEYS:
@@ -123,8 +126,9 @@ def _check_against_a_single_process(records: list[dict[str, Any] | None], world_
 
 
 def _check_metrics(per_rank: list[dict[str, float]], single: dict[str, float]) -> None:
-    assert all(tuple(metrics) == METRIC_KEYS for metrics in per_rank)
-    for key in METRIC_KEYS:
+    keys = (*METRIC_KEYS, "mr_reward/win_rate")
+    assert all(tuple(metrics) == keys for metrics in per_rank) and 0 <= per_rank[0]["mr_reward/win_rate"] <= 1
+    for key in keys:
         values = [metrics[key] for metrics in per_rank]
         assert all(value == values[0] or math.isnan(value) for value in values), key
         if key not in ("mr_reward/straddling_groups", "mr_reward/ms_per_group"):

@@ -125,11 +125,13 @@ def test_a_figure_shows_what_there_is(tmp_path: Path, monkeypatch: pytest.Monkey
         assert figure.width < 2 * figure.height  # a panel of the rewards alone
     drawn: dict[str, Any] = {}
     monkeypatch.setattr(callbacks, "plot_curves", lambda panels, *_, **__: drawn.update(panels))
-    centred = [{**entry, "mr_reward/score_mean": 1.0, "rewards/multi_response_reward/mean": 0.0} for entry in history]
+    logged = {"mr_reward/score_mean": 1.0, "mr_reward/win_rate": 0.5, "rewards/multi_response_reward/mean": 0.0}
+    centred = [{**entry, **logged} for entry in history]
     assert plot_run(centred, tmp_path / "two.png")
     # First what moves; the mean of rewards that compare is the same at every step, by construction.
     assert {name: list(curves) for name, curves in drawn.items()} == {
         "score of the reward model": ["score_mean"],
+        "share above the reference": ["win_rate"],
         "other rewards": ["mine"],
     }
     other_rank = TrainerState(is_world_process_zero=False, log_history=history)
