@@ -80,6 +80,20 @@ MUTATIONS = [
         "tests/model/test_features.py",
     ),
     Mutation(
+        "small copy: its seed is CUDA's too",
+        "mr_reward.model.features._undisturbed",
+        "torch.default_generator.manual_seed(0)",
+        "torch.manual_seed(0)",
+        "tests/model/test_features.py",
+    ),
+    Mutation(
+        "media that the chat template leaves out are not missed",
+        "mr_reward.templates.chat.ChatTemplate._find_lost",
+        "self._render(others, options) == text",
+        "False",
+        "tests/templates/test_random_prompts.py",
+    ),
+    Mutation(
         "span shifted by one",
         "mr_reward.layouts.plan_row",
         "(start + before, start + before + length)",
