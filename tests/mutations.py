@@ -88,7 +88,7 @@ MUTATIONS = [
     ),
     Mutation(
         "media that the chat template leaves out are not missed",
-        "mr_reward.templates.chat.ChatTemplate._find_lost",
+        "mr_reward.templates.chat.ChatTemplate._look",
         "self._render(others, options) == text",
         "False",
         "tests/templates/test_random_prompts.py",
