@@ -269,6 +269,7 @@ def planned(**args: object) -> Any:
         (76, 0, {}, "red", "does not fit"),
         (40, 27, {}, "green", "of 0.0 GB beside vLLM; the policy comes on top"),
         (40, 28, {}, "yellow", "too tight"),
+        (40, 99, {}, "yellow", "too tight"),  # what a forward pass takes can be made smaller, the weights cannot
         (40, 50, {"vllm_enable_sleep_mode": True}, "green", "of 0.0 GB; the policy"),
         (40, 51, {"vllm_enable_sleep_mode": True}, "yellow", "too tight"),
         (40, 50, {"use_vllm": False}, "green", "of 0.0 GB; the policy"),
