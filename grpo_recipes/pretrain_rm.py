@@ -26,7 +26,7 @@ from mr_reward.checkpoint.zero3 import outside_zero3
 from mr_reward.cli.errors import one_error_line
 from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.evaluator import evaluate_groups
-from mr_reward.runs.pretraining import RewardModelArguments, load_sets, named_sets
+from mr_reward.runs.pretraining import RewardModelArguments, load_sets, named_sets, training_data
 from mr_reward.runs.recipe import parse_recipe
 from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments
 from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
@@ -81,7 +81,7 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
     trainer.accelerator.end_training()
     if not trainer.is_world_process_zero():
         return
-    trained_on = [{"name": name, "groups": len(groups)} for name, groups in train_groups.items()]
+    trained_on = training_data(arguments, args, train_groups)
     if eval_groups is None:
         write_model_card(str(args.output_dir), training_data=trained_on)
         return

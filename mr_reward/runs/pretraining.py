@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mr_reward.data.groups_file import load_preferences
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup
+from mr_reward.training.trainer import RewardTrainingArguments
 
 # Gets the recipe's arguments and, by name, `evaluation` (whether these are the groups to evaluate on), `seed` and
 # `limit` (at most so many, or None).
@@ -69,3 +72,20 @@ def load_sets(
         name: load_set(arguments, place, evaluation=evaluation, **options)
         for name, place in named_sets(arguments, evaluation=evaluation).items()
     }
+
+
+def training_data(
+    arguments: RewardModelArguments, args: RewardTrainingArguments, sets: Mapping[str, Sequence[ResponseGroup]]
+) -> list[dict[str, Any]]:
+    """For the model card a row for each set of `load_sets`: what it is, and how and with what was trained on it."""
+    shown = ("loss", "seed", "learning_rate", "num_train_epochs", "max_steps")
+    how = {name: getattr(args, name) for name in shown}
+    how["made with"] = ", ".join(f"{name} {version(name)}" for name in ("mr-reward", "torch", "transformers", "peft"))
+    rows = []
+    for name, place in named_sets(arguments).items():
+        digest = None  # of what is no file
+        if Path(place).is_file():
+            with open(place, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        rows.append({"name": name, "groups": len(sets[name]), "SHA-256": digest, **how})
+    return rows
