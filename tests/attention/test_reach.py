@@ -1,4 +1,4 @@
-"""How far layers see, as masks have it; and dropout, by whatever name a family has it."""
+"""How far layers see and which blocks see each other, as masks have it; and dropout, by whatever name it goes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from mr_reward.attention.backends import attention_mask
+from mr_reward.attention.backends import attention_mask, flat_arguments
+from mr_reward.attention.plan import GroupPlan
 from mr_reward.attention.reach import Reach, has_attention_dropout
-from mr_reward.layouts import plan_row
+from mr_reward.layouts import LAYOUTS, plan_row, visible
 
 
 def test_a_window_does_not_part_media_that_see_each_other() -> None:
@@ -40,3 +41,33 @@ def test_dropout_of_attention_by_every_name(family: str, name: str) -> None:
     others = {key for key in CONFIG_MAPPING[family]().to_dict() if re.search(r"drop|layerdrop", key)} - {name}
     assert has_attention_dropout(CONFIG_MAPPING[family](**{name: 0.1}, **dict.fromkeys(others, 0.0)))
     assert not has_attention_dropout(CONFIG_MAPPING[family](**{name: 0.0}, **dict.fromkeys(others, 0.1)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_several_blocks_are_seen_as_the_dense_mask_has_them(layout: str) -> None:
+    """By group attention and by FlexAttention, in a padded batch: two blocks side by side, and one in another row."""
+    plans = [plan_row(layout, 7, [2, 0]), plan_row(layout, 3, [1]), plan_row(layout, 2, [3])]
+    longest = max(len(plan.segments) for plan in plans)
+    shape = (len(plans), longest)
+    segments, kinds, blocks = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+    for i, plan in enumerate(plans):
+        segments[i, longest - len(plan.segments) :] = plan.segments
+        kinds[i, longest - len(plan.segments) :] = plan.kinds
+    blocks[0, 1:6] = torch.tensor([0, 0, 1, 1, -1])
+    start = longest - len(plans[1].segments)
+    blocks[1, start : start + 2] = 0
+    expected = visible(layout, segments, kinds, blocks)
+
+    plan = GroupPlan.of(layout, segments, kinds, blocks)
+    masks = {block.start: block.mask for block in plan.blocks}
+    assert list(masks) == [0, len(plans[0].segments)], "the last row has no block"
+    for i, mask in enumerate(masks.values()):
+        prompt = (segments[i] == 0).nonzero()[:, 0]
+        assert torch.equal(mask, expected[i][prompt][:, prompt])
+
+    flex = flat_arguments(layout, "flex_attention", plan, segments, kinds, blocks)["attention_mask"]
+    query, key = torch.arange(len(plan.tokens))[:, None], torch.arange(len(plan.tokens))[None]
+    found = flex.mask_mod(torch.tensor(0), torch.tensor(0), query, key)
+    rows, places = plan.tokens // longest, plan.tokens % longest
+    same_row = rows[:, None] == rows[None, :]
+    assert torch.equal(found, same_row & expected[rows[:, None], places[:, None], places[None, :]])

@@ -315,6 +315,18 @@ def test_a_bad_line_names_its_field(tmp_path: Path, line: str, words: str) -> No
     assert len(load_preferences(path, skip_bad=True)) == 1
 
 
+def test_groups_without_an_id_are_named_by_their_line_whatever_was_left_out(tmp_path: Path) -> None:
+    good = json.dumps(ROW)
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join([good, "", "{", good, json.dumps({**ROW, "id": "own"}), good]))
+    assert [group.id for group in load_preferences(path, skip_bad=True)] == [
+        "t.jsonl:1",
+        "t.jsonl:4",
+        "own",
+        "t.jsonl:6",
+    ]
+
+
 def test_bad_lines_can_be_skipped_and_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = json.dumps({"prompt": "p", "responses": ["a", "b"], "rankings": [2, 1]})
     path = tmp_path / "t.jsonl"
