@@ -19,7 +19,7 @@ def record(rankings: tuple[int, ...], *scores: tuple[float, ...], orders: list[t
 RECORDS = [
     record((1, 2, 3), (3.0, 2.0, 1.0), (1.0, 1.0, 0.0), orders=[(0, 1, 2), (2, 1, 0)]),
     record((2, 1), (0.0, 4.0), orders=[(1, 0)]),
-    record((1, 1, 2), (1.0, 2.0, 6.0), orders=[(0, 2, 1)]),
+    record((1, 1, 2), (1.0, 2.0, 6.0), orders=[(1, 2, 0)]),
 ]
 
 
