@@ -27,7 +27,7 @@ from mr_reward.cli.errors import one_error_line
 from mr_reward.doctor import check_before_start, examine_recipe
 from mr_reward.doctor.findings import may_start, show_findings
 from mr_reward.errors import ConfigurationError
-from mr_reward.runs.callbacks import PolicyValidation, RunFigure, WarningSigns
+from mr_reward.runs.callbacks import PolicyValidation, RunFigure, ShownGroups, WarningSigns
 from mr_reward.runs.recipe import (
     PolicyArguments,
     PolicyTrainingArguments,
@@ -75,6 +75,8 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
     train_dataset = load_prompts(arguments, seed=args.seed)
     eval_dataset = None
     callbacks: list[TrainerCallback] = [ContinuedEpochs(), RunFigure(str(args.output_dir))]
+    if arguments.log_groups_steps:
+        callbacks.append(ShownGroups(reward, every=arguments.log_groups_steps))
     if arguments.eval_dataset is not None:
         eval_dataset = load_prompts(arguments, evaluation=True, seed=0)  # the same prompts for every seed
         signs = WarningSigns(truths=[f"rewards/{truth.__name__}/mean" for truth in truths(arguments)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
@@ -39,13 +39,45 @@ def read_json_lines(source: str | Path | Iterable[bytes]) -> Iterator[tuple[int,
 
 
 def write_json_lines(path: str | Path, rows: Iterable[Any]) -> int:
-    """Write one value a line and return their number. The file appears, or is replaced, when it is whole."""
+    """Write one value a line and return their number. The file appears, or is replaced, when it is whole.
+
+    Raises ConfigurationError where another process writes the same file.
+    """
     count = 0
-    with written_whole_file(path) as unfinished, unfinished.open("wb") as file:
+    with _held(Path(path)), written_whole_file(path) as unfinished, unfinished.open("wb") as file:
         for row in rows:
             file.write(json_line(row))
             count += 1
     return count
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Keep other processes from writing a file, which need not be there yet."""
+    if fcntl is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.lock")
+    with FileIO(beside, "a") as file:
+        _lock(file, path)
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _lock(file: FileIO, path: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigurationError(
+            f"{path}: another process writes to this file; wait for it, or name another one"
+        ) from error
+    except OSError:
+        logger.debug("%s: no locks on this disk", path)
 
 
 class ResumableJsonLines:
@@ -65,7 +97,7 @@ class ResumableJsonLines:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as to_close:
             self._file = to_close.enter_context(FileIO(self.path, "a"))
-            self._lock()
+            _lock(self._file, self.path)
             self._size = sum(map(len, self._whole_lines()))
             to_close.pop_all()
         return self
@@ -93,18 +125,6 @@ class ResumableJsonLines:
     def _whole_lines(self) -> Iterator[bytes]:
         with self.path.open("rb") as lines:
             yield from (line for line in lines if line.endswith(b"\n"))
-
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigurationError(
-                f"{self.path}: another process writes to this file; wait for it, or name another one"
-            ) from error
-        except OSError:
-            logger.debug("%s: no locks on this disk", self.path)
 
 
 def json_line(row: Any) -> bytes:

@@ -27,6 +27,7 @@ from mr_reward.data.jsonl import read_json_lines, write_json_lines
 from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.plots import plot_curves
 from mr_reward.groups import ResponseGroup
+from mr_reward.grpo.groups import whole_number
 from mr_reward.grpo.reward import MultiResponseReward
 
 logger = logging.getLogger(__name__)
@@ -240,22 +241,73 @@ class PolicyValidation(TrainerCallback):
         return [record for _, record in read_json_lines(self._file)] if self._file.is_file() else []
 
     def _show_samples(self, step: int) -> None:
-        scored = [(found.group, found.scores) for found in self.reward.last_scored if found.scores is not None]
-        samples = scored[: self.num_samples]
-        table = Table("prompt", "score", "response", title=f"step {step}: rollouts for held-out prompts, best first")
-        lines = [f"# Step {step}: rollouts for held-out prompts, best first", ""]
-        for group, scores in samples:
-            ranked = sorted(zip(scores, group.responses, strict=True), key=lambda pair: -pair[0])
+        samples = _ranked(self.reward, self.num_samples)
+        title = f"step {step}: rollouts for held-out prompts, best first"
+        lines = [f"# {title.capitalize()}", ""]
+        for group, ranked in samples:
             lines += ["```text", json.dumps(_prompt_text(group), ensure_ascii=False)]
-            for position, (score, response) in enumerate(ranked):
-                name = _prompt_text(group) if position == 0 else ""
-                table.add_row(_plain(name, 60), f"{score:+.3f}", _plain(response, 100))
-                lines.append(f"{score:+9.3f}  {json.dumps(response, ensure_ascii=False)}")
+            lines += [f"{score:+9.3f}  {json.dumps(response, ensure_ascii=False)}" for score, response in ranked]
             lines += ["```", ""]
-            table.add_section()
         # Lone surrogates, which a policy can write, have no UTF-8.
         (self.folder / "samples.md").write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
-        self.console.print(table)
+        self.console.print(_samples_table(samples, title))
+
+
+_Samples = list[tuple[ResponseGroup, list[tuple[float, str]]]]
+
+
+def _ranked(reward: MultiResponseReward, count: int) -> _Samples:
+    """The first scored groups of the last call: scores and responses from best to worst."""
+    scored = [(found.group, found.scores) for found in reward.last_scored if found.scores is not None]
+    return [
+        (group, sorted(zip(scores, group.responses, strict=True), key=lambda pair: -pair[0]))
+        for group, scores in scored[:count]
+    ]
+
+
+def _samples_table(samples: _Samples, title: str) -> Table:
+    table = Table("prompt", "score", "response", title=title)
+    for group, ranked in samples:
+        for position, (score, response) in enumerate(ranked):
+            name = _prompt_text(group) if position == 0 else ""
+            table.add_row(_plain(name, 60), f"{score:+.3f}", _plain(response, 100))
+        table.add_section()
+    return table
+
+
+class ShownGroups(TrainerCallback):
+    """Shows in the terminal some groups of the step that was logged, their responses from best to worst.
+
+    Only the main process shows, of the groups that it has scored itself. The table of TRL's `log_completions` has a
+    column for each reward and for each of `mr_reward.grpo.telemetry.COLUMN_KEYS`, too many for 80 characters a line.
+
+    Args:
+        reward: the reward function of the trainer; its last call is where the groups come from.
+        every: show at each log of a step that is a multiple of it.
+        num_groups: how many to show.
+        console: where the table goes; None for the terminal.
+
+    Example:
+        ```python
+        trainer = GRPOTrainer(..., callbacks=[ShownGroups(reward, every=20)])
+        ```
+    """
+
+    def __init__(
+        self, reward: MultiResponseReward, *, every: int = 1, num_groups: int = 2, console: Console | None = None
+    ) -> None:
+        self.reward = reward
+        self.every = whole_number(every, "every", "show each so many steps")
+        self.num_groups = num_groups
+        self.console = console if console is not None else Console()
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show what the last step before this log was trained on."""
+        of_training = not any(key.startswith("eval_") or key == "train_runtime" for key in logs or ())
+        if state.is_world_process_zero and of_training and state.global_step % self.every == 0:
+            samples = _ranked(self.reward, self.num_groups)
+            if samples:
+                self.console.print(_samples_table(samples, f"step {state.global_step}: rollouts, best first"))
 
 
 class RunFigure(TrainerCallback):

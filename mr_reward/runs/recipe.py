@@ -65,7 +65,7 @@ class PolicyArguments:
     reward_server: str | None = field(default=None, metadata={"help": "URL of mr-reward serve, for reward_model"})
     reward_server_hash: str | None = field(default=None, metadata={"help": "Checksum of the server's model"})
     # To `groups` in the output folder, for `mr-reward inspect`; 0 for never.
-    log_groups_steps: int = field(default=0, metadata={"help": "Write the scored groups every so many steps"})
+    log_groups_steps: int = field(default=0, metadata={"help": "Write and show the scored groups every so many steps"})
     # As `trl.rewards.accuracy_reward`, or, where a call makes them, `trl.rewards.get_repetition_penalty_reward()`; in
     # this order after the reward model and the truths of a `PromptSource` in `reward_weights`.
     extra_reward_funcs: list[str] = field(default_factory=list, metadata={"help": "Import paths"})

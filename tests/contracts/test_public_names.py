@@ -47,7 +47,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
     "messages": [],
     "model": ["GroupScorer", "MultiResponseRewardConfig", "MultiResponseRewardModel"],
     "mr2bench": ["build_benchmark", "write_benchmark"],
-    "runs": ["PolicyValidation", "RunFigure", "WarningSigns"],
+    "runs": ["PolicyValidation", "RunFigure", "ShownGroups", "WarningSigns"],
     "scorers": ["OffloadedScorer", "RemoteScorer", "open_scorer"],
     "serving": ["ServerLimits", "build_app", "serve"],
     "templates": ["load_image"],

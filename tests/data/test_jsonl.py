@@ -87,6 +87,29 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     assert resumed(path) == [1, 2]
 
 
+def test_one_process_at_a_time_writes_a_whole_file(tmp_path: Path) -> None:
+    """`mr-reward data convert` in two processes: the second is refused, the first ends well, nothing is left over."""
+    pipe, out = tmp_path / "pairs.jsonl", tmp_path / "out.jsonl"
+    row = json.dumps({"prompt": "Q", "chosen": "a", "rejected": "b"}).encode() + b"\n"
+    pipe.write_bytes(row)
+    code = (
+        "import sys; from mr_reward.data.jsonl import write_json_lines\n"
+        "def rows():\n yield 1\n print('writing', flush=True)\n sys.stdin.read()\n yield 2\n"
+        "write_json_lines(sys.argv[1], rows())"
+    )
+    first = subprocess.Popen([sys.executable, "-c", code, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert first.stdout is not None and first.stdout.readline() == b"writing\n"
+    command = [sys.executable, "-c", "from mr_reward.cli import main; main()", "data", "convert", "auto", pipe, out]
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 1
+    assert f"error: {out}: another process writes to this file" in second.stderr
+    first.communicate(timeout=60)
+    assert out.read_bytes() == b"1\n2\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "pairs.jsonl"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert [list(found["responses"]) for _, found in read_json_lines(out)][0] in (["a", "b"], ["b", "a"])
+
+
 @pytest.mark.parametrize("how", ["kill", "full disk"])
 def test_a_run_that_stops_anywhere_is_resumed(how: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"

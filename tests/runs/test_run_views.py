@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pandas
 import pytest
 from PIL import Image
+from rich.console import Console
 from tiny_models import ROUNDING
 from tiny_runs import SHORT_RUN, handwriting_rows, save_policy_that_sees
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -22,7 +25,7 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.groups import GroupScores
 from mr_reward.grpo.telemetry import COLUMN_KEYS, GroupLog
 from mr_reward.runs import callbacks
-from mr_reward.runs.callbacks import RunFigure, plot_run
+from mr_reward.runs.callbacks import RunFigure, ShownGroups, plot_run
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_policy_that_sees(folder / "policy")
     MultiResponseRewardModel.from_backbone(folder / "policy", layout="causal").save_pretrained(folder / "rm")
     rows = handwriting_rows("train", 8)
+    rows = rows.add_column("reference_response", ["no"] * 8)
+    log = GroupLog(folder / "out" / "groups", every=2)
+    reward = MultiResponseReward(folder / "rm", 4, num_orders=3, group_log=log)
+    terminal = Console(file=io.StringIO(), width=80)
     trainer = GRPOTrainer(
         model=str(folder / "policy"),
-        reward_funcs=[
-            MultiResponseReward(folder / "rm", 4, num_orders=3, group_log=GroupLog(folder / "out" / "groups", every=2))
-        ],
+        reward_funcs=[reward],
         args=GRPOConfig(
             str(folder / "out"),
             per_device_train_batch_size=4,
@@ -49,10 +54,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         train_dataset=rows,
         eval_dataset=rows.select(range(2)),
-        callbacks=[RunFigure(folder / "out")],
+        callbacks=[RunFigure(folder / "out"), ShownGroups(reward, every=2, console=terminal)],
     )
     trainer.train()
     trainer.evaluate()
+    (folder / "terminal.txt").write_text(terminal.file.getvalue())
     (entry,) = [entry for entry in trainer.state.log_history if entry["step"] == 3 and "mr_reward/score_mean" in entry]
     assert 0.0 <= entry["mr_reward/order_flip_rate"] <= 1.0
     (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
@@ -74,6 +80,40 @@ def test_the_completions_table_tells_what_the_reward_model_did(run: Path) -> Non
             assert slot == len(set(texts[:first])) and again == (slot if first < i else -1)
         rewards = group["multi_response_reward"].to_numpy()
         assert np.allclose(rewards, scores - scores.mean(), atol=1e-6)
+
+
+def test_groups_are_shown_within_80_characters(run: Path) -> None:
+    """Of the steps asked for, whole words, best first."""
+    text = (run / "terminal.txt").read_text()
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and text.count("rollouts, best first") == 1 and "step 2:" in text
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    shown = [float(score) for _, score, _ in rows if score]
+    logged = read_scored(run / "out" / "groups" / "step_00002.rank0.jsonl")
+    assert shown == [round(score, 3) for scored in logged for score in sorted(scored.scores or (), reverse=True)]
+    words = {word for scored in logged for text in _texts(scored.group) for word in text.split()}
+    assert {word for prompt, _, _ in rows for word in prompt.split()} <= words
+
+
+def _texts(group: ResponseGroup) -> list[str]:
+    return [block.get("text", f"({block['type']})") for turn in group.messages for block in turn["content"]]
+
+
+def test_the_win_rate_over_the_reference_of_a_prompt(run: Path) -> None:
+    """Of training and evaluation: the share of responses above it in a row with them."""
+    history = json.loads((run / "history.json").read_text())
+    scorer = GroupScorer.from_pretrained(run / "rm", num_orders=3)
+    rates = [entry["mr_reward/win_rate"] for entry in history if "mr_reward/score_mean" in entry]
+    assert len(rates) == 3
+    groups = [scored.group for scored in read_scored(run / "out" / "groups" / "step_00002.rank0.jsonl")]
+    compared = scorer.score([replace(one, prompt=one.messages, responses=[*one.responses, "no"]) for one in groups])
+    shares = [
+        sum((score > scores[-1]) + 0.5 * (score == scores[-1]) for score in scores[:-1]) / 4
+        for scores in compared
+        if scores is not None
+    ]
+    assert len(shares) == 2 and rates[1] == pytest.approx(sum(shares) / 2)
+    assert any("eval_mr_reward/win_rate" in entry for entry in history)
 
 
 def test_logged_groups_are_those_of_the_table_and_can_be_scored_again(run: Path) -> None:
