@@ -402,3 +402,12 @@ def test_what_is_no_fault_of_a_group_is_raised() -> None:
         with pytest.raises(error, match="group '0': bad"):
             score_each(_Picky(error, "0"), [group])
     assert score_each(_Picky(RuntimeError), []) == []
+
+
+@pytest.mark.parametrize("scores", [(2.0, 3.0, 1.0), None])
+def test_a_result_of_another_order_comes_back_whole(scores: Any) -> None:
+    """Scores and flags both: one that is put back without the other names the wrong response as cut off."""
+    shown = GroupScores(scores=scores, truncated=(False, False, True), order_spread=0.5, drop_reason="why")
+    own = None if scores is None else (1.0, 2.0, 3.0)
+    expected = GroupScores(scores=own, truncated=(True, False, False), order_spread=0.5, drop_reason="why")
+    assert shown.undo_order([1, 2, 0]) == expected

@@ -27,6 +27,19 @@ def test_a_window_does_not_part_media_that_see_each_other() -> None:
     assert found[5].tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0], "text behind them has its window"
 
 
+def test_a_window_does_not_part_comparisons_from_summaries() -> None:
+    """Of the other responses, however short they are: what stands before its own summary it sees by its window."""
+    plan = plan_row("set", 1, [3, 1])
+    places = torch.tensor([[0, 1, 2, 3, 4, 5, 1, 2, 3]])
+    mask = attention_mask(
+        "set", "sdpa", plan.segments[None], plan.kinds[None], torch.float32, None, places, Reach(window=2)
+    )
+    found = mask[0, 0].int()
+    assert found[5].tolist() == [0, 0, 0, 0, 1, 1, 0, 1, 0], "the summary of a response that ended long before"
+    assert found[8].tolist() == [0, 0, 0, 0, 1, 0, 0, 1, 1]
+    assert found[4].tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 0], "a summary has its window"
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [

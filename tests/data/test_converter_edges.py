@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,9 @@ def test_equal_scores_tie_and_scores_against_the_choice_are_an_error() -> None:
     assert convert("tulu", {**ROWS["tulu"], "score_chosen": 7.5, "score_rejected": 7}).rankings == (1, 2)
     with pytest.raises(GroupError, match=r"score_chosen and score_rejected' is \[3, 7\], expected a chosen answer"):
         convert("skywork", {**ROWS["skywork"], "score_chosen": 3, "score_rejected": 7})
+    for pair in ((math.nan, 1.0), (1.0, math.nan), (math.nan, math.nan)):
+        with pytest.raises(GroupError, match="expected a chosen answer that is not the worse one"):
+            convert("skywork", {**ROWS["skywork"], **dict(zip(("score_chosen", "score_rejected"), pair, strict=True))})
 
 
 @pytest.mark.parametrize(

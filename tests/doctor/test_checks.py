@@ -139,6 +139,12 @@ def test_output_folder(tmp_path: Path) -> None:
     torch.save({}, run / "checkpoint-5" / "rng_state.pth")
     whole = next(iter(check_output_folder(run, resume=True)))
     assert (whole.level, whole.text) == ("green", f"{run}: resumes from checkpoint-5")
+    (alone, *_) = check_output_folder(run, resume=True, num_processes=2)
+    assert alone.level == "yellow" and "from the beginning" in alone.text, "each process has a state"
+    for rank in range(2):
+        torch.save({}, run / "checkpoint-5" / f"rng_state_{rank}.pth")
+    (both, *_) = check_output_folder(run, resume=True, num_processes=2)
+    assert (both.level, both.text) == ("green", f"{run}: resumes from checkpoint-5")
     for step, level in ((5, "green"), (10, "red"), (15, "red")):
         (named,) = check_output_folder(tmp_path / "other", resume=str(run / f"checkpoint-{step}"))
         assert named.level == level and f"checkpoint-{step}" in named.text

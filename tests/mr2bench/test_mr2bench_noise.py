@@ -195,9 +195,10 @@ def test_equal_texts_never_meet_in_an_item() -> None:
     """One of two equal responses would be called worse."""
     votes = [Vote("q", a, b, 1.0) for i, a in enumerate("abcdef") for b in "abcdef"[i + 1 :] for _ in range(9)]
     texts = {"a": "Yes", "b": "No", "c": "Yes ", "d": "Maybe", "e": "Never", "f": "Never"}
-    for seed in range(5):
+    for seed in range(20):
         built = build_benchmark({"q": Question(id="q", prompt="?", responses=texts)}, votes=votes, seed=seed)
-        assert all(len({text.strip() for text in group.responses}) == 4 for group in built.items)
+        (group,) = built.items
+        assert len({text.strip() for text in group.responses}) == 4
     same = {name: "Yes" for name in texts}
     assert build_benchmark({"q": Question(id="q", prompt="?", responses=same)}, votes=votes).dropped == ["q"]
 
@@ -226,6 +227,16 @@ def test_bad_lines_are_named(read: Any, row: Any, message: str, tmp_path: Path) 
     write_jsonl(tmp_path / "a.jsonl", [row])
     with pytest.raises(GroupError, match=r"a\.jsonl, line 1: .*" + message):
         read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(("given", "name"), [(0, "0"), (7, "7"), ("", ""), ("0", "0"), (None, None)])
+def test_the_number_of_an_annotator_is_a_name(given: Any, name: str | None, tmp_path: Path) -> None:
+    """Those who number their annotators begin at 0."""
+    write_jsonl(tmp_path / "votes.jsonl", [{**VOTE, "annotator": given}])
+    ranking = {"question_id": "q", "ranking": {"a": 1, "b": 2}, "annotator": given}
+    write_jsonl(tmp_path / "rankings.jsonl", [ranking])
+    assert [vote.annotator for vote in read_votes(tmp_path / "votes.jsonl")] == [name]
+    assert [one.annotator for one in read_rankings(tmp_path / "rankings.jsonl")] == [name]
 
 
 def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:

@@ -99,6 +99,15 @@ def test_thoughts_between_calls_are_judged_as_the_model_says(name: str) -> None:
         Renderer(made, thoughts="refused").render(group(QUESTION, [turns]))
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "glm4moe"])
+def test_what_a_tool_returned_is_no_thought(name: str) -> None:
+    """A page that a tool has read may hold the marks; only what the policy wrote is stripped."""
+    result = {"role": "tool", "name": "add", "content": "<think>of the page</think> 5"}
+    turns = [call(2, 3, content="<think>of the policy</think>"), result, {"role": "assistant", "content": "5"}]
+    (text,) = decoded(Renderer(tokenizer(name), thoughts="stripped"), group(QUESTION, [turns]))
+    assert "<think>of the page</think> 5" in text and "of the policy" not in text
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("llama3", "leaves out|refuses"), ("phi3", "leaves out|refuses"), ("deepseek_r1_distill", "leaves out|refuses")],
