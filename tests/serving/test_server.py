@@ -185,8 +185,11 @@ def test_what_waits_is_scored_together_and_too_much_has_to_come_again(held: Held
             first = threads.submit(http.post, "/v1/score", json=body("first"))
             assert held.entered.wait(20)
             more = [threads.submit(http.post, "/v1/score", json=body(f"more {i}")) for i in range(3)]
+            end = time.monotonic() + 10
             while http.get("/health").json()["pending_groups"] < 4:
-                pass
+                assert time.monotonic() < end or held.go.set(), (
+                    "4 groups may wait"
+                )  # set: or the threads would wait on
             refused = http.post("/v1/score", json=body("too many"))
             assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
             held.go.set()
