@@ -6,18 +6,22 @@ many.
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trl
 from hypothesis import given
 from hypothesis import strategies as st
 from random_groups import groups, texts, tried
 from tiny_models import FAMILIES, LAYOUTS, ROUNDING, family, reward_model
 
-from mr_reward import GroupScorer, MultiResponseReward, ResponseGroup
+from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel, ResponseGroup
 from mr_reward.data.groups_file import ScoredGroup, load_preferences, read_scored, save_preferences, write_scored
 from mr_reward.errors import GroupError, MRRewardError, OverLengthError
 from mr_reward.groups import GroupScores
@@ -124,8 +128,9 @@ def test_rewards_come_back_row_by_row(data: st.DataObject) -> None:
     """Through the reward function, in every shape in which TRL hands completions over."""
     size, count = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 4))
     kind = data.draw(st.sampled_from(sorted(REWARD_TRANSFORMS)))
+    shape = data.draw(st.sampled_from(["text", "chat", "blocks", "several turns", "no content"]))
     reward = MultiResponseReward(
-        reward_model("llama"),
+        _model_that_shows_tools() if shape == "several turns" else reward_model("llama"),
         size,
         device="cpu",
         reward=kind,
@@ -133,7 +138,6 @@ def test_rewards_come_back_row_by_row(data: st.DataObject) -> None:
     )
     prompts = [data.draw(texts()) for _ in range(count) for _ in [0]]
     answers = [data.draw(texts()) for _ in range(size * count)]
-    shape = data.draw(st.sampled_from(["text", "chat", "blocks", "several turns", "no content"]))
     completions: list[Any] = [_completion(answer, shape) for answer in answers]
     chat = [[{"role": "user", "content": prompt}] for prompt in prompts for _ in range(size)]
     given_prompts: list[Any] = [prompt for prompt in prompts for _ in range(size)] if shape == "text" else chat
@@ -158,6 +162,14 @@ def test_rewards_come_back_row_by_row(data: st.DataObject) -> None:
             assert len(set(duplicates)) == 1
         if kind == "centred":
             assert sum(value or 0.0 for value in values) == pytest.approx(0.0, abs=1e-4)
+
+
+@functools.cache
+def _model_that_shows_tools() -> MultiResponseRewardModel:
+    model = reward_model("llama", fresh=True)
+    model.processor = copy.deepcopy(model.processor)
+    model.processor.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
+    return model
 
 
 def _completion(answer: str, shape: str) -> Any:
