@@ -120,7 +120,7 @@ def soak_reward(folder: Path, calls: int) -> dict[str, Any]:
             raise RuntimeError(f"call {call}: a rank got another number of rewards than it had rows")
         logged = [
             scored
-            for path in sorted((folder / "groups").glob(f"step_{call:05d}.rank*.jsonl"))
+            for path in sorted((folder / "groups").glob(f"step_{call + 1:05d}.rank*.jsonl"))
             for scored in read_scored(path)
         ]
         if len(logged) * GENERATIONS != len(rewards):
