@@ -44,7 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.truncate(folder / "cut" / "model.safetensors", 5000)
     weights = folder / "headless" / "model.safetensors"
     save_file({name: part for name, part in load_file(weights).items() if not name.startswith("head.")}, weights)
-    (folder / "template" / "chat_template.jinja").write_text("{{ messages }}")
+    with (folder / "template" / "chat_template.jinja").open("a") as template:
+        template.write("!")
     (folder / "questions.jsonl").write_text('{"question": "?"}\n')
     block = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     (folder / "pictures.jsonl").write_text(json.dumps({"prompt": block, "images": ["gone.png"]}) + "\n")
