@@ -15,6 +15,7 @@ import ast
 import inspect
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def caught(mutation: Mutation) -> tuple[bool, float, str]:
         Path(folder, path).write_text(changed, encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
         done = subprocess.run(
-            [*command, *mutation.tests.split()],
+            [*command, *shlex.split(mutation.tests)],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": folder},
             capture_output=True,
