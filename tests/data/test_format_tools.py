@@ -198,3 +198,12 @@ def test_ratings_belong_to_ranked_responses(tmp_path: Path) -> None:
     for wrong in ([3], [3, "a"], [3, float("nan")], "ab", [3, True]):
         with pytest.raises(GroupError, match="ratings is .*expected a number for each of the 2 responses"):
             ResponseGroup(prompt="Q", responses=["a", "b"], rankings=[1, 2], ratings=wrong)  # type: ignore[arg-type]
+
+
+def test_ratings_of_a_row_with_scores_are_those_it_names(tmp_path: Path) -> None:
+    """Without any, its scores are its ratings."""
+    row = {"prompt": "Q", "responses": ["a", "b"], "scores": [0.1, 0.9]}
+    for extra, expected in (({}, (0.1, 0.9)), ({"ratings": [7, 8]}, (7.0, 8.0))):
+        (tmp_path / "g.jsonl").write_text(json.dumps({**row, **extra}))
+        (group,) = load_preferences(tmp_path / "g.jsonl")
+        assert (group.rankings, group.ratings) == ((2, 1), expected)
