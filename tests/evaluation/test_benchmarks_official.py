@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,21 @@ def test_intervals_cover_and_pairs_are_drawn_together() -> None:
     duplicates = [Judged(f"{i.uid}{k}", "", i.rankings, i.scores, {"id": i.uid}) for i in items for k in "ab"]
     alone, both = (intervals([x], n_way, num_resamples=400)["pairwise"] for x in (items, duplicates))
     assert both.high - both.low == pytest.approx(alone.high - alone.low, rel=0.25)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+def test_intervals_are_as_wide_as_those_of_a_share(share: float) -> None:
+    """Of a share p of n items 95 % lie within 1.96 sqrt(p (1 - p) / n); within 1.64 it would be 90 %."""
+    size, width = 400, 2 * 1.96 * math.sqrt(share * (1 - share) / 400)
+    first, second = (
+        [Judged(str(i), "", (1, 2), (float(i < round(share * size)), 0.5)) for i in order]
+        for order in (range(size), range(size - 1, -1, -1))
+    )
+    found = intervals([first], n_way, num_resamples=4000)["pairwise"]
+    assert found.value == pytest.approx(share) and found.high - found.low == pytest.approx(width, rel=0.06)
+    assert found.high - found.value == pytest.approx(found.value - found.low, rel=0.15)
+    wrong = [replace(item, scores=(0.0, 0.5)) for item in second]  # the difference is the share itself
+    assert paired_interval([first], [wrong], n_way, num_resamples=4000)["pairwise"] == pytest.approx(found)
 
 
 @pytest.mark.parametrize("fact", ["id", "prompt"])
