@@ -408,6 +408,30 @@ def test_who_gives_up_takes_nothing_from_the_others() -> None:
     asyncio.run(scenario())
 
 
+def test_a_group_that_is_done_takes_nothing_from_the_next_of_its_prompt() -> None:
+    """An epoch later the same id and prompt come again, while the first group is still being scored."""
+
+    class Slow:
+        async def submit(self, groups: Any) -> list[GroupScores]:
+            await asyncio.sleep(0.1)
+            scores = tuple(float(len(text)) for text in groups[0].responses)
+            return [GroupScores(scores=scores, truncated=(False,) * len(scores))]
+
+    async def scenario() -> None:
+        collector = GroupCollector(Slow(), num_generations=2, reward="raw")  # type: ignore[arg-type]
+
+        def ask(text: str) -> asyncio.Task[float]:
+            return asyncio.create_task(collector.reward(ResponseGroup(prompt="?", responses=[text], id="0")))
+
+        first, early = [ask("a"), ask("bb")], ask("ccc")
+        await asyncio.sleep(0)
+        assert await asyncio.gather(*first) == [1.0, 2.0]
+        assert collector.num_waiting == 1
+        assert await asyncio.gather(early, ask("dddd")) == [3.0, 4.0] and collector.num_waiting == 0
+
+    asyncio.run(scenario())
+
+
 def test_verl_opens_a_model_once_and_cuts_what_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes no missing reward, so a group is not to be dropped."""
     opened: list[Any] = []
