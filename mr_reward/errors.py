@@ -4,6 +4,7 @@ A message says what was got, what was expected and what to do. Errors that a wro
 `ValueError`, so callers that catch the builtin keep working.
 """
 
+import operator
 import re
 from typing import Any
 
@@ -63,3 +64,14 @@ class PeerRankError(MRRewardError, RuntimeError):
 
 class ScoringServerError(MRRewardError, RuntimeError):
     """A scoring server cannot be reached in time, refuses the request, or gives answers that cannot be right."""
+
+
+def whole_number(value: Any, name: str, what: str) -> int:
+    """A setting that counts something, from 1 on, as Python's own int; numpy's and torch's whole numbers count."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ConfigurationError(f"{name} is {value!r}, expected a whole number from 1 on: {what}")
+    return number

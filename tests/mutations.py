@@ -84,7 +84,7 @@ MUTATIONS = [
         "mr_reward.model.features._undisturbed",
         "torch.default_generator.manual_seed(0)",
         "torch.manual_seed(0)",
-        "tests/model/test_features.py",
+        "tests/model/test_small_copy.py",
     ),
     Mutation(
         "media that the chat template leaves out are not missed",
@@ -320,7 +320,7 @@ MUTATIONS = [
     Mutation(
         "what a chat template leaves out is not missed",
         "mr_reward.templates.chat.ChatTemplate",
-        "mark not in text",
+        "made not in text",
         "False",
         "tests/templates/test_chat.py -k 'drops_calls or every_template'",
     ),
@@ -476,7 +476,7 @@ MUTATIONS = [
         "mr_reward.evaluation.evaluator.score_benchmark",
         "record.bad_row and not skip_bad",
         "False",
-        "tests/evaluation/test_benchmark_runs.py",
+        "tests/evaluation/test_bad_rows.py",
     ),
     Mutation(
         "the folder of the media is not looked at",

@@ -34,7 +34,9 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count and list bad ro
 @data.command()
 def convert(
     name: Annotated[str, typer.Argument(help="Format or data set, see the list above, or auto")],
-    source: Annotated[str, typer.Argument(help="A .jsonl, .json or .parquet file, a folder of them, or a hub id")],
+    source: Annotated[
+        str, typer.Argument(help="A file (.jsonl, .jsonl.gz, .json, .parquet), a folder of them, or a hub id")
+    ],
     out: Annotated[Path, typer.Argument(help="The .jsonl file to write; images go to a folder beside it")],
     split: Annotated[
         str | None, typer.Option(help="Split, for a hub id; start of the files' names in a folder")

@@ -41,7 +41,8 @@ _STREAM = "-"
 def score(
     model: Annotated[str, typer.Argument(help="Reward model (folder or hub id), or the URL of `mr-reward serve`")],
     source: Annotated[
-        str, typer.Argument(help="File with a group on each line (.jsonl, .jsonl.gz) or a list (.json); - for a pipe")
+        str,
+        typer.Argument(help="A file (.jsonl, .jsonl.gz, .json, .parquet), saved data set or hub id; - for a pipe"),
     ] = "-",
     out: Annotated[str, typer.Option(help=".jsonl file to write, or to resume; - for standard output")] = "-",
     media: Annotated[

@@ -31,7 +31,9 @@ def serve(
     max_groups: Annotated[int, typer.Option(help="Groups of a request")] = 256,
     max_request_mb: Annotated[float, typer.Option(help="Size of a request")] = 64.0,
     max_megapixels: Annotated[float, typer.Option(help="Size of an image or frame")] = 50.0,
-    max_pending: Annotated[int, typer.Option(help="Groups that may wait; beyond, clients have to come again")] = 4096,
+    max_pending: Annotated[
+        int, typer.Option(help="Groups that may wait, without --collect; beyond, clients come again")
+    ] = 4096,
     max_wait_ms: Annotated[float, typer.Option(help="How long a forward pass waits for more requests")] = 5.0,
     collect: Annotated[
         int | None,

@@ -249,7 +249,7 @@ def group_map(num_ranks: int, rows_per_rank: int, num_generations: int) -> tuple
         scored = [str(group.index) for group in groups if group.owner == rank]
         word = "group" if len(held) == 1 else "groups"
         lines.append(f"rank {rank}: {word} {_listed(held)}, scores {_listed(scored) or 'none'}")
-    if num_ranks > 2 * _SHOWN_RANKS:
+    if num_ranks > 2 * _SHOWN_RANKS + 1:  # a line less for one rank would tell no more
         lines[_SHOWN_RANKS:-_SHOWN_RANKS] = [f"... {num_ranks - 2 * _SHOWN_RANKS} more ranks ..."]
     return groups, lines
 

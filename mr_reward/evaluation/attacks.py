@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mr_reward.data.degenerate import MASTER_KEYS
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import ResponseGroup, Scorer
+from mr_reward.messages.completions import Transcript
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ def attack_items(groups: Sequence[ResponseGroup], *, seed: int = 0) -> list[Atta
     """Choose the good and the bad response of each group.
 
     Args:
-        groups: ranked groups; those whose responses are all tied are left out.
+        groups: ranked groups; those without a worse response of plain text that is not empty are left out.
         seed: of the choice among equals.
 
     Returns:
@@ -118,12 +119,17 @@ def attack_items(groups: Sequence[ResponseGroup], *, seed: int = 0) -> list[Atta
         if group.rankings is None:
             raise GroupError(f"{group.name}: has no rankings, an attack needs to know the bad response; rank it")
         good = [i for i, rank in enumerate(group.rankings) if rank == 1]
-        bad = [i for i, rank in enumerate(group.rankings) if rank > 1 and group.responses[i].strip()]
+        bad = [i for i, rank in enumerate(group.rankings) if rank > 1 and _can_be_changed(group.responses[i])]
         if bad:
             items.append(AttackItem(group, rng.choice(good), rng.choice(bad)))
     if not items:
         raise GroupError(f"none of {len(groups)} groups has a worse response to attack with; give ranked groups")
     return items
+
+
+def _can_be_changed(response: str) -> bool:
+    """Of a transcript, what an attack writes would be judged as another form of response, which moves the margin."""
+    return bool(response.strip()) and not isinstance(response, Transcript)
 
 
 def run_attacks(

@@ -17,6 +17,7 @@ from mr_reward.data.jsonl import read_json_lines
 from mr_reward.errors import ConfigurationError, GroupError, NonFiniteScoreError, OverLengthError
 from mr_reward.evaluation.evaluator import BenchmarkScorer
 from mr_reward.groups import GroupScores, ResponseGroup
+from mr_reward.messages.completions import Transcript
 from mr_reward.model.rows import check_over_length, plan_batches
 from mr_reward.model.scorer import GroupScorer
 from mr_reward.scorers.opening import default_device, open_scorer, require_local, scored_by
@@ -214,6 +215,11 @@ class ClassifierScorer:
         if group.images or group.videos:
             raise GroupError(
                 f"{group.name}: has images or videos, a sequence classifier reads text; take another model"
+            )
+        if any(isinstance(response, Transcript) for response in group.responses):
+            raise GroupError(
+                f"{group.name}: a response has tool calls or results, a sequence classifier reads one turn of text; "
+                "take a reward model whose chat template shows them"
             )
         self._chat.check(group)
         options: dict[str, Any] = {"tools": list(group.tools)} if group.tools else {}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -113,17 +112,6 @@ def read_references(columns: Mapping[str, Any]) -> list[str | None] | None:
         None if one is None else completion_text(one, name=f"{REFERENCE_COLUMN} of rollout {i}")
         for i, one in enumerate(column)
     ]
-
-
-def whole_number(value: Any, name: str, what: str) -> int:
-    """A setting that counts something, from 1 on, as Python's own int; numpy's and torch's whole numbers count."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ConfigurationError(f"{name} is {value!r}, expected a whole number from 1 on: {what}")
-    return number
 
 
 def group_size(log_metric: Callable[..., None] | None, num_generations: int, num_generations_eval: int) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mr_reward.checkpoint.verify import weights_digest
 from mr_reward.data.groups_file import ScoredGroup
-from mr_reward.errors import CheckpointError, ConfigurationError
+from mr_reward.errors import CheckpointError, ConfigurationError, whole_number
 from mr_reward.groups import GroupScores, ResponseGroup, score_each
 from mr_reward.grpo.exchange import Exchange
 from mr_reward.grpo.groups import (
@@ -30,7 +30,6 @@ from mr_reward.grpo.groups import (
     read_references,
     read_rollouts,
     updates_per_generation,
-    whole_number,
     with_opening,
 )
 from mr_reward.grpo.telemetry import GroupLog, describe_rows, measure, win_rate

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mr_reward.data.groups_file import ScoredGroup, write_scored
+from mr_reward.errors import whole_number
 from mr_reward.groups import GroupScores, dense_ranks
-from mr_reward.grpo.groups import PlannedGroup, whole_number
+from mr_reward.grpo.groups import PlannedGroup
 
 COLUMN_KEYS = (
     "mr_reward_group",

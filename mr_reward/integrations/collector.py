@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from mr_reward.errors import ConfigurationError, GroupAssemblyError, OverLengthError
+from mr_reward.errors import ConfigurationError, GroupAssemblyError, OverLengthError, whole_number
 from mr_reward.groups import ResponseGroup
-from mr_reward.grpo.groups import prompt_fingerprint, whole_number
+from mr_reward.grpo.groups import prompt_fingerprint
 from mr_reward.grpo.reward import reward_transform
 from mr_reward.serving.batcher import Batcher
 from mr_reward.templates.images import DecodedImages

@@ -11,6 +11,8 @@ from mr_reward.messages.prompts import REASONING_KEYS, Message, plain_json, tool
 
 Completion = str | Sequence[Mapping[str, Any]]
 
+THOUGHT_BEGINS, THOUGHT_ENDS = "<think>", "</think>"
+
 
 class Transcript(str):
     """A response of several turns: as text what a reader sees, and the turns, which the chat template renders.
@@ -110,7 +112,7 @@ def _readable(turn: Message) -> str:
 
 def thought(reasoning: str) -> str:
     """Reasoning as it stands before an answer in a text."""
-    return "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n"
+    return f"{THOUGHT_BEGINS}\n" + reasoning.strip("\n") + f"\n{THOUGHT_ENDS}\n\n"
 
 
 def _turn_text(message: Mapping[str, Any], name: str) -> str:

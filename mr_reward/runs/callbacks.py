@@ -24,10 +24,9 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerState
 
 from mr_reward.data.jsonl import read_json_lines, write_json_lines
-from mr_reward.errors import ConfigurationError
+from mr_reward.errors import ConfigurationError, whole_number
 from mr_reward.evaluation.plots import plot_curves
 from mr_reward.groups import ResponseGroup
-from mr_reward.grpo.groups import whole_number
 from mr_reward.grpo.reward import MultiResponseReward
 
 logger = logging.getLogger(__name__)

@@ -46,7 +46,8 @@ def named_sets(arguments: RewardModelArguments, *, evaluation: bool = False) -> 
     """The sets of groups that the recipe names, by the names that the trainer knows them by; none is read."""
     given = arguments.eval_file if evaluation else arguments.train_file
     if not given and not evaluation:
-        raise ConfigurationError("train_file is missing; give files of ranked groups, hub ids, or handwriting")
+        names = "".join(f", or {name}" for name in arguments.sources)
+        raise ConfigurationError(f"train_file is missing; give files of ranked groups or hub ids{names}")
     sets: dict[str, str] = {}
     for place in [given] if isinstance(given, str) else given or []:
         name = place if place in arguments.sources else Path(place).stem

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import ResponseGroup
-from mr_reward.messages.completions import thought
+from mr_reward.messages.completions import THOUGHT_BEGINS, THOUGHT_ENDS, thought
 from mr_reward.messages.prompts import Message, tool_function
 
 # What templates raise: their own refusals, and text that is joined to what is none.
@@ -64,7 +64,7 @@ class ChatTemplate:
         chat_template_text(processor)
         self.processor = processor
         self._lost: dict[str, str | None] = {}  # by shape of a prompt: the part that it leaves out
-        known = [{"role": "user", "content": [{"type": "text", "text": _mark(0)}]}]
+        known = [{"role": "user", "content": [{"type": "text", "text": mark(0)}]}]
         reasons = []
         for self.takes_blocks in (True,) if sees_images else (False, True):
             try:
@@ -130,7 +130,7 @@ class ChatTemplate:
             options = {**options, "tools": probe.tools}
         try:
             text = self._render(probe.messages, options)
-            lost = [part for mark, part in probe.parts.items() if mark not in text]
+            lost = [part for made, part in probe.parts.items() if made not in text]
             for part, others in () if lost else probe.without_media():
                 if self._render(others, options) == text:
                     lost.append(part)
@@ -141,8 +141,8 @@ class ChatTemplate:
     def _comes_out(self, messages: list[Message], options: dict[str, Any], marks: int) -> bool:
         """Whether all marks are in the text, and blocks are not written as Python or JSON."""
         text = self._render(messages, options)
-        found = all(_mark(number) in text for number in range(marks))
-        return found and not any(f"{quote}text{quote}: {quote}{_mark(0)}" in text for quote in "'\"")
+        found = all(mark(number) in text for number in range(marks))
+        return found and not any(f"{quote}text{quote}: {quote}{mark(0)}" in text for quote in "'\"")
 
     def _render(self, messages: list[Message], options: dict[str, Any]) -> str:
         (text,) = self.processor.apply_chat_template([messages], tokenize=False, **options)
@@ -179,14 +179,8 @@ class _Probe:
             for kind in dict.fromkeys(block["type"] for block in blocks if not isinstance(block, str)):
                 if kind != "text":
                     rest = {**message, "content": [block for block in blocks if block["type"] != kind]}
-                    yield (
-                        f"the {kind} of turn {i} ({message['role']!r})",
-                        [
-                            *self.messages[:i],
-                            rest,
-                            *self.messages[i + 1 :],
-                        ],
-                    )
+                    others = [*self.messages[:i], rest, *self.messages[i + 1 :]]
+                    yield f"the {kind} of turn {i} ({message['role']!r})", others
 
     def _message(self, message: Message, index: int, template: ChatTemplate) -> Message:
         place = f"turn {index} ({message['role']!r})"
@@ -202,7 +196,7 @@ class _Probe:
         return template.turn(probe)
 
     def _text(self, text: str, place: str) -> str:
-        if self._thoughts and text.startswith("<think>") and text.endswith("</think>\n\n"):
+        if self._thoughts and text.startswith(THOUGHT_BEGINS) and text.endswith(f"{THOUGHT_ENDS}\n\n"):
             return thought(self._mark(f"the thought of {place}"))
         return self._mark(f"the text of {place}")
 
@@ -226,13 +220,14 @@ class _Probe:
         return {**tool, "function": marked} if "function" in tool else marked
 
     def _mark(self, part: str) -> str:
-        mark = _mark(len(self.parts))
-        self.parts[mark] = part
-        return mark
+        made = mark(len(self.parts))
+        self.parts[made] = part
+        return made
 
 
-def _mark(number: int) -> str:
-    return f"mark{number}kram"
+def mark(number: int) -> str:
+    """A word that no template and no prompt has, in place of a text; none is the beginning of another."""
+    return f"mark{number}end"
 
 
 def _encodable(value: Any) -> Any:

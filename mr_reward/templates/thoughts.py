@@ -13,14 +13,13 @@ from typing import Any
 
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.groups import ResponseGroup
-from mr_reward.messages.completions import Transcript
-from mr_reward.templates.chat import ChatTemplate, is_prefilled
+from mr_reward.messages.completions import THOUGHT_BEGINS, THOUGHT_ENDS, Transcript
+from mr_reward.templates.chat import ChatTemplate, is_prefilled, mark
 
 THOUGHTS = ("included", "stripped", "refused")
-_OPEN, _CLOSE = "<think>", "</think>"
 # A thought with both ends, or one that is open at the start or at the end of the text
-_THOUGHT = re.compile(f"{_OPEN}.*?(?:{_CLOSE}\\s*|$)", re.DOTALL)
-_OPEN_BEFORE = re.compile(f"^(?:(?!{_OPEN}).)*?{_CLOSE}\\s*", re.DOTALL)
+_THOUGHT = re.compile(f"{THOUGHT_BEGINS}.*?(?:{THOUGHT_ENDS}\\s*|$)", re.DOTALL)
+_OPEN_BEFORE = re.compile(f"^(?:(?!{THOUGHT_BEGINS}).)*?{THOUGHT_ENDS}\\s*", re.DOTALL)
 
 
 def check_thoughts(thoughts: str) -> None:
@@ -44,17 +43,18 @@ def opened_thought(template: ChatTemplate) -> tuple[str, str] | None:
 
     None if it opens none.
     """
-    mark = "mark0kram"
-    user = {"role": "user", "content": [{"type": "text", "text": mark}]}
-    end = template.text([user], add_generation_prompt=True).rpartition(mark)[2]
-    if not end.rstrip().endswith(_OPEN):
+    asked, answer = mark(0), mark(1)
+    user = {"role": "user", "content": [{"type": "text", "text": asked}]}
+    end = template.text([user], add_generation_prompt=True).rpartition(asked)[2]
+    if not end.rstrip().endswith(THOUGHT_BEGINS):
         return None
-    header, _, space = end.rpartition(_OPEN)
-    answer = "mark1kram"
+    header, _, space = end.rpartition(THOUGHT_BEGINS)
     chat = [user, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-    before = template.text(chat).rpartition(answer)[0].rpartition(mark)[2]
-    closed = before.removeprefix(header) if before.startswith(header) else f"{_OPEN}{space}\n{_CLOSE}\n\n"
-    return _OPEN + space, closed
+    before = template.text(chat).rpartition(answer)[0].rpartition(asked)[2]
+    closed = before.removeprefix(header)
+    if not before.startswith(header):
+        closed = f"{THOUGHT_BEGINS}{space}\n{THOUGHT_ENDS}\n\n"
+    return THOUGHT_BEGINS + space, closed
 
 
 def _stripped(response: str) -> str:
@@ -77,7 +77,7 @@ class ThoughtRules:
         self._thoughts = thoughts
         found = opened_thought(template)
         self.opener = None if found is None else found[0]
-        texts = (*(found or ("", "")), _CLOSE)
+        texts = (*(found or ("", "")), THOUGHT_ENDS)
         self.opened, self._closed, self._close = (
             tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in texts
         )
@@ -87,7 +87,7 @@ class ThoughtRules:
         if self._thoughts == "stripped":
             return [_stripped(response) for response in group.responses]
         for i, text in enumerate(group.responses) if self._thoughts == "refused" else ():
-            if _OPEN in text or _CLOSE in text:
+            if THOUGHT_BEGINS in text or THOUGHT_ENDS in text:
                 raise GroupError(
                     f"{group.name}: response {i} holds a thought, and the model was made with thoughts='refused'; cut "
                     "it out, or make a model with thoughts='included' or 'stripped'"
@@ -102,8 +102,8 @@ class ThoughtRules:
             return encode_all(texts)
         encoded = []
         for text in texts:
-            inside = text.removeprefix(self.opener).removeprefix(_OPEN)
-            thought, closed, answer = inside.partition(_CLOSE)
+            inside = text.removeprefix(self.opener).removeprefix(THOUGHT_BEGINS)
+            thought, closed, answer = inside.partition(THOUGHT_ENDS)
             first, second = encode_all([thought, answer])
             if closed:
                 encoded.append([*self.opened, *first, *self._close, *second])

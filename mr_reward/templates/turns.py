@@ -12,7 +12,7 @@ from mr_reward.errors import GroupError
 from mr_reward.groups import ResponseGroup
 from mr_reward.messages.completions import Transcript, thought
 from mr_reward.messages.prompts import Message
-from mr_reward.templates.chat import TEMPLATE_ERRORS, ChatTemplate, is_prefilled, template_options
+from mr_reward.templates.chat import TEMPLATE_ERRORS, ChatTemplate, is_prefilled, mark, template_options
 
 
 class TurnEncoder:
@@ -58,7 +58,7 @@ class TurnEncoder:
 
     def _ending(self) -> str:
         """What the template writes after the last turn."""
-        texts = ["mark0kram", "mark1kram"]
+        texts = [mark(0), mark(1)]
         turns = [
             {"role": role, "content": [{"type": "text", "text": text}]}
             for role, text in zip(("user", "assistant"), texts, strict=True)

@@ -12,11 +12,8 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import ExitStack
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from http_server import running
+from http_server import running, serving_files
 from PIL import Image
 from tiny_models import ROUNDING, random_image, random_text, reward_model
 from typer.testing import CliRunner
@@ -401,15 +398,7 @@ def test_urls_are_fetched_when_asked_for(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "served").mkdir()
     random_image(random.Random(7)).save(tmp_path / "served" / "a.png")
     (tmp_path / "served" / "page.png").write_text("<!DOCTYPE html>")
-    asked: list[str] = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None:
-            asked.append(self.path)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "served"))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        base = f"http://127.0.0.1:{server.server_port}"
+    with serving_files(tmp_path / "served") as (base, asked):
         block = {"type": "image_url", "image_url": {"url": f"{base}/a.png"}}
         rows: list[dict[str, Any]] = [
             {"prompt": "?", "images": [f"{base}/{name}.png"]} for name in ("a", "page", "no")
@@ -422,7 +411,6 @@ def test_urls_are_fetched_when_asked_for(folder: Path, tmp_path: Path) -> None:
             json.loads(line)
             for line in run(folder / "rm", "--skip-bad", "--fetch-urls", stdin=stdin, exit_code=3).splitlines()
         ]
-        server.shutdown()
     group = ResponseGroup(prompt="?", responses=["a", "bb"], images=[tmp_path / "served" / "a.png"])
     (expected,) = GroupScorer.from_pretrained(folder / "rm").score([group])
     assert close([found[0]["scores"], found[3]["scores"]], [expected or []] * 2)

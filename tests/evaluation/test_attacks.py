@@ -266,3 +266,15 @@ def test_the_command_its_file_and_the_model_card(tmp_path: Path) -> None:
         assert f"| {one['shift']:+.2f} [" in line and line.endswith(f"| {one['wins_after']:.1%} | 5 |")
     with pytest.raises(ConfigurationError, match="attacks cannot be read"):
         write_model_card(tmp_path / "rm", attacks={"attacks": [{}]})
+
+
+def test_a_response_with_tool_calls_is_not_attacked() -> None:
+    """What an attack writes would be another form of response, whose score differs for that reason alone."""
+    turns = [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]},
+        {"role": "tool", "content": "5"},
+    ]
+    mixed = ResponseGroup(prompt="2 + 2?", responses=["4", turns, "5"], rankings=[1, 2, 2])
+    assert {attack_items([mixed], seed=seed)[0].bad for seed in range(8)} == {2}
+    with pytest.raises(GroupError, match="none of 1 groups has a worse response to attack with"):
+        attack_items([mixed.select([0, 1])])

@@ -6,26 +6,21 @@ import json
 import math
 import random
 import statistics
-import threading
 from collections.abc import Sequence
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from PIL import Image
 from published_schemas import write_jsonl
-from tiny_models import random_group, random_image, reward_model
+from tiny_models import random_group, reward_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 from mr_reward import GroupScorer, ResponseGroup
 from mr_reward.cli.app import app
-from mr_reward.data.groups_file import load_preferences, save_preferences
-from mr_reward.errors import ConfigurationError, GroupError, MediaError, OverLengthError
+from mr_reward.data.groups_file import save_preferences
+from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.benchmarks import EvaluationItem
 from mr_reward.evaluation.evaluator import (
     ALL_ORDERS,
@@ -38,7 +33,6 @@ from mr_reward.evaluation.judges import (
     BASELINES,
     Alone,
     Baseline,
-    ClassifierScorer,
     RewardModel,
     ScoresFile,
     load_scorer,
@@ -46,9 +40,8 @@ from mr_reward.evaluation.judges import (
 from mr_reward.evaluation.official import ItemRecord
 from mr_reward.evaluation.report import read_records
 from mr_reward.groups import GroupScores
-from mr_reward.training import RewardTrainer, RewardTrainingArguments
 from mr_reward.worlds import tiny
-from mr_reward.worlds.handwriting import HANDWRITING_BENCHMARKS, make_groups
+from mr_reward.worlds.handwriting import HANDWRITING_BENCHMARKS
 
 
 def items(count: int = 40, seed: int = 0) -> list[EvaluationItem]:
@@ -301,6 +294,14 @@ def test_uids_are_unique(tmp_path: Path) -> None:
 # --- scorers ---
 
 
+def test_a_run_whose_items_are_all_dropped_has_results(ranked: Path, tmp_path: Path) -> None:
+    scorer = RewardModel(GroupScorer(reward_model("llama"), max_tokens_per_batch=8, over_length="drop_group"), "tiny")
+    report = evaluate_benchmark("groups", scorer, tmp_path / "r", source=ranked, num_resamples=10)
+    assert report.metrics["best_of_n"] == (0.0, 0.0, 0.0)
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert len(results["dropped"]) == 30 and results["score_length_correlation"] is None
+
+
 def test_dropped_items_are_kept_in_the_file(tmp_path: Path) -> None:
     scorer = RewardModel(GroupScorer(reward_model("llama"), max_tokens_per_batch=60, over_length="drop_group"), "tiny")
     long = ResponseGroup(prompt="?", responses=["x" * 200, "y"], rankings=[1, 2], id="long")
@@ -311,55 +312,16 @@ def test_dropped_items_are_kept_in_the_file(tmp_path: Path) -> None:
     assert alone.scores is None and "token budget" in str(alone.drop_reason)
 
 
-def test_a_run_whose_items_are_all_dropped_has_results(ranked: Path, tmp_path: Path) -> None:
-    scorer = RewardModel(GroupScorer(reward_model("llama"), max_tokens_per_batch=8, over_length="drop_group"), "tiny")
-    report = evaluate_benchmark("groups", scorer, tmp_path / "r", source=ranked, num_resamples=10)
-    assert report.metrics["best_of_n"] == (0.0, 0.0, 0.0)
-    results = json.loads((tmp_path / "r" / "results.json").read_text())
-    assert len(results["dropped"]) == 30 and results["score_length_correlation"] is None
-
-
-def test_a_group_that_loses_any_response_alone_is_dropped_with_the_reason() -> None:
-    class Short:
-        name, order_free = "short", True
-
-        def score_detailed(self, groups: Sequence[ResponseGroup]) -> list[GroupScores]:
-            return [
-                GroupScores(
-                    scores=None if len(group.responses[0]) > 5 else (float(len(group.responses[0])),),
-                    truncated=(len(group.responses[0]) > 2,),
-                    drop_reason=f"{group.responses[0]} is long" if len(group.responses[0]) > 5 else None,
-                )
-                for group in groups
-            ]
-
-    texts = [["a", "bbb", "c"], ["dddddd", "e"], ["f", "gggggg", "hhhhhhh"], ["ii"]]
-    found = Alone(Short()).score_detailed([ResponseGroup(prompt="?", responses=own) for own in texts])
-    assert [one.scores for one in found] == [(1.0, 3.0, 1.0), None, None, (2.0,)]
-    assert [one.drop_reason for one in found] == [None, "dddddd is long", "gggggg is long", None]
-    assert found[0].truncated == (False, True, False) and found[3].truncated == (False,)
-
-
-def test_two_runs_of_one_name_give_the_same_scores() -> None:
-    """What decides the scores, or whether a group is dropped, is in the name, by which a run is resumed."""
-
-    def name(layout: str = "set", changed: bool = False, **options: Any) -> str:
-        tiny_model = reward_model("llama", layout, fresh=True)
-        with torch.no_grad():
-            tiny_model.head.out.weight += float(changed)
-        return RewardModel(GroupScorer(tiny_model, **{"over_length": "drop_group", **options}), "rm").name
-
-    names = [
-        name(),
-        name(changed=True),
-        name(layout="isolated"),
-        name(over_length="truncate_responses"),
-        name(max_tokens_per_batch=300),
-        name(layout="causal"),
-        name(layout="causal", num_orders=3),
-    ]
-    assert len(set(names)) == len(names) and name() == names[0]
-    assert names[0].startswith("rm ") and names[0].endswith(" over_length=drop_group"), "as it was in version 0.1.0"
+def test_dropped_is_not_bad(tmp_path: Path) -> None:
+    (first, *_) = items(1)
+    long = ResponseGroup(prompt="?", responses=["a" * 500, "b"], rankings=[1, 2])
+    scorer = RewardModel(
+        GroupScorer(reward_model("llama", "set"), max_tokens_per_batch=300, over_length="drop_group"), "m"
+    )
+    given = [first, EvaluationItem(uid="long", category="", group=long)]
+    records = run(scorer, tmp_path / "items.jsonl", given, num_orders=1)
+    assert [record.bad_row for record in records] == [None, None]
+    assert records[1].scores is None and records[1].drop_reason == "over the token budget"
 
 
 def test_alone_equals_isolated() -> None:
@@ -388,67 +350,6 @@ def test_scores_from_a_file(tmp_path: Path) -> None:
         write_jsonl(tmp_path / "bad.jsonl", [row])
         with pytest.raises(GroupError, match=r"bad.jsonl, line 1: .* expected a uid and finite scores"):
             ScoresFile(tmp_path / "bad.jsonl")
-
-
-def test_baselines() -> None:
-    group = ResponseGroup(prompt="?", responses=["aa", "b", ""], id="x")
-    (longest,) = Baseline("longest").score_detailed([group])
-    (shortest,) = Baseline("shortest").score_detailed([group])
-    assert longest.scores == (2.0, 1.0, 0.0) and shortest.scores == (-2.0, -1.0, -0.0)
-    (one,), (two,) = (Baseline("random").score_detailed([group.select(order)]) for order in ([0, 1, 2], [2, 1, 0]))
-    assert one.scores == tuple(reversed(two.scores or ())) and len(set(one.scores or ())) == 3
-    (other,) = Baseline("random").score_detailed([ResponseGroup(prompt="?", responses=["aa", "b", ""], id="y")])
-    assert not set(other.scores or ()) & set(one.scores or ()), "the same response elsewhere has another number"
-
-
-def test_a_sequence_classifier(tmp_path: Path) -> None:
-    """Batched by length with padding; the same as one response at a time."""
-    torch.manual_seed(0)
-    tokenizer = tiny.build_tokenizer()
-    config = LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        vocab_size=len(tokenizer),
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    groups = [item.group for item in items(8)]
-    found = load_scorer(f"classifier:{tmp_path}", device="cpu", max_tokens_per_batch=300).score_detailed(groups)
-    plain = LlamaForSequenceClassification.from_pretrained(tmp_path).eval()
-    longest = [0] * len(groups)  # row of each group
-    for i, (group, result) in enumerate(zip(groups, found, strict=True)):
-        for response, score in zip(group.responses, result.scores or (), strict=True):
-            turns = [{"role": t["role"], "content": t["content"][0]["text"]} for t in group.messages]
-            turns.append({"role": "assistant", "content": response})
-            ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
-            longest[i] = max(longest[i], ids.shape[1])
-            with torch.no_grad():
-                assert plain(input_ids=ids).logits.item() == pytest.approx(score, abs=1e-5)
-    limit = statistics.median_low(longest)
-    for budget, context in ((limit, 2048), (10**6, limit)):  # by the budget, and by the positions
-        config.max_position_embeddings = context
-        config.save_pretrained(tmp_path)
-        options = {"device": "cpu", "max_tokens_per_batch": budget}
-        kept = load_scorer(f"classifier:{tmp_path}", **options).score_detailed(groups)
-        assert min(longest) < max(longest)
-        for length, one, result in zip(longest, kept, found, strict=True):
-            fits = length <= limit
-            assert (one.scores is not None) is fits and ("do not fit" in str(one.drop_reason)) is not fits
-            assert one.scores is None or one.scores == pytest.approx(result.scores, abs=1e-5)
-        with pytest.raises(OverLengthError, match="do not fit .* raise max_tokens_per_batch"):
-            load_scorer(f"classifier:{tmp_path}", over_length="error", **options).score_detailed(groups)
-        with pytest.raises(ConfigurationError, match="reads whole responses; choose 'drop_group'"):
-            load_scorer(f"classifier:{tmp_path}", over_length="truncate_responses", **options)
-    with pytest.raises(GroupError, match="has images or videos"):
-        ClassifierScorer(str(tmp_path)).score_detailed(make_groups("test", 1))
-    config.num_labels = 2
-    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigurationError, match="has 2 labels, expected a reward model with one"):
-        ClassifierScorer(str(tmp_path))
 
 
 # --- the commands ---
@@ -546,108 +447,3 @@ def test_the_handwriting_world_as_benchmarks(tmp_path: Path) -> None:
             assert (results["order"]["score_spread"] > 1e-4) == (layout == "causal"), (name, results["order"])
     rows = [json.loads(line) for line in (tmp_path / "world" / "pairs" / "test.jsonl").read_text().splitlines()]
     assert {tuple(row["human_ranking"]) for row in rows} == {(0, 1), (1, 0)}
-
-
-# --- bad rows ---
-
-
-@pytest.mark.parametrize("layout", ["set", "causal"])
-def test_bad_rows_are_listed_and_the_others_scored(layout: str, tmp_path: Path) -> None:
-    """One picture that cannot be read or shown ended the evaluation, and nothing said which."""
-    reward_model("qwen3_vl", layout).save_pretrained(tmp_path / "rm")
-    random_image(random.Random(0)).save(tmp_path / "good.png")
-    Image.new("RGB", (4000, 12)).save(tmp_path / "strip.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-2000])
-    (tmp_path / "page.png").write_text("<!DOCTYPE html>")
-    names = ["good", "strip", "good", "cut", "page", "gone", "good"]
-    rows = [
-        {"prompt": f"{i}?", "responses": ["a", "b", "cc"], "rankings": [1, 2, 2], "images": [f"{name}.png"]}
-        for i, name in enumerate(names)
-    ]
-    lines = [*map(json.dumps, rows), "{no json", json.dumps({**rows[0], "rankings": None})]
-    source, out, clean = tmp_path / "groups.jsonl", tmp_path / "out", tmp_path / "clean"
-    source.write_text("\n".join(lines) + "\n")
-    command = ["evaluate", "groups", str(tmp_path / "rm"), "--source", str(source), "--resamples", "10"]
-
-    def evaluate(*options: str, exit_code: int) -> str:
-        result = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
-        assert result.exit_code == exit_code, result.output
-        return result.stdout
-
-    with pytest.raises(MediaError, match=rf"{source}, line 6: .*gone.png' is not a file.*--media FOLDER"):
-        evaluate("--out", str(out), exit_code=1)
-    source.write_text("\n".join(lines[:5]) + "\n")
-    with pytest.raises(GroupError, match=rf"{source}, line 2: .*aspect ratio.*--skip-bad"):
-        evaluate("--out", str(out), exit_code=1)
-    assert len(read_records(out / "items.jsonl")[1]) == 1, "the first one is kept"
-    source.write_text("\n".join(lines) + "\n")
-    output = evaluate("--out", str(out), "--skip-bad", exit_code=3)
-    words = {
-        2: "aspect ratio",
-        4: "cannot be read",
-        5: "no known type",
-        6: "is not a file",
-        8: "no JSON",
-        9: "rankings",
-    }
-    for number, word in words.items():
-        assert any(f"bad: {source}, line {number}: " in line and word in line for line in output.splitlines()), output
-    assert "6 bad rows" in output
-    _, records = read_records(out / "items.jsonl")
-    assert [record.scores is None for record in records] == [name != "good" for name in names]
-    assert all((record.bad_row is None) == (record.scores is not None) for record in records)
-    results = json.loads((out / "results.json").read_text())
-    assert len(results["bad_rows"]) == 6 and results["items"] == 7
-    assert evaluate("--out", str(out), "--skip-bad", exit_code=3) == output, "known again, nothing is scored again"
-
-    source.write_text("\n".join(line if "good" in line else json.dumps(rows[0]) for line in lines[:7]) + "\n")
-    evaluate("--out", str(clean), exit_code=0)
-    for bad, good in zip(records, read_records(clean / "items.jsonl")[1], strict=True):
-        if bad.scores is not None:
-            assert bad.orders == good.orders and good.scores is not None
-            for mine, theirs in zip(bad.scores, good.scores, strict=True):
-                assert mine == pytest.approx(theirs, abs=1e-5)
-
-
-def test_dropped_is_not_bad(tmp_path: Path) -> None:
-    (first, *_) = items(1)
-    long = ResponseGroup(prompt="?", responses=["a" * 500, "b"], rankings=[1, 2])
-    scorer = RewardModel(
-        GroupScorer(reward_model("llama", "set"), max_tokens_per_batch=300, over_length="drop_group"), "m"
-    )
-    given = [first, EvaluationItem(uid="long", category="", group=long)]
-    records = run(scorer, tmp_path / "items.jsonl", given, num_orders=1)
-    assert [record.bad_row for record in records] == [None, None]
-    assert records[1].scores is None and records[1].drop_reason == "over the token budget"
-
-
-def test_urls_are_fetched_when_asked_for(tmp_path: Path) -> None:
-    """By `evaluate`, and by `load_preferences`, which the trainer names; without the option nothing is asked."""
-    (tmp_path / "served").mkdir()
-    Image.new("RGB", (56, 56), "red").save(tmp_path / "served" / "a.png")
-    asked: list[str] = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *arguments: Any) -> None:
-            asked.append(self.path)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "served"))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/a.png"
-        row = {"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2], "images": [url]}
-        write_jsonl(tmp_path / "groups.jsonl", [row])
-        command = ["evaluate", "groups", "longest", "--source", str(tmp_path / "groups.jsonl"), "--out"]
-        refused = CliRunner().invoke(app, [*command, str(tmp_path / "no")])
-        assert "is a URL and nothing is fetched" in str(refused.exception) and "--fetch-urls" in str(refused.exception)
-        with pytest.raises(GroupError, match="fetch_urls=True to load_preferences"):
-            RewardTrainer(
-                reward_model("qwen3_vl"),
-                RewardTrainingArguments(str(tmp_path), use_cpu=True),
-                Dataset.from_list([row]),
-            )
-        assert not asked
-        fetched = CliRunner().invoke(app, [*command, str(tmp_path / "yes"), "--fetch-urls"])
-        assert fetched.exit_code == 0, fetched.output
-        (group,) = load_preferences(Dataset.from_list([row]), fetch_urls=True)
-        assert group.images[0] == (tmp_path / "served" / "a.png").read_bytes() and len(asked) == 2
-        server.shutdown()

@@ -4,6 +4,7 @@ import itertools
 import logging
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -58,6 +59,16 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+def policy_with_tools(folder: Path) -> tuple[Any, MultiResponseReward]:
+    """Save a policy, and a reward model on it, whose chat template shows tools; its processor, and the reward."""
+    save_policy_that_sees(folder / "policy")
+    processor = AutoProcessor.from_pretrained(folder / "policy")
+    processor.chat_template = (resources.files("trl") / "chat_templates" / "qwen3_vl.jinja").read_text()
+    processor.save_pretrained(folder / "policy")
+    MultiResponseRewardModel.from_backbone(folder / "policy").save_pretrained(folder / "rm")
+    return processor, MultiResponseReward(folder / "rm", num_generations=4)
+
+
 class Scripted(GRPOTrainer):
     """Its policy calls `add` with other numbers in each rollout, and always says the same in the end."""
 
@@ -74,12 +85,7 @@ class Scripted(GRPOTrainer):
 
 
 def test_completions_with_tool_calls_are_judged_as_the_policy_wrote_them(tmp_path: Path) -> None:
-    save_policy_that_sees(tmp_path / "policy")
-    processor = AutoProcessor.from_pretrained(tmp_path / "policy")
-    processor.chat_template = (resources.files("trl") / "chat_templates" / "qwen3_vl.jinja").read_text()
-    processor.save_pretrained(tmp_path / "policy")
-    MultiResponseRewardModel.from_backbone(tmp_path / "policy").save_pretrained(tmp_path / "rm")
-    reward = MultiResponseReward(tmp_path / "rm", num_generations=4)
+    processor, reward = policy_with_tools(tmp_path)
     written: list[list[int]] = []
 
     def remember(completions: list, completion_ids: list[list[int]], **_: object) -> list[float]:
@@ -130,12 +136,7 @@ class Room:
 @pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
 def test_environments_that_begin_differently(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """TRL appends what `reset` returns to the prompt, so the rollouts of a group have prompts that differ."""
-    save_policy_that_sees(tmp_path / "policy")
-    processor = AutoProcessor.from_pretrained(tmp_path / "policy")
-    processor.chat_template = (resources.files("trl") / "chat_templates" / "qwen3_vl.jinja").read_text()
-    processor.save_pretrained(tmp_path / "policy")
-    MultiResponseRewardModel.from_backbone(tmp_path / "policy").save_pretrained(tmp_path / "rm")
-    reward = MultiResponseReward(tmp_path / "rm", num_generations=4)
+    _, reward = policy_with_tools(tmp_path)
     prompt = [{"role": "user", "content": "Find the exit."}]
     options = {**SHORT_RUN, "max_completion_length": 16}
     trainer = GRPOTrainer(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import FAMILIES, checkpoint_groups, family, random_group, reward_model, score
 
 from mr_reward import GroupScorer, MultiResponseRewardConfig, MultiResponseRewardModel
+from mr_reward.checkpoint.verify import load_processor
 from mr_reward.errors import ConfigurationError, MediaError
 from mr_reward.model.model import ValueHead, _evaluation_mode
 
@@ -95,6 +97,22 @@ def test_the_self_check_leaves_the_mode_of_every_part() -> None:
         assert not any(part.training for part in model.modules())
         raise RuntimeError("stop")
     assert {name: part.training for name, part in model.named_modules()} == before
+
+
+def test_the_processor_is_of_the_same_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hub id; of a folder the revision means nothing, so what is asked for is looked at."""
+    family("llama").full_model.save_pretrained(tmp_path)
+    family("llama").processor.save_pretrained(tmp_path)
+    asked = []
+
+    def load(name: str, revision: str | None) -> Any:
+        asked.append((name, revision))
+        return load_processor(name, revision)
+
+    monkeypatch.setattr("mr_reward.model.loading.load_processor", load)
+    MultiResponseRewardModel.from_backbone(tmp_path, revision="v2")
+    MultiResponseRewardModel.from_backbone(tmp_path)
+    assert asked == [(str(tmp_path), "v2"), (str(tmp_path), None)]
 
 
 def test_readout_vectors_start_near_the_embeddings() -> None:

@@ -214,6 +214,16 @@ def test_half_a_file_makes_a_checkpoint_incomplete(tmp_path: Path, name: str, wo
     assert words in (incomplete_reason(folder) or "")
 
 
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_checkpoint_has_the_random_state_of_every_rank(tmp_path: Path, missing: int) -> None:
+    folder = whole_checkpoint(tmp_path / "checkpoint-7")
+    for rank in range(3):
+        shutil.copy(folder / "rng_state.pth", folder / f"rng_state_{rank}.pth")
+    assert incomplete_reason(folder, num_ranks=3) is None
+    (folder / f"rng_state_{missing}.pth").unlink()
+    assert incomplete_reason(folder, num_ranks=3) == f"rng_state_{missing}.pth is missing"
+
+
 def test_newest_whole_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert last_complete_checkpoint(tmp_path / "nothing") is None
     for step in (9, 10, 100):
