@@ -20,6 +20,7 @@ from mr_reward.data.media_files import check_readable, resolve_media
 from mr_reward.data.sources import Row, RowSource
 from mr_reward.errors import GroupError, MRRewardError
 from mr_reward.groups import ResponseGroup, dense_ranks
+from mr_reward.messages.completions import Transcript
 from mr_reward.messages.prompts import Message
 
 logger = logging.getLogger(__name__)
@@ -136,8 +137,9 @@ def graded_group(
     grades: dict[str, set[float]] = {}
     first: dict[str, str] = {}
     for text, grade in zip(responses, badness, strict=True):
-        grades.setdefault(text.strip(), set()).add(grade)
-        first.setdefault(text.strip(), text)
+        same = text if isinstance(text, Transcript) else text.strip()  # turns are no text that reads like them
+        grades.setdefault(same, set()).add(grade)
+        first.setdefault(same, text)
     kept = [(first[text], min(values)) for text, values in grades.items() if text and len(values) == 1]
     if len(kept) < 2:
         raise SkippedRow("fewer than two different responses")

@@ -95,8 +95,16 @@ def _digest(value: Any) -> str:
     return sha256(value if isinstance(value, bytes) else repr(value).encode()).hexdigest()
 
 
+def _answers(row: Row, name: str) -> list[str]:
+    """A list of answers, each a text or chat messages."""
+    return [
+        one if isinstance(one, str) else answer_text(chat_field({name: one}, name), f"{name}[{i}]")
+        for i, one in enumerate(field(row, name, list))
+    ]
+
+
 def _groups(row: Row) -> ResponseGroup:
-    responses = texts_field(row, "responses")
+    responses = _answers(row, "responses")
     ranked = not is_empty(row.get("rankings"))
     values = numbers_field(row, "rankings" if ranked else "scores", len(responses))
     badness = values if ranked else [-value for value in values]
@@ -162,13 +170,7 @@ def _common_start(chosen: str, rejected: str) -> tuple[str, list[str]]:
 
 
 def _unpaired(row: Row) -> ResponseGroup:
-    completions, labels = field(row, "completion", list), field(row, "label", list)
-    prompt, texts = prompt_field(row), []
-    for i, completion in enumerate(completions):
-        if isinstance(completion, str):
-            texts.append(completion)
-            continue
-        texts.append(answer_text(chat_field({"completion": completion}, "completion"), f"completion[{i}]"))
+    prompt, texts, labels = prompt_field(row), _answers(row, "completion"), field(row, "label", list)
     for i, label in enumerate(labels):
         if not isinstance(label, bool | int | float):
             raise wrong_field(f"label[{i}]", label, "true, false or a number")

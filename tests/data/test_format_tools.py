@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from test_converters import chat
 from test_formats import ASSISTANT, convert, picture, turns
+from typer.testing import CliRunner
 
 from mr_reward import ResponseGroup
+from mr_reward.cli.app import app
 from mr_reward.data import load_preferences, save_preferences
 from mr_reward.data.degenerate import with_degenerate_negative
 from mr_reward.errors import GroupError, MRRewardError
@@ -207,3 +209,17 @@ def test_ratings_of_a_row_with_scores_are_those_it_names(tmp_path: Path) -> None
         (tmp_path / "g.jsonl").write_text(json.dumps({**row, **extra}))
         (group,) = load_preferences(tmp_path / "g.jsonl")
         assert (group.rankings, group.ratings) == ((2, 1), expected)
+
+
+def test_responses_of_a_group_may_be_messages(tmp_path: Path) -> None:
+    """A call, and a text that reads like it, are two responses."""
+    call = [{"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}]
+    written = str(ResponseGroup(prompt="Q", responses=[call]).responses[0])
+    row = {"prompt": "Q", "responses": ["4", [{"role": "assistant", "content": "5"}], call, written]}
+    (tmp_path / "g.jsonl").write_text(json.dumps({**row, "rankings": [1, 4, 2, 3]}))
+    command = ["data", "convert", "auto", str(tmp_path / "g.jsonl"), str(tmp_path / "out.jsonl"), "--keep-order"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    (group,) = load_preferences(tmp_path / "out.jsonl")
+    assert group.responses[:2] == ("4", "5") and group.rankings == (1, 4, 2, 3)
+    assert isinstance(group.responses[2], Transcript) and not isinstance(group.responses[3], Transcript)
