@@ -183,3 +183,15 @@ def test_policy_comparison_runs_resumes_and_sums_up(tmp_path: Path) -> None:
     # One start for all: before the first step the policies are the same, so are the right answers of their rollouts.
     assert len({judge["validation"][0]["truth"] for judge in record["judges"].values()}) == 1
     assert (tmp_path / "policy_comparison.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_set_worlds_trains_each_layout_once(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "set_worlds.py"), "--output", str(tmp_path / "out" / "found.json")]
+    command += ["--sizes", "4", "--groups", "64", "--test_groups", "32", "--worlds", "consensus", "control"]
+    documents = [json.loads(tool_output(command).splitlines()[-1]) for _ in range(2)]
+    assert documents[0] == documents[1] == json.loads((tmp_path / "out" / "found.json").read_text())
+    runs = documents[0]["runs"]
+    assert [run["layout"] for run in runs] == ["set", "causal", "isolated"] * 2
+    assert all(0 <= run[name] <= 1 for run in runs for name in ("best_of_n", "pairwise"))
+    assert documents[0]["bounds"]["control 4"]["joint"] == {"best_of_n": 1.0, "pairwise": 1.0}

@@ -1,0 +1,199 @@
+"""The shapes world: a coloured shape in 64 x 64 pixels, questions about it in plain English, and their right answers.
+
+The 5,000 pictures and 48,000 questions are those of the package `easy-vqa` (MIT; the extra `shapes`), which brings
+them along: nothing is downloaded when it runs. Its test pictures are `test`; of its train pictures every eighth is
+`validation`, the others are `train`. The split is a property of the data and does not depend on any seed.
+
+An answer is one of 13 words: two for yes-or-no questions, three shapes, eight colours. The answers of a made-up group
+are drawn so that neither length nor agreement gives the right one away: different words of the right kind first, each
+as likely as the others to be said again, and wording apart from being right. How good a text is as an answer is a pure
+function of the right answer and the text (`grade_answer`), for made-up answers and completions of a policy alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mr_reward.errors import ConfigurationError
+from mr_reward.groups import ResponseGroup, dense_ranks
+from mr_reward.messages.prompts import Message
+from mr_reward.worlds.handwriting import REFUSAL, SENTENCE_LENGTH, SPLITS, WORDING, WRONG
+
+# What is said instead of the right answer: another word of its kind.
+KINDS = (
+    ("yes", "no"),
+    ("circle", "rectangle", "triangle"),
+    ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
+)
+ANSWERS = tuple(sorted(word for kind in KINDS for word in kind))
+MIN_RESPONSES, MAX_RESPONSES = 2, 64
+
+_VALIDATION = 8  # every eighth train picture
+_ANSWER_STREAM = 110  # of random numbers, beside those of the other worlds
+_WORD = re.compile(r"\b(" + "|".join(ANSWERS) + r")\b", re.IGNORECASE)
+_REFUSAL = re.compile(r"\b(cannot|can't|unable|not sure|no idea)\b", re.IGNORECASE)
+
+# How groups are drawn. Chances are per response unless they say otherwise.
+_NO_RIGHT_ANSWER = 0.10  # per group
+_EMPTY_HANDED = 0.15  # a response that answers nothing
+_REPEAT = 0.12  # a word that an earlier response said
+_SENTENCE = 0.2
+_SENTENCES = ("It is {}.", "I see {}.", "Answer: {}")
+_EMPTY = ("", "I cannot tell.", "I am not sure.", "Shapes are a lovely thing to look at.")
+
+
+@dataclass(frozen=True)
+class ShapesTask:
+    """One question about one picture."""
+
+    id: str  # such as "shapes-test-00012"
+    text: str  # the question
+    answer: str  # the right answer, one of `ANSWERS`
+    path: str  # of the picture
+
+    @property
+    def messages(self) -> list[Message]:
+        """The prompt: one user turn with a block for the picture (which carries none) and the question."""
+        return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.text}]}]
+
+    def image(self) -> Image.Image:
+        """The picture, 64 x 64 pixels, RGB."""
+        with Image.open(self.path) as image:
+            return image.convert("RGB")
+
+
+def make_shapes_tasks(split: str, num_tasks: int, *, seed: int = 0) -> list[ShapesTask]:
+    """Draw questions of a split, with replacement; question i depends on the seed, the split and i alone.
+
+    Raises ConfigurationError for an unknown split, a negative number, or without the package.
+    """
+    questions = _questions(split)
+    if num_tasks < 0 or seed < 0:
+        raise ConfigurationError(f"got {num_tasks} items and seed={seed}, expected numbers that are not negative")
+    chosen = (int(_rng(seed, split, i).integers(len(questions))) for i in range(num_tasks))
+    return [ShapesTask(f"shapes-{split}-{i:05d}", *questions[place]) for i, place in enumerate(chosen)]
+
+
+def make_shapes_groups(split: str, num_groups: int, *, num_responses: int = 4, seed: int = 0) -> list[ResponseGroup]:
+    """Draw ranked groups: the questions of `make_shapes_tasks`, with N graded answers each (`draw_answers`)."""
+    if not MIN_RESPONSES <= num_responses <= MAX_RESPONSES:
+        raise ConfigurationError(f"got num_responses={num_responses}, expected {MIN_RESPONSES} to {MAX_RESPONSES}")
+    groups = []
+    for i, task in enumerate(make_shapes_tasks(split, num_groups, seed=seed)):
+        responses = draw_answers(task.answer, num_responses, _rng(seed, split, i, 1))
+        groups.append(
+            ResponseGroup(
+                prompt=task.messages,
+                responses=responses,
+                images=[task.image()],
+                rankings=dense_ranks([-grade_answer(task.answer, response) for response in responses]),
+                id=task.id,
+            )
+        )
+    return groups
+
+
+def make_shapes_rows(tasks: Sequence[ShapesTask]) -> list[dict[str, Any]]:
+    """Rows of a dataset for TRL's GRPOTrainer or RLOOTrainer; `solution` is for `shapes_truth`."""
+    return [
+        {"prompt": [{"role": "user", "content": task.text}], "image": task.image(), "solution": task.answer}
+        for task in tasks
+    ]
+
+
+def make_shapes_sft_rows(tasks: Sequence[ShapesTask]) -> list[dict[str, Any]]:
+    """Rows for TRL's SFTTrainer; the completion is the right answer alone."""
+    return [
+        {
+            "prompt": row["prompt"],
+            "completion": [{"role": "assistant", "content": row["solution"]}],
+            "image": row["image"],
+        }
+        for row in make_shapes_rows(tasks)
+    ]
+
+
+def shapes_truth(completions: Sequence[Any], solution: Sequence[str], **_: Any) -> list[float]:
+    """A TRL reward function that is the truth: 1 for a right answer and nothing else, 0 otherwise."""
+    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    return [float(grade_answer(*row) == 1.0) for row in zip(solution, texts, strict=True)]
+
+
+def grade_answer(answer: str, response: str) -> float:
+    """The true quality of any text as an answer: 1 for the right word alone (case and white space do not matter).
+
+    The claim of a response is the only one of the 13 words in it. In a sentence it counts less (`WORDING`), a wrong
+    one `WRONG`. Without a claim, a short text that says that it does not know is worth `REFUSAL`; anything else is
+    worth nothing.
+
+    Example:
+        >>> [grade_answer("red", text) for text in ("Red", "It is red.", "I cannot tell.", "blue", "red or blue")]
+        [1.0, 0.8, 0.1, 0.05, 0.0]
+    """
+    text = response.strip()
+    claims = {claim.lower() for claim in _WORD.findall(_REFUSAL.sub("", text))}
+    if not claims and len(text) <= SENTENCE_LENGTH and _REFUSAL.search(text):
+        return REFUSAL
+    if len(claims) != 1:
+        return 0.0
+    wording = "bare" if text.lower() in claims else "sentence" if len(text) <= SENTENCE_LENGTH else "rambling"
+    return round((1.0 if answer in claims else WRONG) * WORDING[wording], 6)
+
+
+def draw_answers(answer: str, count: int, rng: np.random.Generator) -> list[str]:
+    """N made-up answers in random order, of at least two qualities."""
+    others = [word for kind in KINDS if answer in kind for word in kind if word != answer]
+    while True:
+        right = int(rng.random() >= _NO_RIGHT_ANSWER)
+        claims = max(right, int(rng.binomial(count, 1 - _EMPTY_HANDED)))
+        repeats = int(rng.binomial(max(claims - 1, 0), _REPEAT))
+        words = [answer] * right + list(rng.permutation(others)[: claims - repeats - right])
+        # Every word is as likely to be repeated as the others, the right one included.
+        words += [words[i] for i in rng.integers(len(words) or 1, size=claims - len(words))]
+        said = [rng.choice(_SENTENCES).format(word) if rng.random() < _SENTENCE else str(word) for word in words]
+        said += [str(rng.choice(_EMPTY)) for _ in range(count - claims)]
+        if len({grade_answer(answer, text) for text in said}) > 1:
+            return [said[i] for i in rng.permutation(count)]
+
+
+def _easy_vqa() -> ModuleType:
+    """The package with the data, on first use."""
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise ConfigurationError("the shapes world needs easy-vqa; install mr-reward[shapes]") from error
+    return easy_vqa
+
+
+@cache
+def _questions(split: str) -> tuple[tuple[str, str, str], ...]:
+    """Question, right answer and path of the picture, of every question of a split."""
+    if split not in SPLITS:
+        raise ConfigurationError(f"got split {split!r}, expected one of {list(SPLITS)}")
+    package = _easy_vqa()
+    if split == "test":
+        questions, paths = package.get_test_questions(), package.get_test_image_paths()
+    else:
+        questions, paths = package.get_train_questions(), package.get_train_image_paths()
+    found = []
+    for text, answer, picture in zip(*questions, strict=True):
+        if answer not in ANSWERS:
+            raise ConfigurationError(
+                f"easy-vqa has the answer {answer!r}, expected one of {list(ANSWERS)}; install easy-vqa 1.0"
+            )
+        if split == "test" or (picture % _VALIDATION == 0) == (split == "validation"):
+            found.append((text, answer, str(Path(paths[picture]))))
+    return tuple(found)
+
+
+def _rng(seed: int, split: str, index: int, purpose: int = 0) -> np.random.Generator:
+    return np.random.default_rng([seed, list(SPLITS).index(split), index, _ANSWER_STREAM + purpose])
