@@ -187,11 +187,21 @@ def test_policy_comparison_runs_resumes_and_sums_up(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_set_worlds_trains_each_layout_once(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "set_worlds.py"), "--output", str(tmp_path / "out" / "found.json")]
-    command += ["--sizes", "4", "--groups", "64", "--test_groups", "32", "--worlds", "consensus", "control"]
-    documents = [json.loads(tool_output(command).splitlines()[-1]) for _ in range(2)]
-    assert documents[0] == documents[1] == json.loads((tmp_path / "out" / "found.json").read_text())
-    runs = documents[0]["runs"]
-    assert [run["layout"] for run in runs] == ["set", "causal", "isolated"] * 2
-    assert all(0 <= run[name] <= 1 for run in runs for name in ("best_of_n", "pairwise"))
-    assert documents[0]["bounds"]["control 4"]["joint"] == {"best_of_n": 1.0, "pairwise": 1.0}
+    command = [sys.executable, str(BENCHMARKS / "set_worlds.py"), "--output", str(tmp_path), "--sizes", "4", "6"]
+    command += ["--groups", "128", "--test_groups", "32", "--worlds", "consensus", "control"]
+    first = json.loads(tool_output([*command, "--layouts", "set", "causal"]).splitlines()[-1])
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
+    document = json.loads(tool_output([*command, "--layouts", "set", "causal", "isolated"]).splitlines()[-1])
+    assert [(run["world"], run["layout"]) for run in document["runs"]] == [
+        (world, layout) for world in ("consensus", "control") for layout in ("causal", "isolated", "set")
+    ]
+    assert all(run in document["runs"] for run in first["runs"]) and len(first["runs"]) == len(before) == 4
+    assert all(file.stat().st_mtime_ns == then for file, then in before.items())
+    assert sorted(map(json.dumps, document["runs"])) == sorted(
+        json.dumps(json.loads(file.read_text())) for file in tmp_path.glob("*.json")
+    )
+    for run in document["runs"]:
+        assert set(run["found"]) == {"4", "6"}
+        assert all(0 <= value <= 1 for values in run["found"].values() for value in values.values())
+    assert document["bounds"]["control 4"]["joint"] == {"best_of_n": 1.0, "pairwise": 1.0}
+    assert (tmp_path / "set_worlds.png").stat().st_size > 10_000

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,9 @@ from mr_reward.data.media_files import write_image
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup, dense_ranks
 from mr_reward.messages.prompts import Message
+
+if TYPE_CHECKING:
+    from mr_reward.worlds.named import Task
 
 Media = Literal["image", "video"]
 
@@ -101,6 +104,19 @@ class HandwritingTask:
     def messages(self) -> list[Message]:
         """The prompt: one user turn with a block for the medium (which carries none) and the question."""
         return [{"role": "user", "content": [{"type": self.media}, {"type": "text", "text": self.text}]}]
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """For reward functions, beside the right answer."""
+        return {"question": self.question, "digits": list(self.digits)}
+
+    def is_correct(self, response: str) -> bool:
+        """Whether a response is the right answer and nothing else."""
+        return is_correct(self.question, self.digits, response)
+
+    def grade(self, response: str) -> float:
+        """The true quality of a response."""
+        return grade(self.question, self.digits, response)
 
     def image(self) -> Image.Image:
         """The digits side by side, `(k * TILE_SIZE) x TILE_SIZE` pixels, RGB."""
@@ -283,11 +299,11 @@ def make_groups(
     return groups
 
 
-def make_policy_rows(tasks: Sequence[HandwritingTask]) -> list[dict[str, Any]]:
+def make_policy_rows(tasks: Sequence[Task]) -> list[dict[str, Any]]:
     """Rows of a dataset for TRL's GRPOTrainer or RLOOTrainer, of image tasks: TRL 1.16 passes no videos to them.
 
-    `prompt` is one user turn with the question as a string, and TRL itself puts `image` in front; `solution`,
-    `question` (key of `QUESTIONS`) and `digits` are for reward functions.
+    `prompt` is one user turn with the question as a string, and TRL itself puts `image` in front; `solution` and the
+    task's columns (`question` and, of handwriting, `digits`) are for reward functions.
     """
     for task in tasks:
         if task.media != "image":
@@ -300,14 +316,13 @@ def make_policy_rows(tasks: Sequence[HandwritingTask]) -> list[dict[str, Any]]:
             "prompt": [{"role": "user", "content": task.text}],
             "image": task.image(),
             "solution": task.answer,
-            "question": task.question,
-            "digits": list(task.digits),
+            **task.columns,
         }
         for task in tasks
     ]
 
 
-def make_sft_rows(tasks: Sequence[HandwritingTask]) -> list[dict[str, Any]]:
+def make_sft_rows(tasks: Sequence[Task]) -> list[dict[str, Any]]:
     """Rows for TRL's SFTTrainer, of image tasks; the completion is the right answer alone."""
     return [
         {

@@ -1,7 +1,8 @@
-"""A policy in the handwriting world: the prompts of a GRPO recipe, and how often it answers right on unseen scans."""
+"""A policy in one of the worlds: the prompts of a GRPO recipe, and how often it answers right on unseen pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,13 +12,15 @@ from transformers import PreTrainedModel
 
 from mr_reward.errors import ConfigurationError
 from mr_reward.runs.recipe import PolicyArguments, PromptSource
-from mr_reward.worlds.handwriting import HandwritingTask, is_correct, make_policy_rows, make_tasks
+from mr_reward.worlds.handwriting import is_correct, make_policy_rows
+from mr_reward.worlds.named import WORLDS, Task, world_options
+from mr_reward.worlds.shapes import shapes_accuracy
 
 
 def policy_answers(
     model: PreTrainedModel,
     processor: Any,
-    tasks: Sequence[HandwritingTask],
+    tasks: Sequence[Task],
     *,
     batch_size: int = 64,
     max_new_tokens: int = 16,
@@ -58,32 +61,32 @@ def handwriting_accuracy(completions: Sequence[Any], question: Sequence[str], di
 
 
 def _load_prompts(
-    arguments: "HandwritingArguments", *, split: str, evaluation: bool, seed: int, limit: int | None
+    world: str, arguments: "HandwritingArguments", *, split: str, evaluation: bool, seed: int, limit: int | None
 ) -> Dataset:
     count = arguments.num_eval_prompts if evaluation else arguments.num_prompts
-    tasks = make_tasks(
-        split,
-        count if limit is None else min(count, limit),
-        num_digits=arguments.num_digits,
-        questions=arguments.questions,
-        seed=seed,
-    )
+    options = world_options(world, num_digits=arguments.num_digits, questions=arguments.questions)
+    tasks = WORLDS[world].make_tasks(split, count if limit is None else min(count, limit), seed=seed, **options)
     return Dataset.from_list(make_policy_rows(tasks))
+
+
+_TRUTHS: Mapping[str, Callable[..., Any]] = {"handwriting": handwriting_accuracy, "shapes": shapes_accuracy}
 
 
 @dataclass
 class HandwritingArguments(PolicyArguments):
-    """The fields of a GRPO recipe, and those of the data set `handwriting`."""
+    """The fields of a GRPO recipe, and those of the data sets `handwriting` and `shapes`."""
 
     sources: ClassVar[Mapping[str, PromptSource]] = {
-        "handwriting": PromptSource(_load_prompts, [handwriting_accuracy])
+        world: PromptSource(partial(_load_prompts, world), [truth]) for world, truth in _TRUTHS.items()
     }
 
-    dataset: str | None = field(default="handwriting", metadata={"help": "Data set with prompts, or handwriting"})
-    num_prompts: int = field(default=4096, metadata={"help": "Number of handwriting prompts"})
-    num_eval_prompts: int = field(default=32, metadata={"help": "Number of held-out handwriting prompts"})
+    dataset: str | None = field(
+        default="handwriting", metadata={"help": "Data set with prompts, or handwriting or shapes"}
+    )
+    num_prompts: int = field(default=4096, metadata={"help": "Number of prompts of the world"})
+    num_eval_prompts: int = field(default=32, metadata={"help": "Number of held-out prompts of the world"})
     num_digits: int = field(default=3, metadata={"help": "Digits per image of the handwriting world"})
-    questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "Handwriting questions"})
+    questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "Questions of the world"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

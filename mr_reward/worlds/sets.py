@@ -1,6 +1,6 @@
 """Set worlds: how good a response is depends on the others, and the best that any judge can reach is known exactly.
 
-A prompt shows one picture. A response is a digit and a mark, such as "7k"; the digits of a group are drawn apart from
+A prompt shows one picture. A response is a digit and a mark, such as "7kQ"; the digits of a group are drawn apart from
 each other by a policy whose chances are known (`answer_law`), and groups without a better and a worse response are
 drawn again. Four worlds:
 
@@ -14,11 +14,16 @@ drawn again. Four worlds:
 In the first three a judge that sees all responses at once (joint) can do better than one that scores each alone
 (separate): what the others say tells what cannot be read, or decides by itself. In `control` they tell nothing.
 
-Marks are letters drawn without regard to anything. They keep equal answers different texts (equal texts would be
-scored once, and agreement could not be seen), and a separate judge can draw lots with them.
+Marks are two letters drawn without regard to anything. They keep equal answers different texts (equal texts would be
+scored once, and agreement could not be seen), and a separate judge can draw lots with them. There are 2,704, because
+that no two of a group are alike tells a separate judge something: who scores a digit up when its mark goes with it is
+right on .624 of the groups of 16 in `consensus` if there are 26 marks (bound: .600); with 2,704 the gain is lost in
+the third decimal.
 
 A blurred picture is grain that is drawn apart from the digit, so that *nothing* can be read; of a readable one the
-bounds take for granted that it is read without a mistake. Train, validation and test share no picture.
+bounds take for granted that it is read without a mistake. Train, validation and test share no picture. Without
+pictures the same worlds are text: what can be read stands in the prompt, and what cannot is left out, as it tells
+nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from math import factorial
 
 import numpy as np
@@ -37,6 +42,7 @@ from scipy import special
 
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup, dense_ranks
+from mr_reward.messages.prompts import Message
 from mr_reward.worlds.handwriting import SPLITS, TILE_SIZE, HandwritingTask, make_tasks
 
 Array = NDArray[np.float64]
@@ -48,7 +54,8 @@ DIGITS = 10
 RIGHT = 0.6  # how often the policy is right in `consensus` and `novelty`
 SHOWN = 3  # digits in a picture of `novelty`
 NEAR = (2.0, 2.0, 1.0)  # `closest`: how often a number is said, by its distance from the right one; else never
-MAX_RESPONSES = len(string.ascii_lowercase)  # a mark each
+MAX_RESPONSES = 24  # the bounds count up all groups that there are
+_MARKS = tuple(map("".join, product(string.ascii_letters, repeat=2)))
 
 # Streams of random numbers of their own, beside those of the handwriting world.
 _PICTURE, _ANSWERS = 100, 101
@@ -71,6 +78,16 @@ class SetTask:
     digits: tuple[int, ...]  # what is right: one digit, in `novelty` three
     scans: tuple[int, ...]  # the scans shown, one a digit; none where nothing can be read
     grain: tuple[int, ...]  # seed of a picture without scans
+
+    @property
+    def messages(self) -> list[Message]:
+        """The prompt: one user turn with a block for the picture (which carries none) and the question."""
+        return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": SET_WORLDS[self.world]}]}]
+
+    @property
+    def text(self) -> str:
+        """The prompt without a picture: the question, and the digits that could be read."""
+        return " ".join([SET_WORLDS[self.world], *map(str, self.digits if self.scans else ())])
 
     def image(self) -> Image.Image:
         """The picture, `TILE_SIZE` pixels high and as wide for each digit, RGB."""
@@ -101,7 +118,7 @@ def make_set_tasks(world: str, split: str, num_tasks: int, *, seed: int = 0) -> 
 
 
 def make_set_groups(
-    world: str, split: str, num_groups: int, *, num_responses: int = 4, seed: int = 0
+    world: str, split: str, num_groups: int, *, num_responses: int = 4, seed: int = 0, pictures: bool = True
 ) -> list[ResponseGroup]:
     """Draw ranked groups of N responses.
 
@@ -111,6 +128,7 @@ def make_set_groups(
         num_groups: how many; a longer list begins with the shorter one.
         num_responses: N, 2 to `MAX_RESPONSES`.
         seed: of everything but the split.
+        pictures: show the picture; else write what it shows into the prompt.
 
     Raises:
         ConfigurationError: an unknown world or split, or a number out of range.
@@ -128,12 +146,12 @@ def make_set_groups(
         while len(set(levels)) == 1 or min(levels) > 0 and world != "closest":
             answers = rng.choice(DIGITS, num_responses, p=law)
             levels = answer_levels(world, task.digits, answers.tolist())
-        marks = rng.permutation(list(string.ascii_lowercase))
+        marks = rng.choice(_MARKS, num_responses, replace=False)
         groups.append(
             ResponseGroup(
-                prompt=[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": SET_WORLDS[world]}]}],
-                responses=[f"{answer}{mark}" for answer, mark in zip(answers, marks, strict=False)],
-                images=[task.image()],
+                prompt=task.messages if pictures else task.text,
+                responses=[f"{answer}{mark}" for answer, mark in zip(answers, marks, strict=True)],
+                images=[task.image()] if pictures else (),
                 rankings=dense_ranks(levels),
                 id=task.id,
             )
@@ -168,9 +186,11 @@ def bounds(world: str, num_responses: int) -> Mapping[str, Bounds]:
     """The best accuracy of a `joint` and of a `separate` judge on groups of N responses of a world.
 
     A joint judge sees the whole group; it is the Bayes judge, all groups being counted up. A separate judge gives each
-    response a score by picture and response alone. That is an order of what can be said, lots drawn among equals; the
-    best one is found by dynamic programming over the sets of answers that stand above. In `consensus` and `novelty`
-    no use of the marks does better than that; of `closest` this is not proven.
+    answer a score by the picture and the answer alone, and fair lots are drawn among equal ones; the best order of the
+    answers is found by dynamic programming over the sets of answers that stand above. Its pairwise accuracy no lots
+    can raise (it is linear in the score of each answer), nor its best of N in `consensus` (by convexity). In `closest`
+    lots that are not fair add .002 at N = 4 and less above, as gradient ascent over all lots finds; in `novelty` it
+    finds nothing.
 
     Args:
         world: a key of `SET_WORLDS`.
@@ -341,5 +361,5 @@ def _check_world(world: str) -> None:
 def _check_size(num_responses: int) -> None:
     if not 2 <= num_responses <= MAX_RESPONSES:
         raise ConfigurationError(
-            f"got num_responses={num_responses}, expected 2 to {MAX_RESPONSES}: a letter for each"
+            f"got num_responses={num_responses}, expected 2 to {MAX_RESPONSES}: the bounds count up all groups"
         )

@@ -1,19 +1,19 @@
 """The shapes world: a coloured shape in 64 x 64 pixels, questions about it in plain English, and their right answers.
 
-The 5,000 pictures and 48,000 questions are those of the package `easy-vqa` (MIT; the extra `shapes`), which brings
+The 5,000 pictures and 48,248 questions are those of the package `easy-vqa` (MIT; the extra `shapes`), which brings
 them along: nothing is downloaded when it runs. Its test pictures are `test`; of its train pictures every eighth is
 `validation`, the others are `train`. The split is a property of the data and does not depend on any seed.
 
-An answer is one of 13 words: two for yes-or-no questions, three shapes, eight colours. The answers of a made-up group
-are drawn so that neither length nor agreement gives the right one away: different words of the right kind first, each
-as likely as the others to be said again, and wording apart from being right. How good a text is as an answer is a pure
-function of the right answer and the text (`grade_answer`), for made-up answers and completions of a policy alike.
+An answer is one word: yes or no, one of three shapes, one of eight colours. The answers of a made-up group are drawn
+so that neither length nor agreement gives the right one away: different words of the right kind first, each as likely
+as the others to be said again, and wording apart from being right. How good a text is as an answer is a pure function
+of the right answer and the text (`grade`), for made-up answers and completions of a policy alike.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,15 +26,15 @@ from PIL import Image
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup, dense_ranks
 from mr_reward.messages.prompts import Message
-from mr_reward.worlds.handwriting import REFUSAL, SENTENCE_LENGTH, SPLITS, WORDING, WRONG
+from mr_reward.worlds.handwriting import REFUSAL, SENTENCE_LENGTH, SPLITS, WORDING, WRONG, Media
 
-# What is said instead of the right answer: another word of its kind.
-KINDS = (
-    ("yes", "no"),
-    ("circle", "rectangle", "triangle"),
-    ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
-)
-ANSWERS = tuple(sorted(word for kind in KINDS for word in kind))
+# Kind of question -> its answers. What is said instead of the right one is another of them.
+QUESTIONS: Mapping[str, tuple[str, ...]] = {
+    "shape": ("circle", "rectangle", "triangle"),
+    "color": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
+    "yes_no": ("yes", "no"),
+}
+ANSWERS = tuple(sorted(word for words in QUESTIONS.values() for word in words))
 MIN_RESPONSES, MAX_RESPONSES = 2, 64
 
 _VALIDATION = 8  # every eighth train picture
@@ -56,87 +56,103 @@ class ShapesTask:
     """One question about one picture."""
 
     id: str  # such as "shapes-test-00012"
-    text: str  # the question
+    question: str  # a key of `QUESTIONS`
+    text: str  # the question as it is asked
     answer: str  # the right answer, one of `ANSWERS`
     path: str  # of the picture
+
+    media: Media = "image"
 
     @property
     def messages(self) -> list[Message]:
         """The prompt: one user turn with a block for the picture (which carries none) and the question."""
         return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.text}]}]
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """For reward functions, beside the right answer."""
+        return {"question": self.question}
+
     def image(self) -> Image.Image:
         """The picture, 64 x 64 pixels, RGB."""
         with Image.open(self.path) as image:
             return image.convert("RGB")
 
+    def is_correct(self, response: str) -> bool:
+        """Whether a response is the right answer and nothing else."""
+        return is_correct(self.answer, response)
 
-def make_shapes_tasks(split: str, num_tasks: int, *, seed: int = 0) -> list[ShapesTask]:
-    """Draw questions of a split, with replacement; question i depends on the seed, the split and i alone.
+    def grade(self, response: str) -> float:
+        """The true quality of a response."""
+        return grade(self.answer, response)
 
-    Raises ConfigurationError for an unknown split, a negative number, or without the package.
+
+def make_tasks(
+    split: str, num_tasks: int, *, questions: Sequence[str] = tuple(QUESTIONS), seed: int = 0
+) -> list[ShapesTask]:
+    """Draw questions of the given kinds from a split, each kind as often as the others, with replacement.
+
+    Task i depends on the kinds, the seed, the split and i alone, so a longer list begins with the shorter one.
     """
-    questions = _questions(split)
+    if isinstance(questions, str) or not questions or any(question not in QUESTIONS for question in questions):
+        raise ConfigurationError(f"got questions={questions!r}, expected a non-empty list out of {list(QUESTIONS)}")
     if num_tasks < 0 or seed < 0:
         raise ConfigurationError(f"got {num_tasks} items and seed={seed}, expected numbers that are not negative")
-    chosen = (int(_rng(seed, split, i).integers(len(questions))) for i in range(num_tasks))
-    return [ShapesTask(f"shapes-{split}-{i:05d}", *questions[place]) for i, place in enumerate(chosen)]
+    pool = _questions(split)
+    tasks = []
+    for i in range(num_tasks):
+        rng = _rng(seed, split, i)
+        kind = questions[int(rng.integers(len(questions)))]
+        tasks.append(ShapesTask(f"shapes-{split}-{i:05d}", kind, *pool[kind][int(rng.integers(len(pool[kind])))]))
+    return tasks
 
 
-def make_shapes_groups(split: str, num_groups: int, *, num_responses: int = 4, seed: int = 0) -> list[ResponseGroup]:
-    """Draw ranked groups: the questions of `make_shapes_tasks`, with N graded answers each (`draw_answers`)."""
+def make_groups(
+    split: str,
+    num_groups: int,
+    *,
+    num_responses: int = 4,
+    questions: Sequence[str] = tuple(QUESTIONS),
+    seed: int = 0,
+) -> list[ResponseGroup]:
+    """Draw ranked groups: the tasks that `make_tasks` draws, with N graded answers each (`draw_answers`)."""
     if not MIN_RESPONSES <= num_responses <= MAX_RESPONSES:
         raise ConfigurationError(f"got num_responses={num_responses}, expected {MIN_RESPONSES} to {MAX_RESPONSES}")
     groups = []
-    for i, task in enumerate(make_shapes_tasks(split, num_groups, seed=seed)):
+    for i, task in enumerate(make_tasks(split, num_groups, questions=questions, seed=seed)):
         responses = draw_answers(task.answer, num_responses, _rng(seed, split, i, 1))
         groups.append(
             ResponseGroup(
                 prompt=task.messages,
                 responses=responses,
                 images=[task.image()],
-                rankings=dense_ranks([-grade_answer(task.answer, response) for response in responses]),
+                rankings=dense_ranks([-task.grade(response) for response in responses]),
                 id=task.id,
             )
         )
     return groups
 
 
-def make_shapes_rows(tasks: Sequence[ShapesTask]) -> list[dict[str, Any]]:
-    """Rows of a dataset for TRL's GRPOTrainer or RLOOTrainer; `solution` is for `shapes_truth`."""
-    return [
-        {"prompt": [{"role": "user", "content": task.text}], "image": task.image(), "solution": task.answer}
-        for task in tasks
-    ]
+def is_correct(answer: str, response: str) -> bool:
+    """Whether a response is the right answer and nothing else (case and white space around it do not matter)."""
+    return response.strip().lower() == answer
 
 
-def make_shapes_sft_rows(tasks: Sequence[ShapesTask]) -> list[dict[str, Any]]:
-    """Rows for TRL's SFTTrainer; the completion is the right answer alone."""
-    return [
-        {
-            "prompt": row["prompt"],
-            "completion": [{"role": "assistant", "content": row["solution"]}],
-            "image": row["image"],
-        }
-        for row in make_shapes_rows(tasks)
-    ]
-
-
-def shapes_truth(completions: Sequence[Any], solution: Sequence[str], **_: Any) -> list[float]:
-    """A TRL reward function that is the truth: 1 for a right answer and nothing else, 0 otherwise."""
+def shapes_accuracy(completions: Sequence[Any], solution: Sequence[str], **_: Any) -> list[float]:
+    """A TRL reward function that is the truth: 1 for a right answer, 0 otherwise."""
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    return [float(grade_answer(*row) == 1.0) for row in zip(solution, texts, strict=True)]
+    return [float(is_correct(*row)) for row in zip(solution, texts, strict=True)]
 
 
-def grade_answer(answer: str, response: str) -> float:
-    """The true quality of any text as an answer: 1 for the right word alone (case and white space do not matter).
+def grade(answer: str, response: str) -> float:
+    """The true quality of any text as an answer, 1 exactly where `is_correct`.
 
     The claim of a response is the only one of the 13 words in it. In a sentence it counts less (`WORDING`), a wrong
     one `WRONG`. Without a claim, a short text that says that it does not know is worth `REFUSAL`; anything else is
     worth nothing.
 
     Example:
-        >>> [grade_answer("red", text) for text in ("Red", "It is red.", "I cannot tell.", "blue", "red or blue")]
+        >>> [grade("red", text) for text in ("Red", "It is red.", "I cannot tell.", "blue", "red or blue")]
         [1.0, 0.8, 0.1, 0.05, 0.0]
     """
     text = response.strip()
@@ -151,7 +167,7 @@ def grade_answer(answer: str, response: str) -> float:
 
 def draw_answers(answer: str, count: int, rng: np.random.Generator) -> list[str]:
     """N made-up answers in random order, of at least two qualities."""
-    others = [word for kind in KINDS if answer in kind for word in kind if word != answer]
+    others = [word for words in QUESTIONS.values() if answer in words for word in words if word != answer]
     while True:
         right = int(rng.random() >= _NO_RIGHT_ANSWER)
         claims = max(right, int(rng.binomial(count, 1 - _EMPTY_HANDED)))
@@ -161,7 +177,7 @@ def draw_answers(answer: str, count: int, rng: np.random.Generator) -> list[str]
         words += [words[i] for i in rng.integers(len(words) or 1, size=claims - len(words))]
         said = [rng.choice(_SENTENCES).format(word) if rng.random() < _SENTENCE else str(word) for word in words]
         said += [str(rng.choice(_EMPTY)) for _ in range(count - claims)]
-        if len({grade_answer(answer, text) for text in said}) > 1:
+        if len({grade(answer, text) for text in said}) > 1:
             return [said[i] for i in rng.permutation(count)]
 
 
@@ -175,8 +191,8 @@ def _easy_vqa() -> ModuleType:
 
 
 @cache
-def _questions(split: str) -> tuple[tuple[str, str, str], ...]:
-    """Question, right answer and path of the picture, of every question of a split."""
+def _questions(split: str) -> Mapping[str, Sequence[tuple[str, str, str]]]:
+    """Question, right answer and path of the picture, of every question of a split, by kind."""
     if split not in SPLITS:
         raise ConfigurationError(f"got split {split!r}, expected one of {list(SPLITS)}")
     package = _easy_vqa()
@@ -184,15 +200,16 @@ def _questions(split: str) -> tuple[tuple[str, str, str], ...]:
         questions, paths = package.get_test_questions(), package.get_test_image_paths()
     else:
         questions, paths = package.get_train_questions(), package.get_train_image_paths()
-    found = []
+    found: dict[str, list[tuple[str, str, str]]] = {kind: [] for kind in QUESTIONS}
     for text, answer, picture in zip(*questions, strict=True):
-        if answer not in ANSWERS:
+        kind = next((kind for kind, words in QUESTIONS.items() if answer in words), None)
+        if kind is None:
             raise ConfigurationError(
                 f"easy-vqa has the answer {answer!r}, expected one of {list(ANSWERS)}; install easy-vqa 1.0"
             )
         if split == "test" or (picture % _VALIDATION == 0) == (split == "validation"):
-            found.append((text, answer, str(Path(paths[picture]))))
-    return tuple(found)
+            found[kind].append((text, answer, str(Path(paths[picture]))))
+    return found
 
 
 def _rng(seed: int, split: str, index: int, purpose: int = 0) -> np.random.Generator:

@@ -1,12 +1,9 @@
-"""The shapes world. Grades and made-up answers need no package; the pictures are those of `easy-vqa`, where it is
-installed, and else of a stand-in with its documented functions."""
+"""The shapes world, on the real `easy-vqa`; its grades and made-up answers; and that recipes know it by name."""
 
+import builtins
 import hashlib
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,48 +11,23 @@ from datasets import Dataset
 from PIL import Image
 
 from mr_reward.errors import ConfigurationError
+from mr_reward.runs.pretraining import load_sets
+from mr_reward.runs.recipe import load_prompts, truths
 from mr_reward.worlds import shapes
-from mr_reward.worlds.handwriting import SPLITS
+from mr_reward.worlds.handwriting import SPLITS, make_policy_rows, make_sft_rows
+from mr_reward.worlds.handwriting_policy import HandwritingArguments
+from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
+from mr_reward.worlds.named import WORLDS
 from mr_reward.worlds.shapes import (
     ANSWERS,
-    KINDS,
+    QUESTIONS,
     draw_answers,
-    grade_answer,
-    make_shapes_groups,
-    make_shapes_rows,
-    make_shapes_sft_rows,
-    make_shapes_tasks,
-    shapes_truth,
+    grade,
+    is_correct,
+    make_groups,
+    make_tasks,
+    shapes_accuracy,
 )
-
-STAND_IN = """
-def _questions(count):
-    rows = [(f"what color is shape {i}?", ["red", "teal"][i % 2], i) for i in range(count)]
-    rows += [(f"is there a circle in {i}?", ["yes", "no"][i % 2], i) for i in range(count)]
-    return tuple(map(list, zip(*rows)))
-
-def get_train_questions(): return _questions(40)
-def get_test_questions(): return _questions(10)
-def get_train_image_paths(): return {i: f"{FOLDER}/train/{i}.png" for i in range(40)}
-def get_test_image_paths(): return {i: f"{FOLDER}/test/{i}.png" for i in range(10)}
-"""
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package of the same name and functions, 50 pictures of noise."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 40), ("test", 10)):
-        (tmp_path / split).mkdir()
-        for i in range(count):
-            Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / split / f"{i}.png")
-    (tmp_path / "easy_vqa.py").write_text(f"FOLDER = {str(tmp_path)!r}\n{STAND_IN}")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "easy_vqa", raising=False)
-    shapes._questions.cache_clear()
-    yield
-    shapes._questions.cache_clear()
-    sys.modules.pop("easy_vqa", None)
 
 
 def fingerprint(image: Image.Image) -> str:
@@ -85,23 +57,24 @@ def fingerprint(image: Image.Image) -> str:
     ],
 )
 def test_grades(answer: str, response: str, quality: float) -> None:
-    assert grade_answer(answer, response) == quality
+    assert grade(answer, response) == quality
+    assert is_correct(answer, response) == (quality == 1.0)
 
 
-def test_the_truth_is_the_full_mark() -> None:
+def test_the_truth_as_a_reward_function() -> None:
     completions = ["red", [{"role": "assistant", "content": "yes"}], "It is red.", "Yes", ""]
-    assert shapes_truth(completions, ["red", "yes", "red", "yes", "red"], image=None) == [1.0, 1.0, 0.0, 1.0, 0.0]
+    assert shapes_accuracy(completions, ["red", "yes", "red", "yes", "red"], image=None) == [1.0, 1.0, 0.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize("answer", [kind[0] for kind in KINDS])
+@pytest.mark.parametrize("answer", [words[0] for words in QUESTIONS.values()])
 @pytest.mark.parametrize("count", [2, 4, 8, 64])
 def test_made_up_answers_do_not_give_the_right_one_away(answer: str, count: int) -> None:
     """Ranked, nine groups in ten have a right one, and no word of the kind is said oftener than the right one."""
-    kind = next(kind for kind in KINDS if answer in kind)
+    kind = next(words for words in QUESTIONS.values() if answer in words)
     groups = [draw_answers(answer, count, np.random.default_rng([count, i])) for i in range(400)]
     right, place, more = [], [], []
     for said in groups:
-        grades = [grade_answer(answer, text) for text in said]
+        grades = [grade(answer, text) for text in said]
         assert len(said) == count and len(set(grades)) > 1
         claims = [next((word for word in kind if word in text.lower().strip(".").split()), None) for text in said]
         assert set(claims) <= {*kind, None}
@@ -116,66 +89,117 @@ def test_made_up_answers_do_not_give_the_right_one_away(answer: str, count: int)
     assert abs(mean(more)) < 4 * float(np.std(more)) / len(more) ** 0.5 + 0.05
 
 
-def test_without_the_package_the_error_names_the_extra() -> None:
-    if importlib.util.find_spec("easy_vqa"):
-        pytest.skip("easy-vqa is installed")
+def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any) -> Any:
+        if name == "easy_vqa":
+            raise ImportError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigurationError, match=r"install mr-reward\[shapes\]"):
-        make_shapes_tasks("train", 1)
+        shapes._questions.__wrapped__("train")
 
 
-@pytest.mark.usefixtures("stand_in")
-def test_splits_tasks_groups_and_rows() -> None:
-    shown = {split: {task.path for task in make_shapes_tasks(split, 300, seed=1)} for split in SPLITS}
-    assert {split: len(paths) for split, paths in shown.items()} == {"train": 35, "validation": 5, "test": 10}
-    assert len(set.union(*shown.values())) == 50
-    tasks = make_shapes_tasks("train", 20, seed=3)
-    assert make_shapes_tasks("train", 30, seed=3)[:20] == tasks != make_shapes_tasks("train", 20, seed=4)
-    groups = make_shapes_groups("train", 20, num_responses=5, seed=3)
+@pytest.mark.parametrize("seed", range(3))
+def test_tasks_and_groups(seed: int) -> None:
+    tasks = make_tasks("train", 60, seed=seed)
+    assert make_tasks("train", 90, seed=seed)[:60] == tasks != make_tasks("train", 60, seed=seed + 1)
+    assert {task.question for task in tasks} == set(QUESTIONS)
+    assert all(task.answer in QUESTIONS[task.question] for task in tasks)
+    assert {task.question for task in make_tasks("test", 30, questions=["color"], seed=seed)} == {"color"}
+    groups = make_groups("train", 60, num_responses=5, seed=seed)
     for task, group in zip(tasks, groups, strict=True):
         assert group.id == task.id and group.num_responses == 5
         assert group.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": task.text}]
-        grades = [grade_answer(task.answer, text) for text in group.responses]
-        assert list(group.rankings or ()) == [1 + len({o for o in grades if o > grade}) for grade in grades]
-        assert fingerprint(group.images[0]) == fingerprint(Image.open(task.path))
-    assert [g.responses for g in make_shapes_groups("train", 9, num_responses=5, seed=3)] == [
+        grades = [task.grade(text) for text in group.responses]
+        assert list(group.rankings or ()) == [1 + len({o for o in grades if o > one}) for one in grades]
+        assert fingerprint(group.images[0]) == fingerprint(Image.open(task.path).convert("RGB"))
+    assert [g.responses for g in make_groups("train", 9, num_responses=5, seed=seed)] == [
         group.responses for group in groups[:9]
     ]
-    stored = Dataset.from_list(make_shapes_rows(tasks))
-    assert stored.column_names == ["prompt", "image", "solution"]
+
+
+def test_rows() -> None:
+    tasks = make_tasks("train", 20, seed=3)
+    stored = Dataset.from_list(make_policy_rows(tasks))
+    assert stored.column_names == ["prompt", "image", "solution", "question"]
     for task, row in zip(tasks, stored, strict=True):
         assert row["prompt"] == [{"role": "user", "content": task.text}]
         assert row["image"].tobytes() == task.image().tobytes()
-    assert shapes_truth([task.answer for task in tasks], stored["solution"]) == [1.0] * 20
-    assert make_shapes_sft_rows(tasks)[0]["completion"] == [{"role": "assistant", "content": tasks[0].answer}]
+    assert shapes_accuracy([task.answer for task in tasks], stored["solution"]) == [1.0] * 20
+    assert make_sft_rows(tasks)[0]["completion"] == [{"role": "assistant", "content": tasks[0].answer}]
 
 
-@pytest.mark.usefixtures("stand_in")
+def test_the_splits_share_no_picture() -> None:
+    """Not by name and not by content, over every picture that a task of the split can show."""
+    images = {
+        split: {
+            fingerprint(Image.open(path).convert("RGB"))
+            for path in {path for rows in shapes._questions(split).values() for _, _, path in rows}
+        }
+        for split in SPLITS
+    }
+    assert {split: len(found) for split, found in images.items()} == {"train": 3500, "validation": 500, "test": 1000}
+    assert len(set.union(*images.values())) == 5000
+
+
+def test_the_real_package_has_what_is_documented() -> None:
+    import easy_vqa
+
+    assert sorted(easy_vqa.get_answers()) == list(ANSWERS)
+    assert sum(len(rows) for split in SPLITS for rows in shapes._questions(split).values()) == 48_248
+    assert {task.image().size for task in make_tasks("validation", 100)} == {(64, 64)}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_worlds_have_one_form(world: str) -> None:
+    tasks = WORLDS[world].make_tasks("validation", 12, seed=1)
+    groups = WORLDS[world].make_groups("validation", 12, num_responses=3, seed=1)
+    for task, group in zip(tasks, groups, strict=True):
+        assert task.is_correct(task.answer) and task.grade(task.answer) == 1.0
+        assert not task.is_correct(task.answer + "?") and task.media == "image"
+        assert (group.id, group.messages) == (task.id, task.messages)
+    arguments = HandwritingArguments(dataset=world, eval_dataset=world, num_prompts=12, num_eval_prompts=5)
+    (truth,) = truths(arguments)
+    rows = load_prompts(arguments)
+    assert truth(rows["solution"], **{name: rows[name] for name in rows.column_names}) == [1.0] * 12
+    seen, held_out = (
+        {image.tobytes() for image in load_prompts(arguments, evaluation=evaluation)["image"]}
+        for evaluation in (False, True)
+    )
+    assert not seen & held_out
+    assert len(load_prompts(arguments, evaluation=True, limit=2)) == 2
+    reward = HandwritingRewardArguments(train_file=[world], eval_file=[world], num_train_groups=7, num_eval_groups=3)
+    sets = load_sets(reward, seed=1), load_sets(reward, evaluation=True, seed=1)
+    assert [[(name, len(groups)) for name, groups in one.items()] for one in sets] == [[(world, 7)], [(world, 3)]]
+
+
+def test_a_recipe_chooses_the_questions() -> None:
+    arguments = HandwritingArguments(dataset="shapes", questions=["color"], num_prompts=20)
+    assert set(load_prompts(arguments)["question"]) == {"color"}
+    with pytest.raises(ConfigurationError, match="expected a non-empty list out of"):
+        load_prompts(HandwritingArguments(dataset="shapes", questions=["sum"]))
+
+
 def test_wrong_arguments_are_refused() -> None:
     for call in (
-        lambda: make_shapes_tasks("dev", 1),
-        lambda: make_shapes_tasks("train", -1),
-        lambda: make_shapes_tasks("train", 1, seed=-1),
-        lambda: make_shapes_groups("train", 1, num_responses=1),
-        lambda: make_shapes_groups("train", 1, num_responses=65),
+        lambda: make_tasks("dev", 1),
+        lambda: make_tasks("train", -1),
+        lambda: make_tasks("train", 1, seed=-1),
+        lambda: make_tasks("train", 1, questions=["size"]),
+        lambda: make_tasks("train", 1, questions=[]),
+        lambda: make_groups("train", 1, num_responses=1),
+        lambda: make_groups("train", 1, num_responses=65),
     ):
         with pytest.raises(ConfigurationError, match="expected"):
             call()
 
 
-def test_an_answer_of_another_version_is_refused(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import easy_vqa
 
     monkeypatch.setattr(easy_vqa, "get_test_questions", lambda: (["what?"], ["purple"], [0]))
     with pytest.raises(ConfigurationError, match="purple.*install easy-vqa 1.0"):
-        make_shapes_tasks("test", 1)
-
-
-def test_the_real_package_has_what_is_documented() -> None:
-    easy_vqa = pytest.importorskip("easy_vqa", reason="needs the extra shapes")
-    assert sorted(easy_vqa.get_answers()) == list(ANSWERS)
-    tasks = {split: make_shapes_tasks(split, 2000) for split in SPLITS}
-    images = {split: {fingerprint(task.image()) for task in some} for split, some in tasks.items()}
-    assert not images["train"] & images["test"] and not images["train"] & images["validation"]
-    assert not images["validation"] & images["test"]
-    assert {task.image().size for some in tasks.values() for task in some} == {(64, 64)}
-    assert {task.answer for task in tasks["train"]} == set(ANSWERS)
+        shapes._questions.__wrapped__("test")
