@@ -120,23 +120,9 @@ def make_set_tasks(world: str, split: str, num_tasks: int, *, seed: int = 0) -> 
 def make_set_groups(
     world: str, split: str, num_groups: int, *, num_responses: int = 4, seed: int = 0, pictures: bool = True
 ) -> list[ResponseGroup]:
-    """Draw ranked groups of N responses.
+    """Draw ranked groups of N responses; a longer list begins with the shorter one.
 
-    Args:
-        world: a key of `SET_WORLDS`.
-        split: train, validation or test.
-        num_groups: how many; a longer list begins with the shorter one.
-        num_responses: N, 2 to `MAX_RESPONSES`.
-        seed: of everything but the split.
-        pictures: show the picture; else write what it shows into the prompt.
-
-    Raises:
-        ConfigurationError: an unknown world or split, or a number out of range.
-
-    Example:
-        >>> group = make_set_groups("consensus", "test", 1)[0]
-        >>> group.responses, group.rankings
-        (('0x', '9f', '0r', '0s'), (1, 2, 1, 1))
+    Without `pictures` what they show stands in the prompt.
     """
     _check_size(num_responses)
     groups = []
@@ -183,7 +169,7 @@ def answer_levels(world: str, digits: Sequence[int], answers: Sequence[int]) -> 
 
 @cache
 def bounds(world: str, num_responses: int) -> Mapping[str, Bounds]:
-    """The best accuracy of a `joint` and of a `separate` judge on groups of N responses of a world.
+    """The best accuracy of a `joint` and of a `separate` judge on groups of N responses of a world, by these names.
 
     A joint judge sees the whole group; it is the Bayes judge, all groups being counted up. A separate judge gives each
     answer a score by the picture and the answer alone, and fair lots are drawn among equal ones; the best order of the
@@ -191,20 +177,6 @@ def bounds(world: str, num_responses: int) -> Mapping[str, Bounds]:
     can raise (it is linear in the score of each answer), nor its best of N in `consensus` (by convexity). In `closest`
     lots that are not fair add .002 at N = 4 and less above, as gradient ascent over all lots finds; in `novelty` it
     finds nothing.
-
-    Args:
-        world: a key of `SET_WORLDS`.
-        num_responses: N, 2 to `MAX_RESPONSES`.
-
-    Returns:
-        `Bounds` by the names `joint` and `separate`.
-
-    Raises:
-        ConfigurationError: an unknown world, or a number out of range.
-
-    Example:
-        >>> bounds("control", 4)["separate"]
-        Bounds(best_of_n=1.0, pairwise=1.0)
     """
     _check_world(world)
     _check_size(num_responses)
