@@ -27,7 +27,9 @@ from mr_reward.cli.errors import one_error_line
 from mr_reward.doctor import check_before_start, examine_recipe
 from mr_reward.doctor.findings import may_start, show_findings
 from mr_reward.errors import ConfigurationError
+from mr_reward.runs.average import EMACallback
 from mr_reward.runs.callbacks import PolicyValidation, RunFigure, ShownGroups, WarningSigns
+from mr_reward.runs.judge_guard import JudgeGuard, truth_metrics
 from mr_reward.runs.recipe import (
     PolicyArguments,
     PolicyTrainingArguments,
@@ -41,6 +43,8 @@ from mr_reward.runs.resume import ContinuedEpochs, checkpoint_to_resume
 from mr_reward.runs.vllm import check_vllm_server, prepare_vllm_on_cpu, send_single_placeholders
 from mr_reward.training.saving import naming_a_full_disk
 from mr_reward.worlds.handwriting_policy import HandwritingArguments
+
+logger = logging.getLogger(__name__)
 
 
 def dry_run(argv: list[str]) -> bool:
@@ -81,6 +85,16 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         eval_dataset = load_prompts(arguments, evaluation=True, seed=0)  # the same prompts for every seed
         signs = WarningSigns(truths=[f"rewards/{truth.__name__}/mean" for truth in truths(arguments)])
         callbacks.append(PolicyValidation(reward, str(args.output_dir), signs=signs))
+        known = truth_metrics(reward_funcs[1:], eval_dataset.column_names)
+        if (args.metric_for_best_model or "").removeprefix("eval_") in known:
+            callbacks.append(JudgeGuard(stop=arguments.stop_when_fooled))
+        elif args.metric_for_best_model is not None or arguments.stop_when_fooled:
+            logger.warning(
+                "metric_for_best_model is %s, none of the held-out truths (%s): nothing watches whether the reward "
+                "model is still right",
+                args.metric_for_best_model,
+                ", ".join(known) or "there are none",
+            )
     if args.use_vllm and args.vllm_mode == "colocate":
         prepare_vllm_on_cpu()
     trainer = GRPOTrainer(
@@ -93,6 +107,8 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         peft_config=get_peft_config(model_config),
         quantization_config=get_quantization_config(model_config),
     )
+    if arguments.ema_half_life:
+        trainer.add_callback(EMACallback(trainer, half_life=arguments.ema_half_life))
     send_single_placeholders(trainer)
     with naming_a_full_disk(args.output_dir):
         trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))

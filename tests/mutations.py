@@ -625,4 +625,32 @@ MUTATIONS = [
         "None",
         "tests/serving/test_server.py -k after_a_failure",
     ),
+    Mutation(
+        "average: the weights before training count",
+        "mr_reward.runs.average.EMACallback.on_step_end",
+        "1 - self._decay**self._count",
+        "1",
+        "tests/runs/test_average.py -k weighted_mean",
+    ),
+    Mutation(
+        "average: it stays in place of the weights",
+        "mr_reward.runs.average.EMACallback._in_place_of_the_weights",
+        "self._put(last)",
+        "None",
+        "tests/runs/test_average.py -k is_the_run_without_it",
+    ),
+    Mutation(
+        "average: a resumed run begins with nothing",
+        "mr_reward.runs.average.EMACallback._load",
+        'told["steps"]',
+        "0",
+        "tests/runs/test_average.py -k uninterrupted",
+    ),
+    Mutation(
+        "guard: compares with the first evaluation",
+        "mr_reward.runs.judge_guard.replay_guard",
+        "best = number",
+        "pass",
+        "tests/runs/test_judge_guard.py -k definition",
+    ),
 ]

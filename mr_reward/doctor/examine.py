@@ -308,6 +308,9 @@ def _check_policy(run: PlannedRun) -> Iterator[Finding]:
         text = f"trust_remote_code is on: Python code of {run.policy} is run with your rights; read it first"
         yield Finding("yellow", "foreign code", text)
     yield check_model_files(run.policy, "policy", is_here=run.is_here)
+    if run.recipe.ema_half_life and run.launch.zero_stage == 3:
+        text = "ema_half_life needs whole weights on each process, which ZeRO-3 cuts; use ZeRO-2, or set it to 0"
+        yield Finding("red", "average of the weights", text)
 
 
 def _check_vllm(run: PlannedRun) -> Iterator[Finding]:

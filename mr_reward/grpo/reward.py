@@ -10,7 +10,8 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -295,6 +296,16 @@ class MultiResponseReward:
             for name, column in describe_rows(plan, ordered).items():
                 log_extra(name, column[mine])
         return [value for result in ordered for value in self._rewards(result)][mine]
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """A block whose calls leave `last_scored` and the group log as they are."""
+        kept = self.last_scored, self._group_log
+        self._group_log = None
+        try:
+            yield
+        finally:
+            self.last_scored, self._group_log = kept
 
     def _weights_digest(self) -> str:
         """Checksum of the model that scores for this rank: its own, or that of its server."""

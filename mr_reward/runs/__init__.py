@@ -5,8 +5,26 @@ from typing import TYPE_CHECKING
 from mr_reward.exports import lazy_exports
 
 if TYPE_CHECKING:
+    from mr_reward.runs.average import EMACallback
     from mr_reward.runs.callbacks import PolicyValidation, RunFigure, ShownGroups, WarningSigns
+    from mr_reward.runs.judge_guard import GuardReport, JudgeGuard, replay_guard
 
-__all__ = ["PolicyValidation", "RunFigure", "ShownGroups", "WarningSigns"]
+__all__ = [
+    "EMACallback",
+    "GuardReport",
+    "JudgeGuard",
+    "PolicyValidation",
+    "RunFigure",
+    "ShownGroups",
+    "WarningSigns",
+    "replay_guard",
+]
 
-__getattr__, __dir__ = lazy_exports(__name__, {"callbacks": __all__})
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "average": ["EMACallback"],
+        "callbacks": ["PolicyValidation", "RunFigure", "ShownGroups", "WarningSigns"],
+        "judge_guard": ["GuardReport", "JudgeGuard", "replay_guard"],
+    },
+)

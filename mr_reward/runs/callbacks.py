@@ -40,12 +40,12 @@ _TRAINING_PANELS = {
     "length": ("mr_reward/score_length_correlation",),
 }
 _VALIDATION_PANELS = {
-    "score of the reward model": ("eval_mr_reward/score_mean",),
-    "share above the reference": ("eval_mr_reward/win_rate",),
+    "score of the reward model": ("eval_mr_reward/score_mean", "eval_ema_mr_reward/score_mean"),
+    "share above the reference": ("eval_mr_reward/win_rate", "eval_ema_mr_reward/win_rate"),
     "within groups": ("eval_mr_reward/score_spread", "eval_mr_reward/score_length_correlation"),
     "responses": ("eval_mr_reward/duplicate_responses", "eval_mr_reward/repeated_text"),
 }
-_NOT_IN_A_LEGEND = re.compile(r"^(eval_)?(mr_reward/|rewards/)|/mean$")  # of a metric's name
+_NOT_IN_A_LEGEND = re.compile(r"^eval_|mr_reward/|rewards/|/mean$")  # of a metric's name
 
 
 @dataclass
@@ -152,8 +152,8 @@ class PolicyValidation(TrainerCallback):
     """Writes `validation.jsonl`, `validation.png` and `samples.md` to a folder, and warns of reward hacking.
 
     At each evaluation: the trainer's `eval_` metrics (a line of `validation.jsonl`, a curve each in the figure, those
-    of other reward functions in a panel of their own), and a few groups of the last evaluation batch with their
-    responses from best to worst (`samples.md`, and a table in the terminal).
+    of other reward functions in a panel of their own; with `EMACallback` those of the average too), and a few groups
+    of the last evaluation batch with their responses from best to worst (`samples.md`, and a table in the terminal).
     At each log of the training: `WarningSigns`, as warnings and in `warning_signs` of the next line. Only the main
     process writes. A resumed run keeps its files; what was written after the checkpoint is written again.
 
@@ -210,6 +210,8 @@ class PolicyValidation(TrainerCallback):
         if state.is_world_process_zero and logs:
             for sign in self._new_signs(logs):
                 logger.warning("step %d, sign of reward hacking: %s", state.global_step, sign)
+            if any(key.startswith("eval_ema_") for key in logs):
+                self._write(state)  # the average is evaluated behind the weights
 
     def _new_signs(self, logs: Mapping[str, Any]) -> list[str]:
         """Those of a log of the training, for the next line too; those of an evaluation are not looked for."""
@@ -222,19 +224,27 @@ class PolicyValidation(TrainerCallback):
         if not state.is_world_process_zero:
             return
         logs = next((entry for entry in reversed(state.log_history) if "eval_mr_reward/score_mean" in entry), None)
-        if logs is None or logs["step"] != state.global_step:
-            return
-        metrics = {key: value for key, value in logs.items() if key.startswith("eval_")}
+        if logs is not None and logs["step"] == state.global_step:
+            self._write(state)
+            self._show_samples(state.global_step)
+
+    def _write(self, state: TrainerState) -> None:
+        """The line of this step, and the figure."""
+        logs = [entry for entry in state.log_history if entry["step"] == state.global_step]
+        metrics = {key: value for entry in logs for key, value in entry.items() if key.startswith("eval_")}
         # The evaluation that ends an epoch may fall on a step that was evaluated already.
-        records = [record for record in self._read() if record["step"] != state.global_step]
-        records.append({"step": state.global_step, **metrics, "warning_signs": self._pending})
+        older, same = [], []
+        for record in self._read():
+            (same if record["step"] == state.global_step else older).append(record)
+        signs = [*(sign for record in same for sign in record["warning_signs"]), *self._pending]
         self._pending = []
+        records = [*older, {"step": state.global_step, **metrics, "warning_signs": signs}]
         write_json_lines(self._file, records)
-        others = [key for key in _mean_rewards(records, "eval_rewards/") if self.reward.__name__ not in key]
+        others = [*_mean_rewards(records, "eval_rewards/"), *_mean_rewards(records, "eval_ema_rewards/")]
+        others = [key for key in others if self.reward.__name__ not in key]
         panels = _panels(records, {**_VALIDATION_PANELS, "other rewards": others})
         if panels:
             plot_curves(panels, self.folder / "validation.png", title="held-out prompts")
-        self._show_samples(state.global_step)
 
     def _read(self) -> list[dict[str, Any]]:
         return [record for _, record in read_json_lines(self._file)] if self._file.is_file() else []

@@ -74,6 +74,12 @@ class PolicyArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set"})
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out prompts for eval_strategy"})
     eval_dataset_split: str = field(default="validation", metadata={"help": "Split of the held-out prompts"})
+    # Evaluated and saved beside the last weights (`ema` in the output folder); see `mr_reward.runs.EMACallback`.
+    ema_half_life: float = field(
+        default=0.0, metadata={"help": "Average the weights, half-life in steps; 0 for never"}
+    )
+    # A `metric_for_best_model` that knows what is right is watched by `mr_reward.runs.JudgeGuard`.
+    stop_when_fooled: bool = field(default=False, metadata={"help": "Stop when the score rises and the truth falls"})
     skip_doctor: bool = field(default=False, metadata={"help": "Start without the checks of `mr-reward doctor`"})
 
     def __post_init__(self) -> None:
@@ -93,6 +99,8 @@ class PolicyArguments:
                 problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.log_groups_steps < 0:
             problems.append(f"log_groups_steps is {self.log_groups_steps}, expected 0 for never, or more")
+        if self.ema_half_life < 0:
+            problems.append(f"ema_half_life is {self.ema_half_life}, expected 0 for no average, or a number of steps")
         if problems:
             raise ConfigurationError("; ".join(problems))
 

@@ -212,6 +212,13 @@ def test_text_beside_images_is_red(rows: list[dict[str, Any]], is_red: bool, che
     assert passed is not is_red and ("prompt is text beside the column" in shown) is is_red, shown
 
 
+def test_an_average_of_weights_in_pieces_is_red(check: Check) -> None:
+    passed, shown = check("policy_qwen3vl_4b_zero3_vllm_8gpu.yaml", ema_half_life=20)
+    assert not passed and red(shown) == ["average of the weights"], shown
+    passed, shown = check(LORA, ema_half_life=-1)
+    assert not passed and "ema_half_life is -1.0, expected 0 for no average" in shown
+
+
 def test_foreign_code_is_told(check: Check) -> None:
     """It is the user's to decide, so it stops nothing."""
     quiet, loud = (check(LORA, trust_remote_code=on) for on in (False, True))

@@ -14,8 +14,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from killed_runs import policy_world, recipe_file, run_to_the_end
 from launching import DEEPSPEED_CONFIGS, needs_deepspeed, two_processes
+from safetensors.torch import load_file
 
 from mr_reward import GroupScorer, MultiResponseReward, MultiResponseRewardModel
 from mr_reward.checkpoint import weights_digest
@@ -110,6 +112,32 @@ def recipe(world: Path, output: Path, **changes: Any) -> str:
         **changes,
     }
     return recipe_file(output, config)
+
+
+def test_average_of_the_weights_under_zero2(world: Path, tmp_path: Path) -> None:
+    """Against the mean of the checkpoints of every step, and again when the run is resumed from its middle."""
+    script = ROOT / "grpo_recipes" / "train_policy.py"
+    changes = {"ema_half_life": 2, "save_steps": 1, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+    changes |= {"eval_dataset": str(world / "prompts.jsonl"), "per_device_eval_batch_size": 4}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    launch(2, tmp_path / "whole.log", script, "--config", recipe(world, whole, **changes))
+    steps = [load_file(whole / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 5)]
+    shares = [0.5 ** ((4 - step) / 2) for step in range(1, 5)]
+    average = load_file(whole / "ema" / "model.safetensors")
+    moved = 0.0
+    for name, found in average.items():
+        expected = sum(share * step[name] for share, step in zip(shares, steps, strict=True)) / sum(shares)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        moved = max(moved, float((expected - steps[-1][name]).abs().max()))
+    assert moved > 1e-3
+    history = json.loads((whole / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_ema_mr_reward/score_mean" in entry] == [2, 4]
+
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-[34]", "ema"))
+    shutil.copytree(whole / "checkpoint-2" / "ema", resumed / "checkpoint-2" / "ema")
+    launch(2, tmp_path / "resumed.log", script, "--config", recipe(world, resumed, **changes))
+    for name, found in load_file(resumed / "ema" / "model.safetensors").items():
+        torch.testing.assert_close(found, average[name], rtol=0, atol=1e-5)
 
 
 def tables(output: Path) -> list[pd.DataFrame]:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
@@ -106,7 +108,8 @@ def test_train_policy(tmp_path: Path, backbone: Path, reward_folder: Path, num_p
         assert key in stdout, key
     straddling = re.findall(r"'mr_reward/straddling_groups': '?([\d.]+)", stdout)
     assert [float(value) for value in straddling] == [float(num_processes > 1)] * 2
-    AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    for folder in ("out", "out/ema"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / folder)
 
 
 def test_two_rewards_with_kl_and_validation(tmp_path: Path, backbone: Path, reward_folder: Path) -> None:
@@ -122,6 +125,12 @@ def test_two_rewards_with_kl_and_validation(tmp_path: Path, backbone: Path, rewa
     assert "'kl':" in stdout
     records = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2]
+    assert all("eval_ema_rewards/handwriting_accuracy/mean" in record for record in records)
+    # Nothing is right here, so the first evaluation stays the best; the run ends with it.
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    best = load_file(out / "checkpoint-1" / "model.safetensors")
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(found[name], best[name]) for name in best)
     assert (out / "validation.png").stat().st_size > 5000 and "|" in (out / "samples.md").read_text()
 
 

@@ -186,10 +186,17 @@ def test_a_second_evaluation_of_a_step_takes_the_place_of_the_first(models: Path
         run.log(3, **{"eval_mr_reward__score_mean": value})
     (record,) = records(tmp_path)
     assert record["eval_mr_reward/score_mean"] == 2.0
+    run.log(5, mr_reward__zero_spread_groups=2.0)
+    run.log(5, mr_reward__zero_spread_groups=2.0)
+    for value in (1.0, 2.0):
+        run.log(5, **{"eval_mr_reward__score_mean": value})
+    _, record = records(tmp_path)
+    assert record["eval_mr_reward/score_mean"] == 2.0 and len(record["warning_signs"]) == 1, "and keeps its signs"
+    kept = records(tmp_path)
     run.state.is_world_process_zero = False
     run.log(6, **{"eval_mr_reward__score_mean": 3.0})
     run.state.is_world_process_zero = True
-    assert records(tmp_path) == [record], "another rank writes nothing"
+    assert records(tmp_path) == kept, "another rank writes nothing"
 
 
 def test_samples_survive_what_a_policy_can_write(models: Path, tmp_path: Path) -> None:
