@@ -23,6 +23,7 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.grpo.telemetry import GroupLog
 from mr_reward.runs.average import EMACallback
 from mr_reward.runs.callbacks import PolicyValidation
+from mr_reward.runs.resume import ContinuedEpochs
 from mr_reward.worlds import tiny
 
 PROMPTS = [{"prompt": [{"role": "user", "content": f"Say {word}"}]} for word in range(8)]
@@ -84,7 +85,7 @@ def make_trainer(
         args=config(str(out), **options),
         train_dataset=Dataset.from_list(PROMPTS),
         eval_dataset=Dataset.from_list(PROMPTS),
-        callbacks=list(callbacks),
+        callbacks=[ContinuedEpochs(), *callbacks],
         peft_config=peft_config,
     )
 

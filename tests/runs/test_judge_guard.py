@@ -134,7 +134,8 @@ def test_a_run_that_fools_its_judge_is_told_and_ends_with_its_best_checkpoint(
 ) -> None:
     with caplog.at_level(logging.INFO, "mr_reward"):
         trainer = run(policy, tmp_path, guard())
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    own = [record for record in caplog.records if record.name == JudgeGuard.__module__]
+    (warning,) = [record.getMessage() for record in own if record.levelno == logging.WARNING]
     assert warning == (
         "step 4: the judge is fooled: eval_rewards/judge/mean has risen since step 2 while eval_rewards/truth/mean "
         "has fallen from 0.800 to 0.600"
