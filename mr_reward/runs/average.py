@@ -6,14 +6,16 @@ checkpoint: a kill in between leaves none that looks whole and has no average.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
-import logging
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,8 +25,6 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from mr_reward.errors import ConfigurationError
 from mr_reward.grpo.reward import MultiResponseReward
-
-logger = logging.getLogger(__name__)
 
 FOLDER = "ema"
 _EXACT = "average.safetensors"  # in float32, for a run that is resumed; the model beside it has the policy's dtype
@@ -81,6 +81,7 @@ class EMACallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Begin with nothing, or with what the checkpoint has."""
+        self._weights()  # DeepSpeed may have cut them only now
         self._average, self._count = {}, 0
         if state.global_step:
             given = args.resume_from_checkpoint
@@ -100,31 +101,31 @@ class EMACallback(TrainerCallback):
         trainer = self._trainer
         if not self._count or trainer.eval_dataset is None:
             return
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices))
+            stack.enter_context(_same_random_numbers())
             for reward in trainer.reward_funcs:
                 if isinstance(reward, MultiResponseReward):
                     stack.enter_context(reward.unrecorded())
             stack.enter_context(self._in_place_of_the_weights())
-            logs = trainer.evaluation_loop(
-                trainer.get_eval_dataloader(),
-                "Evaluation of the average",
-                prediction_loss_only=True,
-                metric_key_prefix=f"eval_{FOLDER}",
-            ).metrics
+            # The table of completions stays that of the last weights.
+            table, trainer._logs = trainer._logs, copy.deepcopy(trainer._logs)
+            shown, trainer.log_completions = trainer.log_completions, False
+            try:
+                logs = trainer.evaluation_loop(
+                    trainer.get_eval_dataloader(),
+                    "Evaluation of the average",
+                    prediction_loss_only=True,
+                    metric_key_prefix=f"eval_{FOLDER}",
+                ).metrics
+                found = trainer._metrics["eval"]  # TRL's log writes them as eval_...
+                for key in list(found):
+                    found[f"{FOLDER}_{key}"] = found.pop(key)
+                trainer.log(logs)
+            finally:
+                trainer._logs, trainer.log_completions = table, shown
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback):
-                callback.on_predict(
-                    args, state, control
-                )  # ends the bar, which the trainer's next one would go on with
-        found = trainer._metrics["eval"]  # TRL's log writes them as eval_...
-        renamed = {f"{FOLDER}_{key}": list(values) for key, values in found.items()}
-        found.clear()
-        found.update(renamed)
-        with_table, trainer.log_completions = trainer.log_completions, False  # would replace that of the last weights
-        trainer.log(logs)
-        trainer.log_completions = with_table
+                callback.on_predict(args, state, control)  # ends the bar, which the next evaluation would go on with
 
     def _weights(self) -> Mapping[str, Parameter]:
         """The weights that are trained."""
@@ -151,26 +152,22 @@ class EMACallback(TrainerCallback):
     def _put(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, weight in self._weights().items():
             weight.copy_(values[name])
-        if hasattr(self._trainer, "_last_loaded_step"):
-            self._trainer._last_loaded_step = (
-                -1
-            )  # vLLM gets the weights once a step, unless it is told that they changed
+        self._trainer._last_loaded_step = -1  # vLLM gets the weights once a step, unless it is told of others
 
     def _saving_both(self, save: Any) -> Any:
         """`Trainer.save_model`, and the average in a folder of what it writes."""
 
         @functools.wraps(save)
         def save_both(output_dir: str | None = None, _internal_call: bool = False) -> None:
+            if self._count:  # first, as the trainer sends the whole folder to the hub
+                args = self._trainer.args
+                folder = Path(output_dir if output_dir is not None else args.output_dir) / FOLDER
+                with self._in_place_of_the_weights():
+                    save(str(folder), _internal_call=True)
+                if _internal_call and args.should_save:  # a checkpoint
+                    told = {"steps": self._count, "half_life": self.half_life}
+                    save_file(self._average, folder / _EXACT, metadata={"average": json.dumps(told)})
             save(output_dir, _internal_call=_internal_call)
-            if not self._count:
-                return
-            args = self._trainer.args
-            folder = Path(output_dir if output_dir is not None else args.output_dir) / FOLDER
-            with self._in_place_of_the_weights():
-                save(str(folder), _internal_call=True)
-            if _internal_call and args.should_save:  # a checkpoint
-                told = {"steps": self._count, "half_life": self.half_life}
-                save_file(self._average, folder / _EXACT, metadata={"average": json.dumps(told)})
 
         return save_both
 
@@ -195,3 +192,15 @@ class EMACallback(TrainerCallback):
                 f"{path} is an average of other weights than those that are trained now ({min(strange)}); resume with "
                 "the settings of LoRA that the run began with"
             )
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """A block that draws random numbers, after which the same come as if it had drawn none."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)

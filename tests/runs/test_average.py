@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -63,10 +66,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_trainer(
-    models: Path, out: Path, *callbacks: TrainerCallback, policy: Path | None = None, **changes: Any
+    models: Path,
+    out: Path,
+    *callbacks: TrainerCallback,
+    policy: Path | None = None,
+    more_rewards: Sequence[Any] = (),
+    **changes: Any,
 ) -> Any:
     reward = MultiResponseReward(models / "rm", num_generations=4, group_log=changes.pop("group_log", None))
-    peft_config = LoraConfig(r=4, target_modules="all-linear") if changes.pop("lora", False) else None
+    peft_config = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear") if changes.pop("lora", False) else None
     kind, config = (RLOOTrainer, RLOOConfig) if changes.pop("rloo", False) else (GRPOTrainer, GRPOConfig)
     options = {
         "per_device_train_batch_size": 8,
@@ -81,7 +89,7 @@ def make_trainer(
     }
     return kind(
         model=str(policy or models / "policy"),
-        reward_funcs=[reward, digits],
+        reward_funcs=[reward, digits, *more_rewards],
         args=config(str(out), **options),
         train_dataset=Dataset.from_list(PROMPTS),
         eval_dataset=Dataset.from_list(PROMPTS),
@@ -134,33 +142,82 @@ def test_what_is_saved_is_the_weighted_mean_of_the_steps(
             assert torch.equal(weight.detach().double(), last[name]), "the policy itself is the last one"
 
 
-def test_a_run_with_the_average_is_the_run_without_it(models: Path, tmp_path: Path) -> None:
+def lucky(completions: list[Any], **_: Any) -> list[float]:
+    """A reward that draws from Python's and numpy's random states."""
+    return [random.random() + float(np.random.random()) for _ in completions]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_with_the_average_is_the_run_without_it(models: Path, tmp_path: Path, seed: int, lora: bool) -> None:
     """Its evaluations draw random numbers and switch the weights; nothing of that is left behind."""
-    runs = []
+    runs, checkpoints = [], []
     for name in ("with", "without"):
         out = tmp_path / name
-        log = GroupLog(out / "groups", every=1)
-        trainer = make_trainer(models, out, group_log=log, log_completions=True)
+        trainer = make_trainer(
+            models,
+            out,
+            group_log=GroupLog(out / "groups", every=1),
+            more_rewards=[lucky],
+            lora=lora,
+            log_completions=True,
+            seed=seed,
+            max_steps=7,  # the last evaluation is out of turn, the second epoch begins with the third step
+            steps_per_generation=2,
+            save_strategy="steps",
+            save_steps=3,
+        )
         reward = trainer.reward_funcs[0]
         trainer.add_callback(PolicyValidation(reward, out, console=Console(file=io.StringIO())))
         if name == "with":
             trainer.add_callback(EMACallback(trainer, half_life=2))
         trainer.train()
         runs.append(trainer)
+        # weights, optimizer, schedule, random states
+        states = sorted(path for step in (3, 6, 7) for path in (out / f"checkpoint-{step}").glob("*.*t*"))
+        checkpoints.append({path.relative_to(out): path.read_bytes() for path in states if path.is_file()})
     with_average, without = runs
     of_average = [entry for entry in logged(with_average) if "eval_ema_loss" in entry]
-    assert [entry["step"] for entry in of_average] == [2, 4]
+    assert [entry["step"] for entry in of_average] == [2, 4, 6, 7]
     assert [entry for entry in logged(with_average) if "eval_ema_loss" not in entry] == logged(without)
     for (name, one), other in zip(with_average.model.named_parameters(), without.model.parameters(), strict=True):
         assert torch.equal(one, other), name
-    for file in ("samples.md", "completions/completions_00004.parquet", "groups/eval_step_00004.rank0.jsonl"):
+    own = {"trainer_state.json", "training_args.bin"}  # have the clock, and the folder, in them
+    for path, content in checkpoints[1].items():
+        assert path.name in own or checkpoints[0][path] == content, path
+    names = {path.name for path in checkpoints[1]}
+    assert {"optimizer.pt", "rng_state.pth", "scheduler.pt"} < names and any("safetensors" in name for name in names)
+    written = [path.relative_to(tmp_path / "without") for path in (tmp_path / "without").rglob("*step_*.jsonl")]
+    written += [Path("completions") / f"completions_{step:05d}.parquet" for step in range(1, 8)]
+    assert len(written) > 7 + 4
+    for file in [Path("samples.md"), *written]:
         assert (tmp_path / "with" / file).read_bytes() == (tmp_path / "without" / file).read_bytes(), file
     records = [json.loads(line) for line in (tmp_path / "with" / "validation.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [2, 4]
+    assert [record["step"] for record in records] == [2, 4, 6, 7]
     for record, entry in zip(records, of_average, strict=True):
         for key in ("eval_ema_mr_reward/score_mean", "eval_ema_rewards/digits/mean", "eval_ema_loss"):
             assert record[key] == entry[key]
         assert record["eval_mr_reward/score_mean"] != record["eval_ema_mr_reward/score_mean"]
+
+
+@pytest.mark.parametrize("half_life", [3.0, 200.0])
+def test_of_bfloat16_weights_the_average_is_in_float32(models: Path, tmp_path: Path, half_life: float) -> None:
+    """In bfloat16 a share of 1 in 200 is rounded away, and the average would not move."""
+    recorder = Recorder()
+    options = {"save_strategy": "steps", "save_steps": 12, "max_steps": 12, "eval_strategy": "no"}
+    trainer = make_trainer(models, tmp_path, recorder, model_init_kwargs={"dtype": "bfloat16"}, **options)
+    trainer.add_callback(EMACallback(trainer, half_life=half_life))
+    trainer.train()
+    average = load_file(tmp_path / "checkpoint-12" / "ema" / "average.safetensors")
+    saved = load_file(tmp_path / "checkpoint-12" / "ema" / "model.safetensors")
+    coarse = 0.0
+    for name, expected in naive(recorder.steps, half_life).items():
+        assert average[name].dtype == torch.float32 and trainer.model.get_parameter(name).dtype == torch.bfloat16
+        torch.testing.assert_close(average[name].double(), expected, rtol=0, atol=1e-6)
+        coarse = max(coarse, float((expected.bfloat16().double() - expected).abs().max()))
+        if name in saved:
+            assert torch.equal(saved[name], average[name].bfloat16()), name
+    assert coarse > 1e-4, "an average in bfloat16 would pass, so this test shows little"
 
 
 @pytest.mark.parametrize("rloo", [False, True])
