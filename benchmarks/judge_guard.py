@@ -1,13 +1,22 @@
-"""How often `JudgeGuard` would have told that a run went wrong, over recorded runs.
+"""How often `JudgeGuard` tells that a run goes wrong, and what its checkpoint is worth, over recorded runs.
 
     python benchmarks/judge_guard.py outputs/policy_comparison --output docs/results/judge_guard.json
 
-Reads every run below a folder: its `validation.jsonl`, else the `trainer_state.json` of its last checkpoint. A run has
-*collapsed* if its held-out truth ends more than `--collapse` below its first evaluation. Recall is the share of the
-collapsed runs in which the guard raised an alarm before or at the end, a false alarm is one in another run. The kept
-checkpoint is the one with the best truth; it was chosen by the number that is compared here, so the difference to the
-last one is flattered, and the figure to trust is one on other data. All settings of `--falls` and `--patiences` are in
-the document too. The last line of stdout is the JSON document.
+Input: a folder with any number of GRPO runs below it, at least 40 for a claim. Of a run is read its `validation.jsonl`
+(`PolicyValidation` writes it; `train_policy.py` has it wherever there is an `eval_dataset`), else the
+`trainer_state.json` of its last checkpoint. It needs evaluations with the truth (`--truth`) and the judge's score
+(`--judge`), and `eval_on_start: true`: the first evaluation has to be that of the policy before training.
+
+A run has *collapsed* if its truth ends more than `--collapse` below its first evaluation. Three things may tell it:
+the guard that watches the truth, the guard that watches another metric of `--watched`, such as the share above a
+reference, and the run's own `warning_signs`. *Recall* is the share of the collapsed runs with an alarm, a *false
+alarm* is one in another run. Shares have Wilson's 95 % intervals.
+
+*Kept* is the truth of the checkpoint that is best by the watched metric, less that of the last one, with the 95 %
+interval of the mean. Where the truth itself is watched this is flattered: the best of several noisy numbers is too
+high. The figure of the other metrics is not. *Average* is the truth of `EMACallback`'s average at the last evaluation,
+less that of the last weights. Other settings of the guard (`--falls`, `--patiences`) are in the document too; one that
+is picked from them has to be confirmed on other runs. The last line of stdout is the JSON document.
 """
 
 import argparse
@@ -15,14 +24,17 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from mr_reward.runs.judge_guard import replay_guard
+
+SIGNS = "warning_signs"
 
 
 def histories(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -34,57 +46,107 @@ def histories(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         if (run / "validation.jsonl").is_file():
             yield name, [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
         else:
-            states = sorted(
-                run.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[-1])
-            )
-            yield name, json.loads(states[-1].read_text())["log_history"]
+            states = run.glob("checkpoint-*/trainer_state.json")
+            last = max(states, key=lambda path: int(path.parent.name.split("-")[-1]))
+            yield name, json.loads(last.read_text())["log_history"]
 
 
-def share(hits: int, of: int) -> dict[str, Any]:
-    """A share with Wilson's 95 % interval; None where there is nothing to count."""
-    if not of:
-        return {"hits": 0, "of": 0, "share": None, "interval": None}
-    z, p = 1.959964, hits / of
-    middle, half = p + z * z / (2 * of), z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
-    ends = [(middle + sign * half) / (1 + z * z / of) for sign in (-1, 1)]
-    return {"hits": hits, "of": of, "share": p, "interval": [max(0.0, ends[0]), min(1.0, ends[1])]}
+def series(logs: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
+    """A metric by step, where it is a number."""
+    found = {log["step"]: log.get(key) for log in logs if isinstance(log.get(key), int | float)}
+    return {step: value for step, value in sorted(found.items()) if math.isfinite(value)}
 
 
 def replay(name: str, logs: list[dict[str, Any]], options: argparse.Namespace, **guard: Any) -> dict[str, Any]:
-    """What the guard makes of one run."""
-    report = replay_guard(logs, truth=options.truth, judge=options.judge, **guard)
-    first, last, best = report.truths[0], report.truths[-1], report.truths[report.best]
+    """What happened in a run, and what each watcher makes of it."""
+    truths, average = series(logs, options.truth), series(logs, options.truth.replace("eval_", "eval_ema_", 1))
+    first, *_, last = truths
+    watchers: dict[str, Any] = {}
+    for metric in dict.fromkeys([options.truth, *options.watched]):
+        if series(logs, metric).keys() & truths.keys() & series(logs, options.judge).keys():
+            report = replay_guard(
+                [log for log in logs if log["step"] in truths], truth=metric, judge=options.judge, **guard
+            )
+            best = report.steps[report.best]
+            watchers[metric] = {"alarms": list(report.alarms), "best_step": best, "kept": truths[best] - truths[last]}
+    if any(SIGNS in log for log in logs):
+        watchers[SIGNS] = {"alarms": [log["step"] for log in logs if log.get(SIGNS)]}
     return {
         "name": name,
-        "first": first,
-        "last": last,
-        "best": best,
-        "best_step": report.steps[report.best],
-        "last_step": report.steps[-1],
-        "collapsed": last < first - options.collapse,
-        "alarms": list(report.alarms),
+        "first": truths[first],
+        "best": max(truths.values()),
+        "last": truths[last],
+        "last_step": last,
+        "average": average[last] - truths[last] if last in average else None,
+        "collapsed": truths[last] < truths[first] - options.collapse,
+        "watchers": watchers,
     }
+
+
+def share(hits: Sequence[bool]) -> dict[str, Any]:
+    """A share with Wilson's 95 % interval; None where there is nothing to count."""
+    if not hits:
+        return {"hits": 0, "of": 0, "share": None, "interval": None}
+    low, high = stats.binomtest(sum(hits), len(hits)).proportion_ci(method="wilson")
+    return {"hits": sum(hits), "of": len(hits), "share": sum(hits) / len(hits), "interval": [low, high]}
+
+
+def mean(values: Sequence[float]) -> dict[str, Any]:
+    """A mean with its 95 % interval, by Student's distribution; None where there are too few."""
+    if not values:
+        return {"of": 0, "mean": None, "interval": None}
+    middle = statistics.fmean(values)
+    if len(values) == 1:
+        return {"of": 1, "mean": middle, "interval": None}
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"of": len(values), "mean": middle, "interval": [middle - half, middle + half]}
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Recall, false alarms, and what keeping the best checkpoint is worth by the held-out truth."""
-    collapsed = [run for run in runs if run["collapsed"]]
-    others = [run for run in runs if not run["collapsed"]]
-    gains = [run["best"] - run["last"] for run in runs]
-    return {
-        "runs": len(runs),
-        "recall": share(sum(bool(run["alarms"]) for run in collapsed), len(collapsed)),
-        "false_alarms": share(sum(bool(run["alarms"]) for run in others), len(others)),
-        "kept_minus_last": {"mean": statistics.fmean(gains), "largest": max(gains)},
-    }
+    """Recall, false alarms and the kept checkpoint, by what was watched."""
+    summary = {}
+    for watcher in dict.fromkeys(name for run in runs for name in run["watchers"]):
+        seen = [(run["collapsed"], run["watchers"][watcher]) for run in runs if watcher in run["watchers"]]
+        summary[watcher] = {
+            "recall": share([bool(found["alarms"]) for collapsed, found in seen if collapsed]),
+            "false_alarms": share([bool(found["alarms"]) for collapsed, found in seen if not collapsed]),
+            "kept": mean([found["kept"] for _, found in seen if "kept" in found]),
+        }
+    return summary
 
 
 def shown(found: dict[str, Any]) -> str:
-    """A share as text."""
-    if found["share"] is None:
+    """A share or a mean as text."""
+    value = f"{found['hits']} of {found['of']}" if "hits" in found else f"{found['mean'] or 0:+.3f}"
+    if not found["of"]:
         return "none to count"
-    low, high = found["interval"]
-    return f"{found['hits']} of {found['of']} ({low:.2f} to {high:.2f})"
+    return value + ("" if found["interval"] is None else " ({:.2f} to {:.2f})".format(*found["interval"]))
+
+
+def print_tables(document: dict[str, Any], console: Console) -> None:
+    """The runs, and what the watchers are worth at each setting."""
+    table = Table("run", "first", "best", "last", "collapsed", "alarms", title="JudgeGuard, replayed")
+    for run in document["runs"]:
+        alarms = "; ".join(
+            f"{name.removeprefix('eval_')}: {', '.join(map(str, found['alarms']))}"
+            for name, found in run["watchers"].items()
+            if found["alarms"]
+        )
+        values = [f"{run[key]:.3f}" for key in ("first", "best", "last")]
+        table.add_row(run["name"], *values, "yes" if run["collapsed"] else "", alarms)
+    console.print(table)
+    columns = ("watched", "fall", "patience", "collapses told", "false alarms", "kept, less the last")
+    table = Table(*columns, title="with 95 % intervals")
+    for row in document["grid"]:
+        for name, found in row["summary"].items():
+            if name != SIGNS:
+                cells = [shown(found[key]) for key in ("recall", "false_alarms", "kept")]
+                table.add_row(name.removeprefix("eval_"), f"{row['fall']:g}", str(row["patience"]), *cells)
+    if SIGNS in document["summary"]:
+        found = document["summary"][SIGNS]
+        table.add_row(SIGNS, "", "", shown(found["recall"]), shown(found["false_alarms"]), "")
+    console.print(table)
+    console.print(f"the average of the weights, less the last ones: {shown(document['average'])}")
 
 
 def main() -> None:
@@ -92,7 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="", help="regular expression that the name of a run has to match")
-    parser.add_argument("--truth", default="eval_rewards/handwriting_accuracy/mean")
+    parser.add_argument("--truth", default="eval_rewards/handwriting_accuracy/mean", help="decides what has collapsed")
+    parser.add_argument("--watched", nargs="*", default=["eval_mr_reward/win_rate"], help="beside the truth")
     parser.add_argument("--judge", default="eval_mr_reward/score_mean")
     parser.add_argument("--fall", type=float, default=0.05)
     parser.add_argument("--patience", type=int, default=2)
@@ -103,42 +166,38 @@ def main() -> None:
     options = parser.parse_args()
     found = [(name, logs) for name, logs in histories(options.folder) if re.search(options.only, name)]
     # Runs of reward models leave checkpoints too.
-    recorded = [run for run in found if any(options.truth in log and options.judge in log for log in run[1])]
+    recorded = [
+        (name, logs)
+        for name, logs in found
+        if len(series(logs, options.truth).keys() & series(logs, options.judge).keys()) > 1
+    ]
     if not recorded:
         raise SystemExit(
-            f"{options.folder}: none of {len(found)} runs has evaluations with {options.truth} and {options.judge}; "
-            "give the folder of runs that were evaluated, or --truth and --judge"
+            f"{options.folder}: none of {len(found)} runs has two evaluations with {options.truth} and "
+            f"{options.judge}; give the folder of runs that were evaluated, or --truth and --judge"
         )
     console = Console(width=120)
-    console.print(f"{len(recorded)} runs; {len(found) - len(recorded)} without both metrics left out")
+    console.print(f"{len(recorded)} runs; {len(found) - len(recorded)} without two evaluations with both left out")
     runs = [replay(*run, options, fall=options.fall, patience=options.patience) for run in recorded]
     grid = [
-        {"fall": fall, "patience": patience}
-        | summarise([replay(*run, options, fall=fall, patience=patience) for run in recorded])
+        {"fall": fall, "patience": patience, "summary": summarise(again)}
         for fall in options.falls
         for patience in options.patiences
+        for again in [[replay(*run, options, fall=fall, patience=patience) for run in recorded]]
     ]
-    settings = {key: value for key, value in vars(options).items() if key not in ("folder", "output")}
-    document = {"settings": settings, "runs": runs, "summary": summarise(runs), "grid": grid}
-    table = Table("run", "first", "best (step)", "last", "collapsed", "alarms", title="JudgeGuard, replayed")
-    for run in runs:
-        best = f"{run['best']:.3f} ({run['best_step']})"
-        alarms = ", ".join(map(str, run["alarms"]))
-        table.add_row(
-            run["name"], f"{run['first']:.3f}", best, f"{run['last']:.3f}", "yes" if run["collapsed"] else "", alarms
-        )
-    settings_table = Table("fall", "patience", "collapses told", "false alarms", title="by setting, 95 % intervals")
-    for row in grid:
-        settings_table.add_row(f"{row['fall']:g}", str(row["patience"]), *(shown(row[key]) for key in RATES))
-    console.print(table)
-    console.print(settings_table)
+    document = {
+        "settings": {key: value for key, value in vars(options).items() if key not in ("folder", "output")},
+        "runs": runs,
+        "summary": summarise(runs),
+        "average": mean([run["average"] for run in runs if run["average"] is not None]),
+        "grid": grid,
+    }
+    print_tables(document, console)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
 
-
-RATES = ("recall", "false_alarms")
 
 if __name__ == "__main__":
     main()

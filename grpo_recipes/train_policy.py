@@ -86,9 +86,9 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         signs = WarningSigns(truths=[f"rewards/{truth.__name__}/mean" for truth in truths(arguments)])
         callbacks.append(PolicyValidation(reward, str(args.output_dir), signs=signs))
         known = truth_metrics(reward_funcs[1:], eval_dataset.column_names)
-        if (args.metric_for_best_model or "").removeprefix("eval_") in known:
+        if (args.metric_for_best_model or "").removeprefix("eval_") in known or arguments.stop_when_fooled:
             callbacks.append(JudgeGuard(stop=arguments.stop_when_fooled))
-        elif args.metric_for_best_model is not None or arguments.stop_when_fooled:
+        elif args.metric_for_best_model is not None:
             logger.warning(
                 "metric_for_best_model is %s, none of the held-out truths (%s): nothing watches whether the reward "
                 "model is still right",

@@ -7,17 +7,15 @@ from mr_reward.exports import lazy_exports
 if TYPE_CHECKING:
     from mr_reward.runs.average import EMACallback
     from mr_reward.runs.callbacks import PolicyValidation, RunFigure, ShownGroups, WarningSigns
-    from mr_reward.runs.judge_guard import GuardReport, JudgeGuard, replay_guard
+    from mr_reward.runs.judge_guard import JudgeGuard
 
 __all__ = [
     "EMACallback",
-    "GuardReport",
     "JudgeGuard",
     "PolicyValidation",
     "RunFigure",
     "ShownGroups",
     "WarningSigns",
-    "replay_guard",
 ]
 
 __getattr__, __dir__ = lazy_exports(
@@ -25,6 +23,6 @@ __getattr__, __dir__ = lazy_exports(
     {
         "average": ["EMACallback"],
         "callbacks": ["PolicyValidation", "RunFigure", "ShownGroups", "WarningSigns"],
-        "judge_guard": ["GuardReport", "JudgeGuard", "replay_guard"],
+        "judge_guard": ["JudgeGuard"],
     },
 )

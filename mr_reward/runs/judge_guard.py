@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
@@ -19,60 +20,31 @@ _WIN_RATE = "mr_reward/win_rate"
 
 @dataclass(frozen=True, slots=True)
 class GuardReport:
-    """What the evaluations of a run say, up to the last one.
+    """What the evaluations of a run say, up to the last one."""
 
-    Args:
-        steps: of the evaluations that have both numbers, in their order.
-        truths: the held-out truth at each.
-        best: number of the evaluation with the best truth, the first of several.
-        fooled: in how many evaluations up to the last one, without a break, the judge has been fooled.
-        alarms: the steps at which that number reached the guard's patience.
-
-    Example:
-        >>> GuardReport(steps=(0, 10), truths=(0.5, 0.6), best=1, fooled=0, alarms=()).steps[1]
-        10
-    """
-
-    steps: tuple[int, ...]
-    truths: tuple[float, ...]
-    best: int
-    fooled: int
-    alarms: tuple[int, ...]
+    steps: tuple[int, ...]  # of the evaluations that have both numbers, in their order; there may be none
+    truths: tuple[float, ...]  # the watched metric at each
+    best: int  # number of the evaluation with the best truth, the first of several
+    fooled: int  # in how many evaluations up to the last one, without a break, the judge has been fooled
+    alarms: tuple[int, ...]  # the steps at which that number reached the guard's patience
 
 
 def replay_guard(
     logs: Iterable[Mapping[str, Any]], *, truth: str, judge: str, fall: float = 0.05, patience: int = 2
 ) -> GuardReport:
-    """What `JudgeGuard` makes of a run that was recorded.
+    """What `JudgeGuard` makes of a run's `log_history`, or of the lines of its `validation.jsonl`.
 
     The judge is fooled at an evaluation where the truth is more than `fall` below its best so far, while the judge's
-    score is above the one it gave to that best.
-
-    Args:
-        logs: the lines of `trainer_state.json` (`log_history`) or of `validation.jsonl`.
-        truth: the metric that knows what is right, such as `eval_rewards/handwriting_accuracy/mean`.
-        judge: the judge's own, such as `eval_mr_reward/score_mean`.
-        fall: in the units of the truth.
-        patience: evaluations without a break in which the judge has to be fooled before that is an alarm.
-
-    Returns:
-        The report. Of a step that was evaluated twice the last evaluation counts.
-
-    Raises:
-        ConfigurationError: no log has both metrics.
-
-    Example:
-        >>> logs = [{"step": i, "truth": t, "judge": i} for i, t in enumerate([0.6, 0.7, 0.5, 0.4])]
-        >>> replay_guard(logs, truth="truth", judge="judge").alarms
-        (3,)
+    score is above the one it gave to that best. Of a step that was evaluated twice the last evaluation counts.
     """
+    both = [log for log in logs if truth in log and judge in log]
+    if not both:
+        raise ConfigurationError(f"no log has {truth} and {judge}, expected evaluations with both")
     found = {
         int(log["step"]): (float(log[truth]), float(log[judge]))
-        for log in logs
-        if all(isinstance(log.get(key), int | float) and math.isfinite(log[key]) for key in (truth, judge))
+        for log in both  # where all groups were dropped there is no number
+        if all(isinstance(log[key], int | float) and math.isfinite(log[key]) for key in (truth, judge))
     }
-    if not found:
-        raise ConfigurationError(f"no log has {truth} and {judge}, expected evaluations with both")
     steps = sorted(found)
     best, fooled, alarms = 0, 0, []
     for number, step in enumerate(steps):
@@ -91,9 +63,11 @@ class JudgeGuard(TrainerCallback):
 
     What is right is the trainer's `metric_for_best_model`: a reward function that knows it
     (`rewards/handwriting_accuracy/mean`, with weight 0 the policy does not learn from it), or, without one, the share
-    of the rollouts above a reference (`mr_reward/win_rate`). So transformers keeps the best checkpoint by the same
-    number: `save_strategy: best`, or `save_steps` equal to `eval_steps`, and `load_best_model_at_end: true` to end
-    with it. At an alarm a warning says since when; at the end the log has the best step beside the last.
+    of the rollouts above a reference (`mr_reward/win_rate`), which is the judge's word too and so says less. Thus
+    transformers keeps the best checkpoint by the same number: `save_strategy: best`, or `save_steps` equal to
+    `eval_steps`, and `load_best_model_at_end: true` to end with it. At an alarm a warning says since when; at the end
+    the log has the best step beside the last, and a warning if no checkpoint has the best one, as where the policy was
+    best before training.
 
     `WarningSigns` compares the training's own logs with their beginning; this compares held-out evaluations with the
     best one. The state is the trainer's history, so a run that is resumed goes on where it was.
@@ -153,9 +127,9 @@ class JudgeGuard(TrainerCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Look at the history with this evaluation."""
         truth = _of_evaluation(args.metric_for_best_model)
-        if not any(truth in log for log in state.log_history):
-            return  # the trainer's own error names the metrics that there are
         report = self._report(args, state)
+        if report is None:
+            return
         if state.global_step in report.alarms and state.is_world_process_zero:
             best, last = report.truths[report.best], report.truths[-1]
             logger.warning(
@@ -174,26 +148,32 @@ class JudgeGuard(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Tell what was kept."""
         truth = _of_evaluation(args.metric_for_best_model)
-        if state.is_world_process_zero and any(truth in log for log in state.log_history):
-            report = self._report(args, state)
+        report = self._report(args, state)
+        if report is not None and state.is_world_process_zero:
+            best = report.steps[report.best]
             logger.info(
                 "%s: best %.3f at step %d, last %.3f at step %d; best checkpoint: %s",
                 truth,
                 report.truths[report.best],
-                report.steps[report.best],
+                best,
                 report.truths[-1],
                 report.steps[-1],
                 state.best_model_checkpoint or "none was saved",
             )
+            if args.load_best_model_at_end and Path(state.best_model_checkpoint or "").name != f"checkpoint-{best}":
+                logger.warning(
+                    "the best evaluation is that of step %d, of which there is no checkpoint; the run ends with %s",
+                    best,
+                    state.best_model_checkpoint or "the last weights",
+                )
 
-    def _report(self, args: Any, state: TrainerState) -> GuardReport:
-        return replay_guard(
-            state.log_history,
-            truth=_of_evaluation(args.metric_for_best_model),
-            judge=self.judge,
-            fall=self.fall,
-            patience=self.patience,
-        )
+    def _report(self, args: Any, state: TrainerState) -> GuardReport | None:
+        """None where there is nothing to look at."""
+        truth = _of_evaluation(args.metric_for_best_model)
+        if not any(truth in log for log in state.log_history):
+            return None  # the trainer's own error names the metrics that there are
+        report = replay_guard(state.log_history, truth=truth, judge=self.judge, fall=self.fall, patience=self.patience)
+        return report if report.steps else None
 
 
 def truth_metrics(rewards: Sequence[Any], columns: Sequence[str]) -> list[str]:

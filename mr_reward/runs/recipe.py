@@ -101,6 +101,8 @@ class PolicyArguments:
             problems.append(f"log_groups_steps is {self.log_groups_steps}, expected 0 for never, or more")
         if self.ema_half_life < 0:
             problems.append(f"ema_half_life is {self.ema_half_life}, expected 0 for no average, or a number of steps")
+        if self.stop_when_fooled and self.eval_dataset is None:
+            problems.append("stop_when_fooled is true and there is no eval_dataset, expected held-out prompts")
         if problems:
             raise ConfigurationError("; ".join(problems))
 

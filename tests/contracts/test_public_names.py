@@ -49,13 +49,11 @@ PUBLIC_NAMES: dict[str, list[str]] = {
     "mr2bench": ["build_benchmark", "write_benchmark"],
     "runs": [
         "EMACallback",
-        "GuardReport",
         "JudgeGuard",
         "PolicyValidation",
         "RunFigure",
         "ShownGroups",
         "WarningSigns",
-        "replay_guard",
     ],
     "scorers": ["OffloadedScorer", "RemoteScorer", "open_scorer"],
     "serving": ["ServerLimits", "build_app", "serve"],

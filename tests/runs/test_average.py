@@ -74,7 +74,9 @@ def make_trainer(
     **changes: Any,
 ) -> Any:
     reward = MultiResponseReward(models / "rm", num_generations=4, group_log=changes.pop("group_log", None))
-    peft_config = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear") if changes.pop("lora", False) else None
+    peft_config = (
+        LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear") if changes.pop("lora", False) else None
+    )
     kind, config = (RLOOTrainer, RLOOConfig) if changes.pop("rloo", False) else (GRPOTrainer, GRPOConfig)
     options = {
         "per_device_train_batch_size": 8,

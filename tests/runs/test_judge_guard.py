@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_runs import SHORT_RUN
 from trl import GRPOConfig, GRPOTrainer
 
+from mr_reward import MultiResponseReward, MultiResponseRewardModel
 from mr_reward.errors import ConfigurationError
 from mr_reward.runs.judge_guard import JudgeGuard, replay_guard, truth_metrics
 from mr_reward.worlds import tiny
@@ -25,6 +26,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "judge_guard.py"
 PROMPTS = [{"prompt": [{"role": "user", "content": f"Say {word}"}]} for word in range(4)]
 # What the held-out truth and the judge say at steps 0, 1, ... : right until step 2, fooled at 3 and 4, then not.
 TRUTH = [0.5, 0.6, 0.8, 0.7, 0.6, 0.5, 0.4]
+JUDGED = "eval_rewards/judge/mean"
 JUDGE = [0.0, 1.0, 2.0, 3.0, 4.0, 1.5, 5.0]
 
 
@@ -65,6 +67,14 @@ def test_of_a_step_that_was_evaluated_twice_the_last_counts() -> None:
         replay_guard(logs, truth="x", judge="j")
 
 
+def test_evaluations_without_a_number_end_no_run(policy: Path, tmp_path: Path) -> None:
+    """Where all groups were dropped the log has None."""
+    nothing = [float("nan")] * 3
+    trainer = run(policy, tmp_path, guard(), judge=nothing, max_steps=2, eval_on_start=False)
+    assert trainer.state.global_step == 2
+    assert replay_guard(trainer.state.log_history, truth="eval_rewards/truth/mean", judge=JUDGED).steps == ()
+
+
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("policy")
@@ -93,6 +103,7 @@ def run(
     out: Path,
     guard: JudgeGuard,
     resume: bool | None = None,
+    truth: list[float] = TRUTH,
     judge: list[float] = JUDGE,
     **changes: Any,
 ) -> GRPOTrainer:
@@ -115,7 +126,7 @@ def run(
     }
     trainer = GRPOTrainer(
         model=str(policy),
-        reward_funcs=[noise, planned("truth", TRUTH), planned("judge", judge)],
+        reward_funcs=[noise, planned("truth", truth), planned("judge", judge)],
         args=GRPOConfig(str(out), **options),
         train_dataset=Dataset.from_list(PROMPTS),
         eval_dataset=Dataset.from_list(PROMPTS),
@@ -126,7 +137,7 @@ def run(
 
 
 def guard(**options: Any) -> JudgeGuard:
-    return JudgeGuard(judge="eval_rewards/judge/mean", **options)
+    return JudgeGuard(judge=JUDGED, **options)
 
 
 def test_a_run_that_fools_its_judge_is_told_and_ends_with_its_best_checkpoint(
@@ -157,6 +168,93 @@ def test_it_stops_and_stays_stopped(policy: Path, tmp_path: Path) -> None:
     # Nothing of the guard is in a checkpoint; a run that is started again behind the alarm knows it by its history.
     again = run(policy, tmp_path, guard(stop=True), resume=True, judge=[*JUDGE[:5], 4.5, 5.0])
     assert again.state.global_step == 5
+
+
+TURN = 4  # the step from which on the policy is made worse
+
+
+def letters(completions: list[Any], **_: Any) -> list[float]:
+    """The truth: the share of characters before n."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(letter < "n" for letter in text) / max(1, len(text)) for text in texts]
+
+
+def turning(completions: list[Any], trainer_state: Any, **_: Any) -> list[float]:
+    """A judge that is right until the turn, then pays for the opposite, and more."""
+    return [right if trainer_state.global_step < TURN else 2 - right for right in letters(completions)]
+
+
+def reversible(reward: MultiResponseReward) -> Any:
+    """A reward model whose worst responses are rewarded from the turn on."""
+
+    def reversed_reward(prompts: Any, completions: Any, trainer_state: Any, **kwargs: Any) -> list[float]:
+        scores = reward(prompts, completions, trainer_state=trainer_state, **kwargs)
+        return [score if trainer_state.global_step < TURN else -score for score in scores]
+
+    return reversed_reward
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("watched", ["rewards/letters/mean", "mr_reward/win_rate"])
+def test_of_a_policy_that_is_made_worse_the_best_checkpoint_stays(
+    policy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, watched: str, seed: int
+) -> None:
+    """By a held-out truth, or by the share above a reference; what is kept is rolled out again, alone."""
+    by_truth = watched == "rewards/letters/mean"
+    rows = [{"prompt": [{"role": "user", "content": f"Say {word}"}], "reference_response": "ab"} for word in range(8)]
+    model = MultiResponseRewardModel.from_backbone(policy)
+    reward = MultiResponseReward(model, num_generations=8)
+
+    def trainer_of(start: Path, out: Path, seed: int) -> GRPOTrainer:
+        options = {
+            **SHORT_RUN,
+            "num_generations": 8,
+            "per_device_train_batch_size": 64,
+            "per_device_eval_batch_size": 64,
+            "max_steps": 2 * TURN,
+            "learning_rate": 4e-2,
+            "lr_scheduler_type": "constant",
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "best" if by_truth else "steps",
+            "save_steps": 1,
+            "save_total_limit": 1,
+            "metric_for_best_model": watched,
+            "load_best_model_at_end": True,
+            "reward_weights": [1.0, 0.0] if by_truth else [1.0],
+            "seed": seed,
+        }
+        return GRPOTrainer(
+            model=str(start),
+            reward_funcs=[turning, letters] if by_truth else [reversible(reward)],
+            args=GRPOConfig(str(out), **options),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows),
+            callbacks=[JudgeGuard(judge="eval_rewards/turning/mean") if by_truth else JudgeGuard()],
+        )
+
+    trainer = trainer_of(policy, tmp_path, seed)
+    trainer.train()
+    values = {log["step"]: log[f"eval_{watched}"] for log in trainer.state.log_history if "eval_loss" in log}
+    best, last = max(values, key=values.__getitem__), values[2 * TURN]
+    assert best in range(2, TURN + 2) and last < values[best] - 0.2, "the policy has not gone as planned"
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    kept = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
+    weights = dict(trainer.model.named_parameters())
+    assert all(torch.equal(weights[name], kept[name]) for name in kept), "the run ends with it"
+    again = trainer_of(tmp_path / f"checkpoint-{best}", tmp_path / "again", seed + 10)
+    again.state.global_step = TURN - 1
+    found = again.evaluate()[f"eval_{watched}"]
+    assert found > last + 0.1 and found == pytest.approx(values[best], abs=0.15)
+    assert ("the judge is fooled" in caplog.text) is by_truth, "a reference is judged by the same judge"
+
+
+def test_a_policy_that_was_best_before_training_is_told(
+    policy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = run(policy, tmp_path, guard(), truth=[0.9, 0.5, 0.6, 0.4], max_steps=3)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert "the best evaluation is that of step 0, of which there is no checkpoint; the run ends with" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -195,46 +293,67 @@ def test_which_metrics_know_the_truth() -> None:
     assert truth_metrics([], ["prompt", "reference_response"]) == ["mr_reward/win_rate"]
 
 
-def test_recorded_runs_are_counted(tmp_path: Path) -> None:
+def test_recorded_runs_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A collapse that is told, one that is not, a gain, a gain with a false alarm; a reward model is no run."""
+    truth, judge, above = (f"eval_{key}" for key in ("rewards/handwriting_accuracy/mean", "mr_reward/score_mean", "w"))
+    rising = [0.0, 1.0, 2.0, 3.0]
+    # name: truth, score, share above a reference
     runs = {
-        "told": ([0.8, 0.9, 0.7, 0.6], [0.0, 1.0, 2.0, 3.0]),
-        "missed": ([0.8, 0.9, 0.7, 0.6], [0.0, 1.0, 0.5, 0.2]),
-        "gain": ([0.6, 0.7, 0.8, 0.9], [0.0, 1.0, 2.0, 3.0]),
-        "false": ([0.6, 0.9, 0.8, 0.8], [0.0, 1.0, 2.0, 3.0]),
+        "told": ([0.8, 0.9, 0.7, 0.6], rising, [0.5, 0.6, 0.7, 0.8]),
+        "missed": ([0.8, 0.9, 0.7, 0.6], [0.0, 1.0, 0.5, 0.2], [0.5, 0.6, 0.7, 0.6]),
+        "gain": ([0.6, 0.7, 0.8, 0.9], rising, [0.8, 0.9, 0.6, 0.5]),
+        "false": ([0.6, 0.9, 0.8, 0.8], rising, [0.5, 0.6, 0.7, 0.8]),
     }
     for number, (name, columns) in enumerate(runs.items()):
-        logs = [
-            {"step": 10 * i, "eval_rewards/handwriting_accuracy/mean": truth, "eval_mr_reward/score_mean": score}
-            for i, (truth, score) in enumerate(zip(*columns, strict=True))
+        logs: list[dict[str, Any]] = [
+            {"step": 10 * i, truth: right, judge: score, above: share}
+            for i, (right, score, share) in enumerate(zip(*columns, strict=True))
         ]
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         if number % 2:
+            for log in logs:
+                log["warning_signs"] = ["longer"] * (name == "missed" and log["step"] == 20)
+            logs[-1][truth.replace("eval_", "eval_ema_")] = logs[-1][truth] + 0.1
             (folder / "validation.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
         else:
-            for step, end in ((20, 3), (30, 4)):  # of several checkpoints the last one has it all
+            for step, end in ((20, 3), (100, 4)):  # of several checkpoints the last one has it all
                 (folder / f"checkpoint-{step}").mkdir()
-                state = {"global_step": step, "log_history": logs[:end]}
+                state = {"global_step": step, "log_history": [{"step": 1, "loss": 0.0}, *logs[:end]]}
                 (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
     (tmp_path / "runs" / "rm" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "runs" / "rm" / "checkpoint-5" / "trainer_state.json").write_text('{"log_history": [{"step": 5}]}')
-    command = [sys.executable, str(BENCHMARK), str(tmp_path / "runs"), "--output", str(tmp_path / "guard.json")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr
+    command = [BENCHMARK.name, str(tmp_path / "runs"), "--output", str(tmp_path / "guard.json"), "--watched", above]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(BENCHMARK), run_name="__main__")
+    shown = capsys.readouterr().out
     document = json.loads((tmp_path / "guard.json").read_text())
-    assert "4 runs; 1 without both metrics left out" in result.stdout
-    assert json.loads(result.stdout.splitlines()[-1]) == document
-    assert {run["name"]: run["alarms"] for run in document["runs"]} == {
-        "told": [30],
-        "missed": [],
-        "gain": [],
-        "false": [30],
+    assert "4 runs; 1 without two evaluations" in shown
+    assert json.loads(shown.splitlines()[-1]) == document
+    alarms = {run["name"]: {name: one["alarms"] for name, one in run["watchers"].items()} for run in document["runs"]}
+    assert alarms == {
+        "told": {truth: [30], above: []},
+        "missed": {truth: [], above: [], "warning_signs": [20]},
+        "gain": {truth: [], above: [30]},
+        "false": {truth: [30], above: [], "warning_signs": []},
     }
-    summary = document["summary"]
-    assert (summary["recall"]["hits"], summary["recall"]["of"]) == (1, 2)
-    assert (summary["false_alarms"]["hits"], summary["false_alarms"]["of"]) == (1, 2)
+    counts = {
+        name: [(found[rate]["hits"], found[rate]["of"]) for rate in ("recall", "false_alarms")]
+        for name, found in document["summary"].items()
+    }
+    assert counts == {truth: [(1, 2), (1, 2)], above: [(0, 2), (1, 2)], "warning_signs": [(1, 1), (0, 1)]}
     # of two coins with one head; Wilson's interval by hand: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)
-    assert summary["recall"]["interval"] == pytest.approx([0.0945, 0.9055], abs=1e-3)
-    assert summary["kept_minus_last"]["mean"] == pytest.approx((0.3 + 0.3 + 0.0 + 0.1) / 4)
-    assert len(document["grid"]) > 4
+    assert document["summary"][truth]["recall"]["interval"] == pytest.approx([0.0945, 0.9055], abs=1e-3)
+    kept = document["summary"][truth]["kept"]
+    assert kept["mean"] == pytest.approx((0.3 + 0.3 + 0.0 + 0.1) / 4)
+    # Student's: mean ± 3.182 s / sqrt(4), s = 0.15
+    assert kept["interval"] == pytest.approx([0.175 - 0.2387, 0.175 + 0.2387], abs=1e-3)
+    # The share above the reference is best at steps 30, 20, 10 and 30.
+    assert document["summary"][above]["kept"]["mean"] == pytest.approx((0.0 + 0.1 - 0.2 + 0.0) / 4)
+    assert document["average"]["mean"] == pytest.approx(0.1) and document["average"]["of"] == 2
+    assert len(document["grid"]) == 9
+    monkeypatch.setattr(sys, "argv", [*command, "--truth", "eval_x"])
+    with pytest.raises(SystemExit, match="none of 5 runs has two evaluations with eval_x"):
+        runpy.run_path(str(BENCHMARK), run_name="__main__")
