@@ -219,6 +219,11 @@ def test_an_average_of_weights_in_pieces_is_red(check: Check) -> None:
     assert not passed and "ema_half_life is -1.0, expected 0 for no average" in shown
 
 
+def test_a_guard_without_held_out_prompts_is_red(check: Check) -> None:
+    passed, shown = check("policy_tiny_handwriting_cpu.yaml", stop_when_fooled=True)
+    assert not passed and "stop_when_fooled is true and there is no eval_dataset" in shown
+
+
 def test_foreign_code_is_told(check: Check) -> None:
     """It is the user's to decide, so it stops nothing."""
     quiet, loud = (check(LORA, trust_remote_code=on) for on in (False, True))

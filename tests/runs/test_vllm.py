@@ -84,6 +84,15 @@ class TestColocated:
         rewards = [entry["mr_reward/score_spread"] for entry in found["log"] if "mr_reward/score_spread" in entry]
         assert len(rewards) == UPDATES and all(spread > 0 for spread in rewards[:3])
 
+    def test_the_average_is_rolled_out_and_taken_away_again(self, models: Path, tmp_path: Path) -> None:
+        options = {"eval_strategy": "steps", "eval_steps": 4, "eval_dataset": models / "prompts.jsonl"}
+        options |= {"per_device_eval_batch_size": 32, "ema_half_life": 100, "lr_scheduler_type": "constant"}
+        found = run(models, tmp_path, "text", **options)
+        assert found["moved"] > 0.02 and len(differences(found)) == UPDATES
+        for prefix in ("", "eval_", "eval_ema_"):
+            seen = [entry[prefix + DIFFERENCE] for entry in found["log"] if prefix + DIFFERENCE in entry]
+            assert max(seen) < SAME_WEIGHTS, (prefix, seen)
+
     def test_stale_weights_show(self, models: Path, tmp_path: Path) -> None:
         """The negative control: without the sync the same run exceeds the limit."""
         seen = differences(run(models, tmp_path, "image", "stale"))
