@@ -77,7 +77,7 @@ class EMACallback(TrainerCallback):
         self._average: dict[str, torch.Tensor] = {}
         self._count = 0  # of the steps in it
         self._weights()  # refuses while nothing has been computed
-        trainer.save_model = self._saving_both(trainer.save_model)  # type: ignore[method-assign]
+        trainer.save_model = self._saving_both(trainer.save_model)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Begin with nothing, or with what the checkpoint has."""

@@ -233,12 +233,12 @@ class PolicyValidation(TrainerCallback):
         logs = [entry for entry in state.log_history if entry["step"] == state.global_step]
         metrics = {key: value for entry in logs for key, value in entry.items() if key.startswith("eval_")}
         # The evaluation that ends an epoch may fall on a step that was evaluated already.
-        older, same = [], []
-        for record in self._read():
-            (same if record["step"] == state.global_step else older).append(record)
+        earlier = self._read()
+        same = [record for record in earlier if record["step"] == state.global_step]
         signs = [*(sign for record in same for sign in record["warning_signs"]), *self._pending]
         self._pending = []
-        records = [*older, {"step": state.global_step, **metrics, "warning_signs": signs}]
+        records = [record for record in earlier if record["step"] != state.global_step]
+        records.append({"step": state.global_step, **metrics, "warning_signs": signs})
         write_json_lines(self._file, records)
         others = [*_mean_rewards(records, "eval_rewards/"), *_mean_rewards(records, "eval_ema_rewards/")]
         others = [key for key in others if self.reward.__name__ not in key]

@@ -140,6 +140,15 @@ def test_average_of_the_weights_under_zero2(world: Path, tmp_path: Path) -> None
         torch.testing.assert_close(found, average[name], rtol=0, atol=1e-5)
 
 
+def test_average_of_the_weights_under_zero3_is_refused(world: Path, tmp_path: Path) -> None:
+    """Before the first step, also where the check of the start is skipped."""
+    script, out = ROOT / "grpo_recipes" / "train_policy.py", tmp_path / "out"
+    config = recipe(world, out, ema_half_life=2, skip_doctor=True)
+    with pytest.raises(AssertionError, match="each process holds a part of the weights only"):
+        launch(3, tmp_path / "log", script, "--config", config)
+    assert not list(out.glob("checkpoint-*")) and not list(out.glob("completions/*"))
+
+
 def tables(output: Path) -> list[pd.DataFrame]:
     return [pd.read_parquet(output / "completions" / f"completions_{step:05d}.parquet") for step in range(1, 7)]
 
