@@ -29,7 +29,7 @@ from mr_reward.cli.app import app
 from mr_reward.training.trainer import RewardTrainingArguments
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
-from mr_reward.worlds.handwriting_policy import HandwritingArguments
+from mr_reward.worlds.handwriting_policy import HandwritingArguments, HandwritingCollectArguments
 from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +134,7 @@ def commands() -> Iterator[tuple[str, str]]:
 
 FIELDS = {
     "train_policy.py": (HandwritingArguments, GRPOConfig, ModelConfig),
+    "collect.py": (HandwritingCollectArguments,),
     "pretrain_rm.py": (HandwritingRewardArguments, RewardTrainingArguments, ModelConfig),
 }
 OTHERS = ("pip ", "export ", "curl ", "trl ", '"messages"', "pytest ", "git ", ".ci/run")

@@ -7,6 +7,7 @@ import typer
 
 from mr_reward import __version__
 from mr_reward.cli.checkpoints import card, export, merge, verify
+from mr_reward.cli.collect import collect, label
 from mr_reward.cli.data import data
 from mr_reward.cli.doctor import doctor
 from mr_reward.cli.errors import one_error_line
@@ -17,14 +18,14 @@ from mr_reward.cli.score import score
 from mr_reward.cli.serve import serve
 
 app = typer.Typer(
-    help="Multi-response reward models: score, look at groups, check a run, evaluate, train on data, serve.",
+    help="Multi-response reward models: collect and label rollouts, score, look, check a run, evaluate, serve.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 app.add_typer(data, name="data")
 app.add_typer(mr2bench, name="mr2bench")
-for command in (score, inspect, evaluate, compare, attack, merge, export, card, verify, serve):
+for command in (collect, label, score, inspect, evaluate, compare, attack, merge, export, card, verify, serve):
     app.command()(command)
 # Any field of a recipe may follow.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(doctor)

@@ -200,14 +200,12 @@ def other_rewards(arguments: PolicyArguments, args: GRPOConfig) -> list[Callable
     return [*known, *extra]
 
 
-def import_reward(path: str) -> Callable[..., Any]:
+def import_reward(path: str, *, option: str = "extra_reward_funcs") -> Callable[..., Any]:
     """The reward function that an import path names; with () at its end, what that makes."""
     try:
         found = resolve_name(path.removesuffix("()"))
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(
-            f"extra_reward_funcs: {path!r} cannot be imported ({error}); give module.function"
-        ) from error
+        raise ConfigurationError(f"{option}: {path!r} cannot be imported ({error}); give module.function") from error
     return found() if path.endswith("()") else found
 
 

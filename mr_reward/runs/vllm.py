@@ -66,10 +66,12 @@ def send_single_placeholders(trainer: Any) -> None:
     image_token_id = getattr(trainer.processing_class, "image_token_id", None)
     llm = getattr(getattr(trainer, "vllm_generation", None), "llm", None)
     if llm is not None and image_token_id is not None:
-        llm.generate = _aligned(llm.generate, image_token_id)
+        llm.generate = aligned_generate(llm.generate, image_token_id)
 
 
-def _aligned(generate: Callable[..., Any], image_token_id: int) -> Callable[..., Any]:
+def aligned_generate(generate: Callable[..., Any], image_token_id: int) -> Callable[..., Any]:
+    """vLLM's `generate` that gets one placeholder for each image, and whose prompts are compared afterwards."""
+
     @functools.wraps(generate)
     def wrapper(prompts: Sequence[dict[str, Any]], *, sampling_params: Any, **options: Any) -> Any:
         sent = []
@@ -79,7 +81,8 @@ def _aligned(generate: Callable[..., Any], image_token_id: int) -> Callable[...,
             ids = collapse_image_tokens(row["prompt_token_ids"], image_token_id, count)
             sent.append({**row, "prompt_token_ids": ids})
         # A policy that writes an image token has no image for it. TRL keeps it from that with transformers' generate.
-        sampling_params.logit_bias = {**(sampling_params.logit_bias or {}), image_token_id: _NEVER}
+        for one in sampling_params if isinstance(sampling_params, list) else [sampling_params]:
+            one.logit_bias = {**(one.logit_bias or {}), image_token_id: _NEVER}
         outputs = generate(sent, sampling_params=sampling_params, **options)
         for row, output in zip(prompts, outputs, strict=True):
             if list(output.prompt_token_ids) != list(row["prompt_token_ids"]):
@@ -92,6 +95,13 @@ def _aligned(generate: Callable[..., Any], image_token_id: int) -> Callable[...,
         return outputs
 
     return wrapper
+
+
+def load_llm(policy: str, **options: Any) -> tuple[Any, Callable[..., Any]]:
+    """A vLLM of this process with a policy that is not trained meanwhile, and what makes its sampling parameters."""
+    from vllm import LLM, SamplingParams
+
+    return LLM(model=policy, trust_remote_code=False, **options), SamplingParams
 
 
 def prepare_vllm_on_cpu() -> bool:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from mr_reward.errors import ConfigurationError
+from mr_reward.runs.collect import CollectArguments
 from mr_reward.runs.recipe import PolicyArguments, PromptSource
 from mr_reward.worlds.handwriting import is_correct, make_policy_rows
 from mr_reward.worlds.named import WORLDS, Task, world_options
@@ -70,15 +71,27 @@ def _load_prompts(
 
 
 _TRUTHS: Mapping[str, Callable[..., Any]] = {"handwriting": handwriting_accuracy, "shapes": shapes_accuracy}
+_SOURCES: Mapping[str, PromptSource] = {
+    world: PromptSource(partial(_load_prompts, world), [truth]) for world, truth in _TRUTHS.items()
+}
+
+
+@dataclass
+class HandwritingCollectArguments(CollectArguments):
+    """The fields of a collection, and those of the data sets `handwriting` and `shapes`."""
+
+    sources: ClassVar[Mapping[str, PromptSource]] = _SOURCES
+
+    num_prompts: int = field(default=256, metadata={"help": "Number of handwriting or shapes prompts"})
+    num_digits: int = field(default=3, metadata={"help": "Digits per image of the handwriting world"})
+    questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "Questions of the world"})
 
 
 @dataclass
 class HandwritingArguments(PolicyArguments):
     """The fields of a GRPO recipe, and those of the data sets `handwriting` and `shapes`."""
 
-    sources: ClassVar[Mapping[str, PromptSource]] = {
-        world: PromptSource(partial(_load_prompts, world), [truth]) for world, truth in _TRUTHS.items()
-    }
+    sources: ClassVar[Mapping[str, PromptSource]] = _SOURCES
 
     dataset: str | None = field(
         default="handwriting", metadata={"help": "Data set with prompts, or handwriting or shapes"}
