@@ -276,15 +276,9 @@ def make_groups(
     One response in nine groups of ten is right (seldom more), the others are near misses, worded answers, refusals,
     hedges, waffle or empty, in random order. Rankings follow `grade`; at least two differ within a group.
     """
-    if not MIN_RESPONSES <= num_responses <= MAX_RESPONSES:
-        raise ConfigurationError(
-            f"got num_responses={num_responses}, expected {MIN_RESPONSES} to {MAX_RESPONSES}; "
-            "merge groups for more candidates"
-        )
     tasks = make_tasks(split, num_groups, num_digits=num_digits, questions=questions, media=media, seed=seed)
     groups = []
-    for i, task in enumerate(tasks):
-        responses = _draw_responses(task, num_responses, _rng(seed, split, i, 1))
+    for task, responses in zip(tasks, draw_responses(tasks, num_responses, split=split, seed=seed), strict=True):
         qualities = [grade(task.question, task.digits, response) for response in responses]
         groups.append(
             ResponseGroup(
@@ -297,6 +291,15 @@ def make_groups(
             )
         )
     return groups
+
+
+def draw_responses(tasks: Sequence[HandwritingTask], count: int, *, split: str, seed: int) -> list[list[str]]:
+    """The N responses that `make_groups` gives each of the tasks of `make_tasks` from the same split and seed."""
+    if not MIN_RESPONSES <= count <= MAX_RESPONSES:
+        raise ConfigurationError(
+            f"got num_responses={count}, expected {MIN_RESPONSES} to {MAX_RESPONSES}; merge groups for more candidates"
+        )
+    return [_draw_responses(task, count, _rng(seed, split, i, 1)) for i, task in enumerate(tasks)]
 
 
 def make_policy_rows(tasks: Sequence[Task]) -> list[dict[str, Any]]:

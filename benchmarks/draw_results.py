@@ -1,0 +1,111 @@
+"""Tables of docs/results from its JSON files: whatever stands between two marks of a page is written anew.
+
+    python benchmarks/draw_results.py
+
+A mark is a comment in Markdown, `<!-- table: NAME ARGUMENTS -->`, and ends with `<!-- end -->`. The tables:
+
+- `judges WORLD SEEDS ARM ...`: reward models of benchmarks/judge_lab.py, mean, spread and range over the seeds;
+- `policies WORLD SEEDS ARM ...`: policies of benchmarks/judge_lab.py, and the paired difference to the first arm.
+
+SEEDS is `0-4`. A cell that is not there is left out, and the number of seeds is told.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = DOCS / "results"
+COLLAPSE = 0.05  # a run has collapsed if it ends so far below where it started
+_MARK = re.compile(r"(<!-- table: (?P<words>[^>]*?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and 95 % interval (Student's t) of independent values."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:+.3f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, standard deviation and range."""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation} ({min(values):.3f} to {max(values):.3f})"
+
+
+def seeds_of(text: str) -> list[int]:
+    """`0-4` or `3`."""
+    first, _, last = text.partition("-")
+    return list(range(int(first), int(last or first) + 1))
+
+
+def cells(kind: str, world: str, seeds: Sequence[int], arm: str) -> dict[int, dict[str, Any]]:
+    """The JSON files of an arm, by seed."""
+    paths = {seed: RESULTS / "judge_lab" / world / f"{kind}-{arm}-seed{seed}.json" for seed in seeds}
+    return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.is_file()}
+
+
+def judges(world: str, seeds: str, *arms: str) -> list[list[str]]:
+    """How well reward models rank, by arm."""
+    rows = [["reward model", "seeds", "best of 4, made-up groups", "right above wrong, the policy's rollouts"]]
+    for arm in arms:
+        found = cells("rm", world, seeds_of(seeds), arm).values()
+        if found:
+            made_up = spread([cell["made_up"]["best_of_n"] for cell in found])
+            rollouts = spread([cell["rollouts"]["right_above_wrong"] for cell in found])
+            rows.append([f"`{arm}`", str(len(found)), made_up, rollouts])
+    return rows
+
+
+def policies(world: str, seeds: str, *arms: str) -> list[list[str]]:
+    """What a policy gains, by arm; differences are paired by seed."""
+    rows = [["judge", "seeds", "gain, mean [95 %]", "each seed", "collapsed", f"minus `{arms[0]}`", "average's gain"]]
+    base = cells("policy", world, seeds_of(seeds), arms[0])
+    for arm in arms:
+        found = cells("policy", world, seeds_of(seeds), arm)
+        if not found:
+            continue
+        gains = [cell["end"] - cell["start"] for cell in found.values()]
+        both = [seed for seed in found if seed in base]
+        gap = interval([found[seed]["end"] - base[seed]["end"] for seed in both]) if both and arm != arms[0] else ""
+        average = statistics.fmean(cell["end_of_average"] - cell["start"] for cell in found.values())
+        each = " ".join(f"{gain:+.3f}".replace("0.", ".") for gain in gains)
+        collapsed = sum(gain < -COLLAPSE for gain in gains)
+        rows.append([f"`{arm}`", str(len(found)), interval(gains), each, str(collapsed), gap, f"{average:+.3f}"])
+    return rows
+
+
+TABLES = {"judges": judges, "policies": policies}
+
+
+def drawn(text: str) -> str:
+    """A page with its tables written anew."""
+
+    def table(match: re.Match[str]) -> str:
+        name, *arguments = match["words"].split()
+        head, *rows = TABLES[name](*arguments)
+        lines = [head, ["---"] * len(head), *rows]
+        return match[1] + "\n" + "".join(f"| {' | '.join(row)} |\n" for row in lines) + "\n" + match[4]
+
+    return _MARK.sub(table, text)
+
+
+def main() -> None:
+    """Write the pages."""
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text()
+        if (new := drawn(text)) != text:
+            page.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
