@@ -194,10 +194,9 @@ class Seed:
         torch.manual_seed(self.seed + 1000 * judge.init)
         model = MultiResponseRewardModel.from_backbone(str(self.backbone), layout=judge.layout)
         with torch.no_grad():
-            if "end" in judge.words:
-                token = model.get_input_embeddings().weight[self.reader.tokenizer.eos_token_id]
-                model.readouts.summary.copy_(token)
-                model.readouts.comparison.copy_(token)
+            if "noise" in judge.words:
+                torch.manual_seed(self.seed + 1000 * judge.init)
+                model.readouts.initialise_from(model.get_input_embeddings(), None)
             if "zero" in judge.words:
                 model.head.out.weight.zero_()
         return SinglePlusComparison(model) if "residual" in judge.words else model

@@ -143,7 +143,8 @@ class LoadedModel(PreTrainedModel):
         model = cls(config, backbone=base)
         settle_attention(model, attn_implementation)
         if model.readouts is not None:
-            model.readouts.initialise_from(base.get_input_embeddings())
+            tokenizer = getattr(processor, "tokenizer", processor)
+            model.readouts.initialise_from(base.get_input_embeddings(), tokenizer.eos_token_id)
         model.to(base.device)
         model.processor = processor
         return model.eval()

@@ -362,12 +362,20 @@ class ReadoutVectors(nn.Module):
         nn.init.normal_(self.comparison, std=_INIT_STD)
 
     @torch.no_grad()
-    def initialise_from(self, embedding: nn.Embedding) -> None:
-        """Start from the mean input embedding plus small noise: vectors of a scale that the backbone knows."""
+    def initialise_from(self, embedding: nn.Embedding, end_of_turn: int | None) -> None:
+        """Start as the token that ends a turn, with which the backbone knows what to do behind a response.
+
+        From random vectors training takes long, or short, to leave the plateau of the first steps, by luck. Without
+        such a token: the mean input embedding plus small noise, vectors of a scale that the backbone knows.
+        """
         with whole_weights(embedding):
-            mean, std = embedding.weight.float().mean(0), embedding.weight.float().std(0)
-        for vector in (self.summary, self.comparison):
-            vector.copy_(mean + 0.5 * std * torch.randn_like(mean))
+            if end_of_turn is not None:
+                starts = [embedding.weight[end_of_turn].float()] * 2
+            else:
+                mean, std = embedding.weight.float().mean(0), embedding.weight.float().std(0)
+                starts = [mean + 0.5 * std * torch.randn_like(mean) for _ in range(2)]
+            for vector, start in zip((self.summary, self.comparison), starts, strict=True):
+                vector.copy_(start)
 
     def forward(self, inputs_embeds: Tensor, kinds: Tensor) -> Tensor:
         """Put the vectors at their sites in (B, L, H) by kinds (B, L); text is untouched."""

@@ -115,8 +115,22 @@ def test_the_processor_is_of_the_same_revision(tmp_path: Path, monkeypatch: pyte
     assert asked == [(str(tmp_path), "v2"), (str(tmp_path), None)]
 
 
-def test_readout_vectors_start_near_the_embeddings() -> None:
-    model = reward_model("qwen3_vl")
+@pytest.mark.parametrize("name", ["qwen3_vl", "llama"])
+def test_readout_vectors_start_as_the_end_of_a_turn(name: str) -> None:
+    model = reward_model(name)
+    tokenizer = getattr(model.processor, "tokenizer", model.processor)
+    embedding = model.get_input_embeddings().weight
+    start = embedding[tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    for vector in (model.readouts.summary, model.readouts.comparison):
+        assert torch.equal(vector, start)
+        assert vector.data_ptr() != start.data_ptr(), "a vector of its own: the token is not trained with it"
+
+
+def test_readout_vectors_without_a_token_that_ends_a_turn_start_near_the_embeddings() -> None:
+    members = family("llama")
+    tokenizer = copy.deepcopy(members.processor)
+    tokenizer.eos_token = None
+    model = MultiResponseRewardModel.from_backbone(members.full_model, processor=tokenizer)
     embedding = model.get_input_embeddings().weight
     for vector in (model.readouts.summary, model.readouts.comparison):
         # The mean embedding plus noise of half its spread.
