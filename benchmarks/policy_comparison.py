@@ -34,8 +34,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mr_reward import GroupScorer
 from mr_reward.evaluation.evaluator import evaluate_groups
-from mr_reward.worlds.handwriting import is_correct, make_groups, make_tasks
 from mr_reward.worlds.handwriting_policy import policy_answers
+from mr_reward.worlds.named import WORLDS, world_options
 
 RECIPES = Path(__file__).parents[1] / "grpo_recipes"
 # Judge -> layout and loss of its reward model, and the weights of (reward model, truth) in the reward.
@@ -71,22 +71,29 @@ def train_reader(folder: Path, seed: int, options: argparse.Namespace) -> Path:
         import quickstart
 
         arguments = quickstart.QuickstartArguments(
-            seed=seed, num_digits=options.num_digits, sft_steps=options.sft_steps, questions=options.questions
+            seed=seed,
+            world=options.world,
+            num_digits=options.num_digits,
+            sft_steps=options.sft_steps,
+            questions=options.questions,
         )
         quickstart.train_reader(arguments, folder, options.start_step)
     return folder / f"checkpoint-{options.start_step}"
+
+
+def own_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What the world takes, beside a number and a seed."""
+    return world_options(options.world, num_digits=options.num_digits, questions=options.questions)
 
 
 def greedy_accuracy(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Share of right greedy answers on unseen test scans, over all questions and for each."""
     found = folder / "greedy.json"
     if not found.is_file():
-        tasks = make_tasks(
-            "test", options.test_samples, num_digits=options.num_digits, questions=options.questions, seed=0
-        )
+        tasks = WORLDS[options.world].make_tasks("test", options.test_samples, seed=0, **own_options(options))
         model = AutoModelForImageTextToText.from_pretrained(folder)
         answers = policy_answers(model, AutoProcessor.from_pretrained(folder), tasks, show_progress=False)
-        right = [is_correct(task.question, task.digits, answer) for task, answer in zip(tasks, answers, strict=True)]
+        right = [task.is_correct(answer) for task, answer in zip(tasks, answers, strict=True)]
         result = {"all": statistics.fmean(right)}
         for question in options.questions:
             result[question] = statistics.fmean(
@@ -103,9 +110,7 @@ def ranking(folder: Path, options: argparse.Namespace) -> dict[str, float]:
         scorer = GroupScorer.from_pretrained(folder)
         result = {}
         for size in (4, options.num_generations):
-            groups = make_groups(
-                "test", 512, num_responses=size, num_digits=options.num_digits, questions=options.questions, seed=0
-            )
+            groups = WORLDS[options.world].make_groups("test", 512, num_responses=size, seed=0, **own_options(options))
             metrics = evaluate_groups(scorer, groups)
             result[f"best_of_{size}"] = metrics["best_of_n_accuracy"]
             result[f"pairwise_{size}"] = metrics["pairwise_accuracy"]
@@ -133,6 +138,8 @@ def run_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
             model_name_or_path=folder / "sft",
             layout=layout,
             loss=loss,
+            train_file=options.world,
+            eval_file=options.world,
             num_train_groups=options.rm_groups,
             eval_strategy="no",
             **world,
@@ -150,7 +157,8 @@ def run_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
             eval_strategy="steps",
             eval_steps=options.eval_steps,
             eval_on_start="true",
-            eval_dataset="handwriting",
+            dataset=options.world,
+            eval_dataset=options.world,
             num_eval_prompts=options.eval_prompts,
             per_device_eval_batch_size=128,
             **world,
@@ -165,7 +173,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
                 {
                     "step": entry["step"],
                     "score": entry["eval_mr_reward/score_mean"],
-                    "truth": entry["eval_rewards/handwriting_accuracy/mean"],
+                    "truth": entry[f"eval_rewards/{options.world}_accuracy/mean"],
                     "signs": entry["warning_signs"],
                 }
                 for entry in validation
@@ -233,7 +241,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("outputs/policy_comparison"))
-    parser.add_argument("--num_digits", type=int, default=3)
+    parser.add_argument("--world", default="handwriting", choices=list(WORLDS))
+    parser.add_argument("--num_digits", type=int, default=3, help="of handwriting")
     parser.add_argument("--questions", nargs="+", default=["read", "largest", "even"])
     parser.add_argument("--num_generations", type=int, default=8)
     parser.add_argument("--sft_steps", type=int, default=540, help="of the reader")

@@ -29,12 +29,14 @@ from trl import GRPOConfig, ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
 from mr_reward.cli.errors import one_error_line
+from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.evaluator import evaluate_groups
 from mr_reward.evaluation.plots import plot_curves, plot_scored_groups
 from mr_reward.runs.recipe import parse_recipe
 from mr_reward.training.trainer import RewardTrainingArguments
-from mr_reward.worlds.handwriting import make_groups, make_sft_rows, make_tasks
-from mr_reward.worlds.handwriting_policy import handwriting_accuracy, policy_answers
+from mr_reward.worlds.handwriting import make_sft_rows
+from mr_reward.worlds.handwriting_policy import policy_answers
+from mr_reward.worlds.named import WORLDS, world_options
 from mr_reward.worlds.tiny import build_qwen3_vl, build_qwen3_vl_processor
 
 RECIPES = Path(__file__).parent
@@ -48,8 +50,9 @@ class QuickstartArguments:
         output: folder for all results.
         seed: of weights, data and rollouts.
         layout: causal, isolated or set.
-        num_digits: digits in each image.
-        questions: what is asked about them.
+        world: handwriting or shapes.
+        num_digits: digits in each image of handwriting.
+        questions: what is asked about the images.
         sft_steps: steps of supervised training, a multiple of 3; None for the YAML's.
         rm_groups: groups to train the reward model on; None for the YAML's.
         grpo_steps: steps of GRPO; None for the YAML's.
@@ -59,12 +62,18 @@ class QuickstartArguments:
     output: str = field(default="outputs/quickstart", metadata={"help": "Folder for all results"})
     seed: int = field(default=0, metadata={"help": "Of weights, data and rollouts"})
     layout: str = field(default="set", metadata={"help": "causal, isolated or set"})
-    num_digits: int = field(default=2, metadata={"help": "Digits in each image"})
-    questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "What is asked about them"})
+    world: str = field(default="handwriting", metadata={"help": "handwriting or shapes"})
+    num_digits: int = field(default=2, metadata={"help": "Digits in each image of handwriting"})
+    questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "What is asked about the images"})
     sft_steps: int | None = field(default=None, metadata={"help": "Steps of SFT"})
     rm_groups: int | None = field(default=None, metadata={"help": "Groups to train the reward model on"})
     grpo_steps: int | None = field(default=None, metadata={"help": "Steps of GRPO"})
     eval_samples: int = field(default=512, metadata={"help": "Unseen images and groups to measure on"})
+
+    def __post_init__(self) -> None:
+        if self.world not in WORLDS:
+            raise ConfigurationError(f"world is {self.world!r}, expected one of {', '.join(WORLDS)}")
+        self.world_options = world_options(self.world, num_digits=self.num_digits, questions=self.questions)
 
 
 def read_recipe(name: str, types: tuple[type, ...], **overrides: Any) -> Any:
@@ -89,9 +98,7 @@ def train_reader(options: QuickstartArguments, folder: Path, weak_step: int | No
         save_steps=weak_step,
     )
     num_tasks = args.max_steps * args.per_device_train_batch_size
-    tasks = make_tasks(
-        "train", num_tasks, num_digits=options.num_digits, questions=options.questions, seed=options.seed
-    )
+    tasks = WORLDS[options.world].make_tasks("train", num_tasks, seed=options.seed, **options.world_options)
     processor = build_qwen3_vl_processor()
     trainer = SFTTrainer(
         build_qwen3_vl(options.seed),
@@ -113,6 +120,8 @@ def train_reward_model(options: QuickstartArguments, backbone: Path, folder: Pat
         output_dir=folder,
         model_name_or_path=backbone,
         layout=options.layout,
+        train_file=options.world,
+        eval_file=options.world,
         num_digits=options.num_digits,
         questions=options.questions,
         seed=options.seed,
@@ -138,6 +147,7 @@ def run_grpo(options: QuickstartArguments, policy: Path, reward_model: Path, fol
         output_dir=folder,
         model_name_or_path=policy,
         reward_model=reward_model,
+        dataset=options.world,
         num_digits=options.num_digits,
         questions=options.questions,
         seed=options.seed,
@@ -150,11 +160,9 @@ def measure_policy(folder: Path, options: QuickstartArguments) -> float:
     """True accuracy of greedy answers on unseen scans."""
     model = AutoModelForImageTextToText.from_pretrained(folder)
     # The same images for every seed and policy.
-    world: dict[str, Any] = {"num_digits": options.num_digits, "questions": options.questions, "seed": 0}
-    tasks = make_tasks("test", options.eval_samples, **world)
+    tasks = WORLDS[options.world].make_tasks("test", options.eval_samples, seed=0, **options.world_options)
     answers = policy_answers(model, AutoProcessor.from_pretrained(folder), tasks)
-    rewards = handwriting_accuracy(answers, [task.question for task in tasks], [task.digits for task in tasks])
-    return sum(rewards) / len(rewards)
+    return sum(task.is_correct(answer) for task, answer in zip(tasks, answers, strict=True)) / len(tasks)
 
 
 def curve(log: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
@@ -187,8 +195,8 @@ def main(options: QuickstartArguments) -> dict[str, Any]:
     with stage("rm", f"2/3  reward model, layout {options.layout}: which of four answers is best?"):
         rm_log = train_reward_model(options, output / "sft", output / "rm")
         scorer = GroupScorer.from_pretrained(output / "rm")
-        world: dict[str, Any] = {"num_digits": options.num_digits, "questions": options.questions, "seed": 0}
-        groups = make_groups("test", options.eval_samples, num_responses=4, **world)
+        made = WORLDS[options.world].make_groups
+        groups = made("test", options.eval_samples, num_responses=4, seed=0, **options.world_options)
         ranking = evaluate_groups(scorer, groups)
     with stage("grpo", "3/3  GRPO: the reward model compares the rollouts of each prompt"):
         grpo_log = run_grpo(options, weak_policy, output / "rm", output / "policy")
@@ -219,7 +227,9 @@ def main(options: QuickstartArguments) -> dict[str, Any]:
         {
             "reward model: best of 4 (validation)": {"accuracy": curve(rm_log, "eval_best_of_n_accuracy")},
             "GRPO: mean score of the rollouts": {"score": curve(grpo_log, "mr_reward/score_mean")},
-            "GRPO: are the rollouts right?": {"true accuracy": curve(grpo_log, "rewards/handwriting_accuracy/mean")},
+            "GRPO: are the rollouts right?": {
+                "true accuracy": curve(grpo_log, f"rewards/{options.world}_accuracy/mean")
+            },
         },
         output / "curves.png",
     )

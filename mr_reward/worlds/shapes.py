@@ -1,8 +1,10 @@
-"""The shapes world: a coloured shape in 64 x 64 pixels, questions about it in plain English, and their right answers.
+"""The shapes world: a coloured shape, questions about it in plain English, and their right answers.
 
-The 5,000 pictures and 48,248 questions are those of the package `easy-vqa` (MIT; the extra `shapes`), which brings
-them along: nothing is downloaded when it runs. Its test pictures are `test`; of its train pictures every eighth is
-`validation`, the others are `train`. The split is a property of the data and does not depend on any seed.
+The 5,000 pictures (64 x 64 pixels) and 48,248 questions are those of the package `easy-vqa` (MIT; the extra `shapes`),
+which brings them along: nothing is downloaded when it runs. Its test pictures are `test`; of its train pictures every
+eighth is `validation`, the others are `train`. The split is a property of the data and does not depend on any seed. A
+prompt shows the shape cut out and scaled to one tile, since a shape fills a twentieth of its picture and a reader that
+sees the whole of it was at chance after 180 steps; every cut-out is different, too.
 
 An answer is one word: yes or no, one of three shapes, one of eight colours. The answers of a made-up group are drawn
 so that neither length nor agreement gives the right one away: different words of the right kind first, each as likely
@@ -26,7 +28,7 @@ from PIL import Image
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup, dense_ranks
 from mr_reward.messages.prompts import Message
-from mr_reward.worlds.handwriting import REFUSAL, SENTENCE_LENGTH, SPLITS, WORDING, WRONG, Media
+from mr_reward.worlds.handwriting import REFUSAL, SENTENCE_LENGTH, SPLITS, TILE_SIZE, WORDING, WRONG, Media
 
 # Kind of question -> its answers. What is said instead of the right one is another of them.
 QUESTIONS: Mapping[str, tuple[str, ...]] = {
@@ -38,6 +40,7 @@ ANSWERS = tuple(sorted(word for words in QUESTIONS.values() for word in words))
 MIN_RESPONSES, MAX_RESPONSES = 2, 64
 
 _VALIDATION = 8  # every eighth train picture
+_BACKGROUND, _MARGIN = 60, 2  # a pixel this far from the background is the shape's; pixels left around it
 _ANSWER_STREAM = 110  # of random numbers, beside those of the other worlds
 _WORD = re.compile(r"\b(" + "|".join(ANSWERS) + r")\b", re.IGNORECASE)
 _REFUSAL = re.compile(r"\b(cannot|can't|unable|not sure|no idea)\b", re.IGNORECASE)
@@ -74,9 +77,8 @@ class ShapesTask:
         return {"question": self.question}
 
     def image(self) -> Image.Image:
-        """The picture, 64 x 64 pixels, RGB."""
-        with Image.open(self.path) as image:
-            return image.convert("RGB")
+        """The shape and a narrow margin, `TILE_SIZE` pixels wide and high, RGB."""
+        return _cut_out(self.path)
 
     def is_correct(self, response: str) -> bool:
         """Whether a response is the right answer and nothing else."""
@@ -179,6 +181,21 @@ def draw_answers(answer: str, count: int, rng: np.random.Generator) -> list[str]
         said += [str(rng.choice(_EMPTY)) for _ in range(count - claims)]
         if len({grade(answer, text) for text in said}) > 1:
             return [said[i] for i in rng.permutation(count)]
+
+
+@cache
+def _cut_out(path: str) -> Image.Image:
+    """The shape with a margin, in the middle of a square, scaled to a tile."""
+    with Image.open(path) as image:
+        picture = image.convert("RGB")
+    pixels = np.asarray(picture).astype(int)
+    background = np.median(pixels, axis=(0, 1))
+    rows, columns = np.nonzero(np.abs(pixels - background).max(axis=2) > _BACKGROUND)
+    side = int(max(np.ptp(rows), np.ptp(columns))) + 1 + 2 * _MARGIN
+    cut = Image.new("RGB", (side, side), tuple(background.astype(int).tolist()))
+    # The shape's middle comes to the middle.
+    cut.paste(picture, tuple(side // 2 - (int(place.min()) + int(place.max()) + 1) // 2 for place in (columns, rows)))
+    return cut.resize((TILE_SIZE, TILE_SIZE), Image.Resampling.BILINEAR)
 
 
 def _easy_vqa() -> ModuleType:

@@ -2,6 +2,7 @@
 
 import builtins
 import hashlib
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
@@ -14,13 +15,14 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.runs.pretraining import load_sets
 from mr_reward.runs.recipe import load_prompts, truths
 from mr_reward.worlds import shapes
-from mr_reward.worlds.handwriting import SPLITS, make_policy_rows, make_sft_rows
+from mr_reward.worlds.handwriting import SPLITS, TILE_SIZE, make_policy_rows, make_sft_rows
 from mr_reward.worlds.handwriting_policy import HandwritingArguments
 from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
 from mr_reward.worlds.named import WORLDS
 from mr_reward.worlds.shapes import (
     ANSWERS,
     QUESTIONS,
+    ShapesTask,
     draw_answers,
     grade,
     is_correct,
@@ -28,6 +30,8 @@ from mr_reward.worlds.shapes import (
     make_tasks,
     shapes_accuracy,
 )
+
+TASK = ShapesTask("x", "color", "?", "red", "")
 
 
 def fingerprint(image: Image.Image) -> str:
@@ -115,7 +119,7 @@ def test_tasks_and_groups(seed: int) -> None:
         assert group.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": task.text}]
         grades = [task.grade(text) for text in group.responses]
         assert list(group.rankings or ()) == [1 + len({o for o in grades if o > one}) for one in grades]
-        assert fingerprint(group.images[0]) == fingerprint(Image.open(task.path).convert("RGB"))
+        assert fingerprint(group.images[0]) == fingerprint(task.image())
     assert [g.responses for g in make_groups("train", 9, num_responses=5, seed=seed)] == [
         group.responses for group in groups[:9]
     ]
@@ -133,16 +137,32 @@ def test_rows() -> None:
 
 
 def test_the_splits_share_no_picture() -> None:
-    """Not by name and not by content, over every picture that a task of the split can show."""
-    images = {
-        split: {
-            fingerprint(Image.open(path).convert("RGB"))
-            for path in {path for rows in shapes._questions(split).values() for _, _, path in rows}
-        }
-        for split in SPLITS
-    }
+    """Not by name and not by what is shown, over every picture that a task of the split can have."""
+    paths = {split: {path for rows in shapes._questions(split).values() for _, _, path in rows} for split in SPLITS}
+    images = {split: {fingerprint(replace(TASK, path=path).image()) for path in some} for split, some in paths.items()}
     assert {split: len(found) for split, found in images.items()} == {"train": 3500, "validation": 500, "test": 1000}
     assert len(set.union(*images.values())) == 5000
+
+
+COLOURS = {"black": (0, 0, 0), "blue": (0, 0, 255), "gray": (128, 128, 128), "green": (0, 255, 0), "red": (255, 0, 0)}
+
+
+def test_a_picture_shows_the_whole_shape_in_its_colour() -> None:
+    """In the middle, as wide or as high as the picture but for the margin, whole where it was whole."""
+    for task in make_tasks("train", 400, questions=["color"], seed=2):
+        image = np.asarray(task.image()).astype(int)
+        assert image.shape == (TILE_SIZE, TILE_SIZE, 3)
+        background = image[0, 0]
+        assert background.min() > 180, "the corners are background"
+        rows, columns = np.nonzero(np.abs(image - background).max(axis=2) > 60)
+        assert max(np.ptp(rows), np.ptp(columns)) >= 0.6 * TILE_SIZE
+        assert (
+            abs(rows.min() + rows.max() - TILE_SIZE + 1) <= 4
+            and abs(columns.min() + columns.max() - TILE_SIZE + 1) <= 4
+        )
+        if task.answer in COLOURS:
+            middle = image[len(image) * 5 // 8, TILE_SIZE // 2]  # inside a triangle too
+            assert np.abs(middle - COLOURS[task.answer]).max() < 90, task
 
 
 def test_the_real_package_has_what_is_documented() -> None:
@@ -150,7 +170,7 @@ def test_the_real_package_has_what_is_documented() -> None:
 
     assert sorted(easy_vqa.get_answers()) == list(ANSWERS)
     assert sum(len(rows) for split in SPLITS for rows in shapes._questions(split).values()) == 48_248
-    assert {task.image().size for task in make_tasks("validation", 100)} == {(64, 64)}
+    assert {Image.open(task.path).size for task in make_tasks("validation", 100)} == {(64, 64)}
 
 
 @pytest.mark.parametrize("world", WORLDS)
