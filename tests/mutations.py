@@ -730,4 +730,25 @@ MUTATIONS = [
         "not places",
         "tests/data/test_judge_endpoint.py",
     ),
+    Mutation(
+        "set worlds: the joint judge forgets that groups that tie are drawn again",
+        "mr_reward.worlds.sets.joint_bounds",
+        "chance = ways * (chances**counts).prod(axis=1) * differ / ranked / truths",
+        "chance = ways * (chances**counts).prod(axis=1) * differ / truths",
+        "tests/worlds/test_sets.py -k 'all_orders or bayes'",
+    ),
+    Mutation(
+        "set worlds: a separate judge may not let answers share a place",
+        "mr_reward.worlds.sets.separate_bounds",
+        "some = some[block[some] > 0]",
+        "some = some[(block[some] > 0) & (block[some] & (block[some] - 1) == 0)]",
+        "tests/worlds/test_sets.py -k 'all_orders or known'",
+    ),
+    Mutation(
+        "shapes: train shows the pictures of validation",
+        "mr_reward.worlds.shapes._questions",
+        '(picture % _VALIDATION == 0) == (split == "validation")',
+        '(picture % _VALIDATION == 0) >= (split == "validation")',
+        "tests/worlds/test_shapes.py -k 'splits or form'",
+    ),
 ]

@@ -57,7 +57,7 @@ WORLDS: Mapping[str, World] = {
 
 
 def world_options(name: str, *, num_digits: int, questions: Sequence[str]) -> dict[str, Any]:
-    """What a world takes of a recipe's fields; `read`, the recipes' default, asks all questions of shapes."""
+    """What a world takes of a recipe's fields; of `read`, the recipes' default, shapes knows nothing."""
     if name == "handwriting":
         return {"num_digits": num_digits, "questions": questions}
     return {} if list(questions) == ["read"] else {"questions": questions}

@@ -37,6 +37,7 @@ QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "yes_no": ("yes", "no"),
 }
 ANSWERS = tuple(sorted(word for words in QUESTIONS.values() for word in words))
+ASKED = ("shape", "color")  # unless others are wanted; half of the yes-or-no questions hold a "not"
 MIN_RESPONSES, MAX_RESPONSES = 2, 64
 
 _VALIDATION = 8  # every eighth train picture
@@ -89,9 +90,7 @@ class ShapesTask:
         return grade(self.answer, response)
 
 
-def make_tasks(
-    split: str, num_tasks: int, *, questions: Sequence[str] = tuple(QUESTIONS), seed: int = 0
-) -> list[ShapesTask]:
+def make_tasks(split: str, num_tasks: int, *, questions: Sequence[str] = ASKED, seed: int = 0) -> list[ShapesTask]:
     """Draw questions of the given kinds from a split, each kind as often as the others, with replacement.
 
     Task i depends on the kinds, the seed, the split and i alone, so a longer list begins with the shorter one.
@@ -114,7 +113,7 @@ def make_groups(
     num_groups: int,
     *,
     num_responses: int = 4,
-    questions: Sequence[str] = tuple(QUESTIONS),
+    questions: Sequence[str] = ASKED,
     seed: int = 0,
 ) -> list[ResponseGroup]:
     """Draw ranked groups: the tasks that `make_tasks` draws, with N graded answers each (`draw_answers`)."""

@@ -46,9 +46,10 @@ def reward_folder(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def test_quickstart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", ["handwriting", pytest.param("shapes", marks=pytest.mark.slow)])
+def test_quickstart(tmp_path: Path, world: str) -> None:
     """Every stage for a few steps; the figures of the full run are reported in the README."""
-    arguments = {"seed": 3, "sft_steps": 6, "rm_groups": 96, "grpo_steps": 2, "eval_samples": 16}
+    arguments = {"world": world, "seed": 3, "sft_steps": 6, "rm_groups": 96, "grpo_steps": 2, "eval_samples": 16}
     flags = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
     stdout = run([sys.executable, str(RECIPES / "quickstart.py"), *flags], tmp_path)
     output = tmp_path / "outputs" / "quickstart"
