@@ -3,8 +3,8 @@
     python benchmarks/set_worlds.py --seeds 0 1 2 3 4
 
 The worlds are those of `mr_reward.worlds.sets`, as text. For each world, layout and seed a tiny Llama with random
-weights is trained by `RewardTrainer` with the cross-entropy over the group, on groups of every N at once, and measured
-on unseen groups of each N. `gap` is where it ends between the best separate judge (0 %) and the best joint one
+weights is trained by `RewardTrainer` with the cross-entropy over the group, on groups of every N, and measured on unseen
+groups of each N. `gap` is where it ends between the best separate judge (0 %) and the best joint one
 (100 %); in `control` the two are one, and only the accuracy is shown.
 
 Each run is a file in the output folder, and a run whose file is there is not repeated: worlds, layouts and seeds can
@@ -14,6 +14,7 @@ stdout is one JSON document.
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
 
-from mr_reward import GroupScorer, MultiResponseRewardModel
+from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
 from mr_reward.evaluation.evaluator import evaluate_groups
 from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments
 from mr_reward.worlds.sets import SET_WORLDS, bounds, make_set_groups
@@ -46,11 +47,6 @@ def run(world: str, layout: str, seed: int, options: argparse.Namespace) -> dict
     set_seed(seed)
     backbone = build_llama(seed, num_layers=3, initializer_range=SPREAD)
     model = MultiResponseRewardModel.from_backbone(backbone, layout=layout, processor=build_tokenizer())
-    groups = []
-    for size in options.sizes:
-        groups += make_set_groups(
-            world, "train", options.groups // len(options.sizes), num_responses=size, seed=seed, pictures=False
-        )
     with tempfile.TemporaryDirectory() as folder:
         args = RewardTrainingArguments(
             output_dir=folder,
@@ -59,6 +55,7 @@ def run(world: str, layout: str, seed: int, options: argparse.Namespace) -> dict
             learning_rate=options.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=50,
+            train_sampling_strategy="sequential",
             seed=seed,
             save_strategy="no",
             report_to="none",
@@ -67,7 +64,7 @@ def run(world: str, layout: str, seed: int, options: argparse.Namespace) -> dict
             disable_tqdm=True,
             logging_strategy="no",
         )
-        RewardTrainer(model, args, groups).train()
+        RewardTrainer(model, args, training_groups(world, seed, options)).train()
     seconds = time.perf_counter() - started
     found = {}
     for size in options.sizes:
@@ -84,6 +81,23 @@ def run(world: str, layout: str, seed: int, options: argparse.Namespace) -> dict
         "train_seconds": round(seconds, 1),
         "found": found,
     }
+
+
+def training_groups(world: str, seed: int, options: argparse.Namespace) -> list[ResponseGroup]:
+    """In the order of training: largest groups only for a while, then all sizes mixed, more of the larger ones.
+
+    Whether to compare at all is learned from large groups: where sizes are mixed from the start, small ones say so
+    little that it takes several times as many steps.
+    """
+    largest = max(options.sizes)
+    first = make_set_groups(world, "train", options.groups * 2 // 5, num_responses=largest, seed=seed, pictures=False)
+    mixed = []
+    for size in options.sizes:
+        count = (options.groups - len(first)) * size // sum(options.sizes)
+        # Of another seed, or those of the largest size would be the same again.
+        mixed += make_set_groups(world, "train", count, num_responses=size, seed=seed + 1000, pictures=False)
+    random.Random(seed).shuffle(mixed)
+    return [*first, *mixed]
 
 
 def gap(value: float, world: str, size: int, metric: str) -> float | None:
@@ -154,7 +168,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16], help="numbers of responses N")
-    parser.add_argument("--groups", type=int, default=19200, help="to train on, once each")
+    parser.add_argument("--groups", type=int, default=25600, help="to train on, once each")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--test_groups", type=int, default=1024, help="unseen groups for each N")
     parser.add_argument("--output", type=Path, default=Path("docs/results/set_worlds"))
