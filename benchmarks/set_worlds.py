@@ -3,9 +3,9 @@
     python benchmarks/set_worlds.py --seeds 0 1 2 3 4
 
 The worlds are those of `mr_reward.worlds.sets`, as text. For each world, layout and seed a tiny Llama with random
-weights is trained by `RewardTrainer` with the cross-entropy over the group, on groups of every N, and measured on unseen
-groups of each N. `gap` is where it ends between the best separate judge (0 %) and the best joint one
-(100 %); in `control` the two are one, and only the accuracy is shown.
+weights is trained by `RewardTrainer` with the cross-entropy over the group, on groups of every N, and measured on
+unseen groups of each N. `gap` is where it ends between the best separate judge (0 %) and the best joint one (100 %);
+in `control` the two are one, and only the accuracy is shown.
 
 Each run is a file in the output folder, and a run whose file is there is not repeated: worlds, layouts and seeds can
 be run side by side and put together by a last call. Table and figure are drawn from all files there. The last line of
