@@ -193,7 +193,8 @@ def _cut_out(path: str) -> Image.Image:
     side = int(max(np.ptp(rows), np.ptp(columns))) + 1 + 2 * _MARGIN
     cut = Image.new("RGB", (side, side), tuple(background.astype(int).tolist()))
     # The shape's middle comes to the middle.
-    cut.paste(picture, tuple(side // 2 - (int(place.min()) + int(place.max()) + 1) // 2 for place in (columns, rows)))
+    x, y = (side // 2 - (int(place.min()) + int(place.max()) + 1) // 2 for place in (columns, rows))
+    cut.paste(picture, (x, y))
     return cut.resize((TILE_SIZE, TILE_SIZE), Image.Resampling.BILINEAR)
 
 
