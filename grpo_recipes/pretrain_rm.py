@@ -26,7 +26,13 @@ from mr_reward.checkpoint.zero3 import outside_zero3
 from mr_reward.cli.errors import one_error_line
 from mr_reward.errors import ConfigurationError
 from mr_reward.evaluation.evaluator import evaluate_groups
-from mr_reward.runs.pretraining import RewardModelArguments, load_sets, named_sets, training_data
+from mr_reward.runs.pretraining import (
+    RewardModelArguments,
+    load_sets,
+    named_sets,
+    training_data,
+    without_evaluation,
+)
 from mr_reward.runs.recipe import parse_recipe
 from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments
 from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
@@ -61,6 +67,8 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
     # Data first: a wrong row must show before the backbone is loaded.
     train_groups = load_sets(arguments, seed=args.seed)
     eval_groups = load_sets(arguments, evaluation=True, seed=args.seed) or None
+    if arguments.decontaminate and eval_groups is not None:
+        train_groups = without_evaluation(train_groups, eval_groups)
     set_seed(args.seed)  # the new head starts the same on every rank and at every restart
     load_options = {
         "dtype": model_config.dtype,
@@ -81,7 +89,7 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
     trainer.accelerator.end_training()
     if not trainer.is_world_process_zero():
         return
-    trained_on = training_data(arguments, args, train_groups)
+    trained_on = training_data(arguments, args, train_groups, trainer.shares)
     if eval_groups is None:
         write_model_card(str(args.output_dir), training_data=trained_on)
         return

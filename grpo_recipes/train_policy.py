@@ -26,6 +26,7 @@ from mr_reward.checkpoint.verify import check_there
 from mr_reward.cli.errors import one_error_line
 from mr_reward.doctor import check_before_start, examine_recipe
 from mr_reward.doctor.findings import may_start, show_findings
+from mr_reward.doctor.reward_model import judge_rollouts
 from mr_reward.errors import ConfigurationError
 from mr_reward.runs.average import EMACallback
 from mr_reward.runs.callbacks import PolicyValidation, RunFigure, ShownGroups, WarningSigns
@@ -54,7 +55,7 @@ def dry_run(argv: list[str]) -> bool:
     parser.add_argument("--accelerate_config")
     options, rest = parser.parse_known_args(argv)
     findings = examine_recipe(rest, accelerate_config=options.accelerate_config, recipe_type=HandwritingArguments)
-    show_findings(findings, Console(), title="dry run: nothing was loaded")
+    show_findings(findings, Console(), title="dry run: nothing was trained")
     return may_start(findings)
 
 
@@ -66,7 +67,10 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
     if args.use_vllm and args.vllm_mode == "server":
         check_vllm_server(args, model_config.model_name_or_path, wait=args.vllm_server_timeout)
     reward = make_reward(arguments, args)
-    reward_funcs: list[Any] = [reward, *other_rewards(arguments, args)]
+    reward_funcs: list[Any] = [reward, *other_rewards(arguments, args, reward)]
+    if arguments.heldout_rollouts is not None and args.process_index == 0:
+        judged = judge_rollouts(arguments, reward.scorer)
+        logger.log(logging.INFO if judged.level == "green" else logging.WARNING, "%s: %s", judged.what, judged.text)
     load_options = {
         "dtype": model_config.dtype,
         "attn_implementation": model_config.attn_implementation,
@@ -83,7 +87,10 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
         callbacks.append(ShownGroups(reward, every=arguments.log_groups_steps))
     if arguments.eval_dataset is not None:
         eval_dataset = load_prompts(arguments, evaluation=True, seed=0)  # the same prompts for every seed
-        signs = WarningSigns(truths=[f"rewards/{truth.__name__}/mean" for truth in truths(arguments)])
+        signs = WarningSigns(
+            truths=[f"rewards/{truth.__name__}/mean" for truth in truths(arguments)],
+            right_above_wrong=arguments.min_right_above_wrong,
+        )
         callbacks.append(PolicyValidation(reward, str(args.output_dir), signs=signs))
         known = truth_metrics(reward_funcs[1:], eval_dataset.column_names)
         if (args.metric_for_best_model or "").removeprefix("eval_") in known or arguments.stop_when_fooled:

@@ -36,6 +36,7 @@ __all__ = [
     "pairwise_accuracy",
     "pairwise_calibration_error",
     "ranking_metrics",
+    "right_above_wrong",
     "score_length_correlation",
 ]
 
@@ -80,6 +81,21 @@ def pairwise_accuracy(scores: GroupNumbers, rankings: GroupNumbers) -> float:
         0.6666666666666666
     """
     return _mean(margin > 0 for margin in _pair_margins(scores, rankings))
+
+
+def right_above_wrong(scores: Sequence[float], truth: Sequence[float]) -> float:
+    """Of one group: share of its pairs of a right and a wrong response of which the right one has the higher score.
+
+    Right is what has the group's highest truth (a verifier's reward, or minus the rank), wrong is the rest. Tie rules:
+    equal scores count half; NaN where the truth is the same for all, as there is no such pair. Random scores give 0.5.
+
+    Example:
+        >>> right_above_wrong([0.9, 0.1, 0.1], [1.0, 1.0, 0.0])
+        0.75
+    """
+    values, right = np.asarray(scores), np.equal(truth, np.max(truth))
+    margins = np.subtract.outer(values[right], values[~right])
+    return float(((margins > 0) + 0.5 * (margins == 0)).mean()) if margins.size else float("nan")
 
 
 def kendall_tau_b(scores: GroupNumbers, rankings: GroupNumbers) -> KendallTau:

@@ -30,6 +30,8 @@ def doctor(
 ) -> None:
     """Check a run before it costs a GPU: in seconds, without loading a weight. Exit code 1 if anything is red.
 
+    Only where the recipe names heldout_rollouts, its reward model is loaded and scores them.
+
     Versions, devices, who holds which rollout, lengths, attention, the reward model's folder, memory, and a score of
     its architecture made tiny. Of the recipe of a reward model: its data, read as the training reads them, its
     backbone, and what the trainer says. Any field of the recipe can be given as --name value.

@@ -25,6 +25,7 @@ def evaluate(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for items.jsonl, results.json and figures")],
+    file: Annotated[str | None, typer.Argument(help="The same as --source")] = None,
     source: Annotated[str | None, typer.Option(help="File, folder or hub id; else where it is published")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the source; else the published one")] = None,
     orders: Annotated[
@@ -55,6 +56,9 @@ def evaluate(
     from mr_reward.evaluation.judges import load_scorer
     from mr_reward.evaluation.report import show_report
 
+    if file is not None and source is not None:
+        raise ConfigurationError(f"got {file} and --source {source}, expected one of them")
+    source = source if file is None else file
     num_orders = ALL_ORDERS if orders == "all" else _number(orders)
     locate_benchmark(benchmark, source)  # what is wrong there is told before the model is loaded
     loaded = load_scorer(

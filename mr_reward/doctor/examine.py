@@ -22,9 +22,15 @@ from mr_reward.doctor.recipes import (
     needed_packages,
     read_recipe,
 )
-from mr_reward.doctor.reward_model import check_reward_folder, check_reward_of_run, score_whole
+from mr_reward.doctor.reward_model import (
+    check_reward_folder,
+    check_reward_of_run,
+    check_rollouts,
+    judge_rollouts,
+    score_whole,
+)
 from mr_reward.doctor.reward_recipe import examine_reward_recipe
-from mr_reward.errors import ConfigurationError, MRRewardError
+from mr_reward.errors import ConfigurationError, MRRewardError, ScoringServerError
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.groups import PlannedGroup, RolloutRow, plan_groups
 from mr_reward.hub import why_missing
@@ -34,6 +40,7 @@ from mr_reward.runs.recipe import (
     PolicyArguments,
     PolicyTrainingArguments,
     first_prompts,
+    make_reward,
     other_rewards,
     scorer_options,
     unread_data,
@@ -109,7 +116,8 @@ def examine_recipe(
         arguments: as for `train_policy.py` or `pretrain_rm.py`: `--config FILE` and any field as `--name value`.
         accelerate_config: file that `accelerate launch` will get.
         num_processes: of the run; None for that of the file, or one.
-        score: score a prompt with the reward model itself too, for which its weights are loaded.
+        score: score a prompt with the reward model itself too, for which its weights are loaded; where the recipe
+            names `heldout_rollouts`, they are loaded and those are scored in any case.
         recipe_type: with the fields of the recipe's own data sets; `RewardModelArguments`, or a kind of it, for the
             recipe of a reward model.
 
@@ -136,7 +144,19 @@ def examine_recipe(
     findings = _check_run(run)
     if score and may_start(findings) and recipe.reward_model is not None:
         findings.append(score_whole(recipe.reward_model, run.prompts, **scorer_options(recipe)))
+    if recipe.heldout_rollouts is not None and may_start(findings):
+        findings.append(_judge(run))
     return findings
+
+
+def _judge(run: PlannedRun) -> Finding:
+    """The held-out rollouts, scored as the run scores; the only check that loads weights without being asked to."""
+    try:
+        return judge_rollouts(run.recipe, make_reward(run.recipe, run.args).scorer)
+    except ScoringServerError as error:
+        return Finding("yellow", "held-out rollouts", f"{error} (it need not run yet for a dry run)")
+    except MRRewardError as error:
+        return Finding("red", "held-out rollouts", str(error))
 
 
 def examine_machine(model: str | None = None, *, score: bool = False) -> list[Finding]:
@@ -208,6 +228,7 @@ def _check_run(run: PlannedRun) -> list[Finding]:
         *_check_rewards(run),
         *_check_policy(run),
         *_check_vllm(run),
+        *([] if run.recipe.heldout_rollouts is None else [check_rollouts(run.recipe.heldout_rollouts)]),
     ]
     return [*findings, *check_reward_of_run(run, try_it=may_start(findings))]
 

@@ -36,18 +36,21 @@ from mr_reward.errors import (
     OverLengthError,
     ScoringServerError,
 )
-from mr_reward.groups import ResponseGroup
+from mr_reward.evaluation.benchmarks import open_benchmark
+from mr_reward.evaluation.evaluator import report_rollouts
+from mr_reward.groups import ResponseGroup, Scorer
 from mr_reward.hub import why_missing
 from mr_reward.model.configuration import MultiResponseRewardConfig, RewardMemory
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.scorer import GroupScorer
-from mr_reward.runs.recipe import scorer_options
+from mr_reward.runs.recipe import PolicyArguments, scorer_options
 from mr_reward.scorers.opening import open_scorer, require_local
 from mr_reward.templates.rendering import template_hash
 
 if TYPE_CHECKING:
     from mr_reward.doctor.examine import PlannedRun
 
+_ROLLOUTS = "held-out rollouts"
 _SERVER_SECONDS = 2.0  # a scoring server that runs answers at once
 _ROUNDING = 1e-4  # of float32 scores of a tiny model; scores of different texts differ by more
 _GB = 1e9
@@ -228,6 +231,36 @@ def score_whole(model: str | MultiResponseRewardModel, prompts: Sequence[Respons
         return _check_scores(scorer, prompts, "score", "the model itself")
     except MRRewardError as error:
         return Finding("red", "score", str(error))
+
+
+def check_rollouts(path: str) -> Finding:
+    """Whether the held-out rollouts of a run can be read, and say anything; nothing is scored."""
+    try:
+        groups = [item.group for item in open_benchmark("rollouts", path)]
+    except (MRRewardError, OSError, ValueError) as error:
+        return Finding("red", _ROLLOUTS, str(error))
+    mixed = sum(len(set(group.rankings or ())) > 1 for group in groups)
+    text = f"{path}: {len(groups)} groups, {mixed} of them with right and wrong responses"
+    if not mixed:
+        return Finding("red", _ROLLOUTS, f"{text}; give more rollouts of a prompt, or harder prompts")
+    return Finding("green", _ROLLOUTS, text)
+
+
+def judge_rollouts(recipe: PolicyArguments, scorer: Scorer) -> Finding:
+    """How often a right one of the held-out rollouts scores above a wrong one, with the recipe's limit."""
+    report = report_rollouts(scorer, str(recipe.heldout_rollouts))
+    shown = [
+        f"{what} {number.value:.3f} (95 %: {number.low:.3f} to {number.high:.3f})"
+        for what, number in zip(
+            ("right above wrong", "best of N", "calibration error"), report.metrics.values(), strict=False
+        )
+    ]
+    dropped = len(report.records) - len(report.kept)
+    text = f"{', '.join(shown)} on {report.num_mixed} of {len(report.records)} groups, {dropped} dropped"
+    if report.metrics["right_above_wrong"].value >= recipe.min_right_above_wrong:
+        return Finding("green", _ROLLOUTS, text)
+    limit = f"below min_right_above_wrong={recipe.min_right_above_wrong:g}"
+    return Finding("yellow", _ROLLOUTS, f"{text}: {limit}; train the reward model on rollouts of this policy")
 
 
 def _check_scores(scorer: GroupScorer, prompts: Sequence[ResponseGroup], what: str, how: str) -> Finding:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as default
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,14 @@ def _rewardbench_2(row: Row) -> EvaluationItem:
     return replace(item, facts=facts)
 
 
+def _rollouts(row: Row) -> EvaluationItem:
+    """A ranked group as `load_preferences` reads it. Groups of one prompt (media by their names) belong together."""
+    group = group_from_row(row, "", ranked=True)
+    prompt = repr((group.messages, group.images, group.videos)).encode("utf-8", "backslashreplace")
+    facts = {"prompt": sha256(prompt).hexdigest()[:16]}
+    return EvaluationItem(uid=group.id or "", category=group.source or "all", group=group, facts=facts)
+
+
 _BENCHMARKS = (
     Benchmark(
         name="vl_rewardbench",
@@ -368,6 +377,13 @@ _BENCHMARKS = (
         title="ranked groups",
         summarise=official.n_way,
         headline=("best_of_n", "pairwise", "tau_b"),
+    ),
+    Benchmark(
+        name="rollouts",
+        title="held-out rollouts",
+        read=_rollouts,
+        summarise=official.rollouts,
+        headline=("right_above_wrong", "best_of_n", "calibration_error"),
     ),
 )
 BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in _BENCHMARKS}

@@ -21,7 +21,7 @@ from mr_reward.data.jsonl import ResumableJsonLines
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.benchmarks import EvaluationItem, open_benchmark
 from mr_reward.evaluation.official import ItemRecord, bad_row
-from mr_reward.evaluation.report import ITEMS, Report, read_records, read_report, write_report
+from mr_reward.evaluation.report import ITEMS, Report, make_report, read_records, read_report, write_report
 from mr_reward.groups import GroupScores, ResponseGroup, Scorer, score_each
 from mr_reward.metrics import ranking_metrics
 
@@ -168,6 +168,16 @@ def evaluate_benchmark(
     report = replace(report, bad_rows=[*data.bad_rows, *report.bad_rows])
     write_report(report, out)
     return report
+
+
+def report_rollouts(scorer: Scorer, source: str | Path, *, seed: int = 0) -> Report:
+    """The benchmark `rollouts` as a run scores its groups, each once and in a drawn order; nothing is written."""
+    data = open_benchmark("rollouts", source)
+    items = list(data)
+    orders = [draw_orders(item.uid, item.group.num_responses, 1, seed)[0] for item in items]
+    results = score_in_orders(scorer, [item.group for item in items], orders)
+    records = [_record(item, [order], [found]) for item, order, found in zip(items, orders, results, strict=True)]
+    return make_report(data.benchmark, {"source": data.source, "seed": seed}, records)
 
 
 def draw_orders(uid: str, num_responses: int, num_orders: int, seed: int) -> list[tuple[int, ...]]:

@@ -22,12 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mr_reward.errors import ConfigurationError
-from mr_reward.metrics import kendall_tau_b
+from mr_reward.metrics import kendall_tau_b, right_above_wrong
 
 Array = NDArray[np.float64]
 _TOGETHER = ("id", "prompt")  # facts: items that share one are drawn together
 _BAD = "bad row: "
 _BLOCK = 1 << 22  # weights in memory at a time
+_NUM_BINS = 10  # of the probabilities whose calibration is looked at
 _strict_pair, _best_of_n, _tau_b, _category = map(attrgetter, ("strict_pair", "best_of_n", "tau_b", "category"))
 
 
@@ -102,6 +103,23 @@ class Judged:
     def tau_b(self) -> float:
         """Kendall's tau-b; NaN where it is not defined or the item was dropped."""
         return math.nan if self.scores is None else kendall_tau_b([self.scores], [self.rankings]).mean
+
+    @cached_property
+    def is_mixed(self) -> bool:
+        """Whether some responses are right (of the best rank) and others wrong."""
+        return min(self.rankings) < max(self.rankings)
+
+    @cached_property
+    def right_above_wrong(self) -> float:
+        """Of a mixed item, see `mr_reward.metrics.right_above_wrong`."""
+        return 0.0 if self.scores is None else right_above_wrong(self.scores, [-rank for rank in self.rankings])
+
+    @cached_property
+    def claim(self) -> tuple[float, float]:
+        """What the softmax gives the highest score, and what it should have given: 1 / (right ones) if it is right."""
+        assert self.scores is not None
+        right = list(self.rankings).count(min(self.rankings))
+        return 1.0 / float(np.exp(np.subtract(self.scores, max(self.scores))).sum()), self.best_of_n / right
 
 
 Credit = Callable[[Judged], float]
@@ -205,6 +223,57 @@ def n_way(part: _Part) -> dict[str, Array]:
             for name, members in parts.items():
                 found[f"best_of_n/{name}"] = members.mean(_best_of_n)
                 found[f"pairwise/{name}"] = _pairwise(members, 0.5)
+    return found
+
+
+@Metric
+def rollouts(part: _Part) -> dict[str, Array]:
+    """Is a judge fit for a policy? Its rollouts in groups with right and wrong ones; the others do not count.
+
+    Right is what shares the best rank of its group. `right_above_wrong`: mean over groups, equal scores half (also for
+    each category, if several); `best_of_n`, see `Judged`; `calibration_error`, see `reliability`.
+    """
+    mixed = part.only([i for i, item in enumerate(part.items) if item.is_mixed])
+    found = {
+        "right_above_wrong": mixed.mean(attrgetter("right_above_wrong")),
+        "best_of_n": mixed.mean(_best_of_n),
+        "calibration_error": _calibration_error(mixed),
+    }
+    by_category = mixed.by(_category)
+    if len(by_category) > 1:
+        for name, members in by_category.items():
+            found[f"right_above_wrong/{name}"] = members.mean(attrgetter("right_above_wrong"))
+    return found
+
+
+def _calibration_error(part: _Part) -> Array:
+    """Expected calibration error (Guo et al., arXiv 1706.04599): the mean gap of the bins of `reliability`."""
+    part = part.only([i for i, item in enumerate(part.items) if item.scores is not None])
+    gaps = np.zeros((len(part.items), _NUM_BINS))
+    for own, item in zip(gaps, part.items, strict=True):
+        own[_bin(item)] = np.subtract(*item.claim)
+    return _divide(np.abs(part.weights @ gaps).sum(1), part.weights.sum(1))
+
+
+def _bin(item: Judged) -> int:
+    return min(int(item.claim[0] * _NUM_BINS), _NUM_BINS - 1)
+
+
+def reliability(items: Sequence[Judged]) -> list[dict[str, float]]:
+    """Ten equal bins of the probability that the softmax over a group's scores gives its highest one.
+
+    Of each that is not empty `groups`, the mean `probability`, and `right`: how often that response is the best one.
+    Where several are right, each is it with the same chance, as in the target of the loss `best_of_n`. Only groups
+    with right and wrong responses that were scored are looked at.
+    """
+    bins: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
+    for item in items:
+        if item.is_mixed and item.scores is not None:
+            bins[_bin(item)].append(item.claim)
+    found = []
+    for _, claims in sorted(bins.items()):
+        probability, right = np.mean(claims, axis=0)
+        found.append({"groups": len(claims), "probability": float(probability), "right": float(right)})
     return found
 
 

@@ -102,6 +102,18 @@ def plot_sizes(records: Sequence[ItemRecord], path: str | Path, *, title: str = 
     _save_labelled(figure, axis, path, "responses of an item, N", "best of N")
 
 
+def plot_reliability(bins: Sequence[Mapping[str, float]], path: str | Path, *, title: str = "") -> None:
+    """Draw how often the highest-scored response is the best one, against the probability that its score claims."""
+    figure, axis = _single((4.2, 4.0), title)
+    claimed, right = [one["probability"] for one in bins], [one["right"] for one in bins]
+    most = max(one["groups"] for one in bins)
+    axis.plot([0, 1], [0, 1], color=_GREY, linestyle="--", label="calibrated")
+    axis.scatter(claimed, right, s=[20 + 180 * one["groups"] / most for one in bins], color=_BLUE, label="groups")
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 1)
+    _save_labelled(figure, axis, path, "probability of the highest-scored response", "share where it is the best")
+
+
 def plot_position_bias(records: Sequence[ItemRecord], path: str | Path, *, title: str = "") -> None:
     """Draw how often the winner stood in each slot, beside how often the best response did."""
     most = max(len(record.rankings) for record in records)

@@ -18,8 +18,8 @@ from rich.table import Table
 from mr_reward.data.jsonl import ResumableJsonLines
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.benchmarks import Benchmark, get_benchmark
-from mr_reward.evaluation.official import Interval, ItemRecord, Judged, intervals, paired_interval
-from mr_reward.evaluation.plots import plot_items, plot_metrics, plot_position_bias, plot_sizes
+from mr_reward.evaluation.official import Interval, ItemRecord, Judged, intervals, paired_interval, reliability
+from mr_reward.evaluation.plots import plot_items, plot_metrics, plot_position_bias, plot_reliability, plot_sizes
 from mr_reward.metrics import order_flip_rate, score_length_correlation
 
 ITEMS = "items.jsonl"
@@ -45,6 +45,11 @@ class Report:
     def kept(self) -> list[ItemRecord]:
         """Items that were scored."""
         return [record for record in self.records if record.scores is not None]
+
+    @property
+    def num_mixed(self) -> int:
+        """Items with a best response and a worse one."""
+        return sum(len(set(record.rankings)) > 1 for record in self.records)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -100,12 +105,17 @@ def write_report(report: Report, folder: str | Path) -> None:
         "score_length_correlation": score_length_correlation(first, lengths) if kept else math.nan,
         "leaderboard_row": leaderboard_row(report),
     }
+    if "calibration_error" in report.metrics:
+        content["items_with_right_and_wrong"] = report.num_mixed
+        content["reliability"] = reliability(_orders(report.records)[0])
     (folder / "results.json").write_text(json.dumps(_without_nan(content), indent=2) + "\n", encoding="utf-8")
     title = f"{report.benchmark.title}, {report.header['scorer'].split(' ')[0]}"
     plot_metrics(report.metrics, folder / "metrics.png", title=title)
     if kept:
         plot_items(kept, folder / "length.png", title=title)
         plot_sizes(kept, folder / "group_size.png", title=title)
+    if content.get("reliability"):
+        plot_reliability(content["reliability"], folder / "reliability.png", title=title)
     if report.order["orders"] > 1 and kept:
         plot_position_bias(kept, folder / "position.png", title=title)
 
@@ -149,6 +159,9 @@ def show_report(report: Report, console: Console) -> None:
         f"{report.equal_scores} with equal highest scores; in {num_orders} orders the winner changes for "
         f"{report.order['flip_rate']:.1%}, a score by {report.order['score_spread']:.3g}"
     )
+    if "right_above_wrong" in report.metrics:
+        of_all = f"{report.num_mixed} of {len(report.records)} groups"
+        console.print(f"{of_all} have right and wrong responses; the others, all right or all wrong, do not count")
     for row in report.bad_rows[:_SHOWN_BAD_ROWS]:
         console.print(f"bad: {row}", markup=False, highlight=False, soft_wrap=True)
     if report.bad_rows:

@@ -33,7 +33,7 @@ from mr_reward.grpo.groups import (
     updates_per_generation,
     with_opening,
 )
-from mr_reward.grpo.telemetry import GroupLog, describe_rows, measure, win_rate
+from mr_reward.grpo.telemetry import GroupLog, agreement, describe_rows, measure, win_rate
 from mr_reward.model.rows import check_over_length
 from mr_reward.scorers.opening import is_url, open_scorer
 from mr_reward.templates.chat import is_prefilled
@@ -198,6 +198,7 @@ class MultiResponseReward:
         self.num_generations_eval = sizes[1]
         self.reward = reward
         self.last_scored: list[ScoredGroup] = []
+        self._last_results: list[GroupScores] = []  # of all ranks
         self._group_log = group_log
         self._scorer: Scorer
         if server is None:
@@ -217,7 +218,7 @@ class MultiResponseReward:
             if not is_url(server):
                 raise ConfigurationError(f"server is {server!r}, expected http://host:port")
             self._scorer = open_scorer(server, token=server_token, expected_hash=server_hash)
-        self._exchange = Exchange(timeout=timedelta(seconds=timeout))
+        self.exchange = Exchange(timeout=timedelta(seconds=timeout))
         self._ranks_agree = False
         self._told_of_openings = self._told_of_prefill = False
 
@@ -252,7 +253,7 @@ class MultiResponseReward:
         evaluating = is_evaluating(log_metric)
         # As the trainer's log counts: what is scored after two steps is for the third, which logs itself as 3.
         step = None if state is None else state.global_step + (not evaluating)
-        with self._exchange.fail_together("reading the rollouts") as phase:
+        with self.exchange.fail_together("reading the rollouts") as phase:
             size = group_size(log_metric, self.num_generations, self.num_generations_eval)
             local, rows = read_rollouts(prompts, completions, kwargs)
             references = read_references(kwargs)
@@ -264,8 +265,8 @@ class MultiResponseReward:
         self._ranks_agree = True
         plan = plan_groups(rows_by_rank, size)
 
-        rank = self._exchange.rank
-        with self._exchange.fail_together("scoring") as phase:
+        rank = self.exchange.rank
+        with self.exchange.fail_together("scoring") as phase:
             own = [group for group in plan if group.owner == rank]
             prefix = "" if step is None else f"step {step} "
             phase.at = _name_groups(prefix, own)
@@ -282,7 +283,7 @@ class MultiResponseReward:
                     num_steps=updates_per_generation(args) if hasattr(args, "num_iterations") else 1,
                 )
         by_index = {index: result for scored, *_ in phase.gathered for index, result in scored.items()}
-        ordered = [by_index[group.index] for group in plan]
+        ordered = self._last_results = [by_index[group.index] for group in plan]
 
         if log_metric is not None:
             metrics = measure(plan, ordered, math.fsum(seconds for _, seconds, _ in phase.gathered))
@@ -306,6 +307,20 @@ class MultiResponseReward:
             yield
         finally:
             self.last_scored, self._group_log = kept
+
+    @property
+    def scorer(self) -> Scorer:
+        """What scores the groups."""
+        return self._scorer
+
+    def agreement(self, truths: Sequence[float | None]) -> dict[str, float]:
+        """How the scores of the last call agree with the truth of its rows, those of all ranks."""
+        if len(truths) != sum(len(result.truncated) for result in self._last_results):
+            raise ConfigurationError(
+                f"got {len(truths)} values of a truth, expected one for each rollout that the reward model has just "
+                "scored; put it behind the reward model in reward_funcs"
+            )
+        return agreement(self._last_results, truths)
 
     def _weights_digest(self) -> str:
         """Checksum of the model that scores for this rank: its own, or that of its server."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mr_reward.data.groups_file import ScoredGroup, write_scored
 from mr_reward.errors import whole_number
 from mr_reward.groups import GroupScores, dense_ranks
 from mr_reward.grpo.groups import PlannedGroup
+from mr_reward.metrics import right_above_wrong
 
 COLUMN_KEYS = (
     "mr_reward_group",
@@ -24,6 +26,7 @@ COLUMN_KEYS = (
     "mr_reward_duplicate_of",
     "mr_reward_truncated",
 )
+RIGHT_ABOVE_WRONG = "mr_reward/right_above_wrong"
 
 
 def measure(plan: Sequence[PlannedGroup], results: Sequence[GroupScores], seconds: float) -> dict[str, float]:
@@ -64,6 +67,24 @@ def measure(plan: Sequence[PlannedGroup], results: Sequence[GroupScores], second
 def win_rate(shares: Iterable[float]) -> dict[str, float]:
     """The metric of prompts that have a reference: the mean over groups of the share of responses that beat it."""
     return {"mr_reward/win_rate": _mean(shares)}
+
+
+def agreement(results: Sequence[GroupScores], truths: Iterable[float | None]) -> dict[str, float]:
+    """The metric of runs with a truth, which has a value for each row of the global batch, or None.
+
+    The mean of `mr_reward.metrics.right_above_wrong` over the scored groups with right and wrong responses.
+    """
+    rows, shares = iter(truths), []
+    for result in results:
+        own = list(islice(rows, len(result.truncated)))
+        known = [
+            (score, truth)
+            for score, truth in zip(result.scores or (), own, strict=result.scores is not None)
+            if truth is not None and not math.isnan(truth)
+        ]
+        if known:
+            shares.append(right_above_wrong(*zip(*known, strict=True)))
+    return {RIGHT_ABOVE_WRONG: _mean(share for share in shares if not math.isnan(share))}
 
 
 def describe_rows(plan: Sequence[PlannedGroup], results: Sequence[GroupScores]) -> dict[str, list[Any]]:

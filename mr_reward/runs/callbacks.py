@@ -28,6 +28,7 @@ from mr_reward.errors import ConfigurationError, whole_number
 from mr_reward.evaluation.plots import plot_curves
 from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.reward import MultiResponseReward
+from mr_reward.grpo.telemetry import RIGHT_ABOVE_WRONG
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 _TRAINING_PANELS = {
     "score of the reward model": ("mr_reward/score_mean",),
     "share above the reference": ("mr_reward/win_rate",),
+    "right scored above wrong": (RIGHT_ABOVE_WRONG,),
     "spread within groups": ("mr_reward/score_spread", "mr_reward/zero_spread_groups"),
     "order": ("mr_reward/order_flip_rate",),
     "length": ("mr_reward/score_length_correlation",),
@@ -42,6 +44,7 @@ _TRAINING_PANELS = {
 _VALIDATION_PANELS = {
     "score of the reward model": ("eval_mr_reward/score_mean", "eval_ema_mr_reward/score_mean"),
     "share above the reference": ("eval_mr_reward/win_rate", "eval_ema_mr_reward/win_rate"),
+    "right scored above wrong": (f"eval_{RIGHT_ABOVE_WRONG}", f"eval_ema_{RIGHT_ABOVE_WRONG}"),
     "within groups": ("eval_mr_reward/score_spread", "eval_mr_reward/score_length_correlation"),
     "responses": ("eval_mr_reward/duplicate_responses", "eval_mr_reward/repeated_text"),
 }
@@ -65,6 +68,7 @@ class WarningSigns:
         repeated_text: share of a response that it has said before.
         truths: further metrics, such as `rewards/handwriting_accuracy/mean`, that must not fall while the score rises.
         fall: how far below its start such a metric may be, in its own units.
+        right_above_wrong: share of the pairs of a right and a wrong rollout whose right one has to score higher.
 
     Example:
         >>> signs = WarningSigns(window=1)
@@ -82,6 +86,7 @@ class WarningSigns:
     repeated_text: float = 0.5
     truths: Sequence[str] = ()
     fall: float = 0.05
+    right_above_wrong: float = 0.0
     _values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list), init=False, repr=False)
     _last_seen: dict[str, int] = field(default_factory=dict, init=False, repr=False)
     _count: int = field(default=0, init=False, repr=False)
@@ -128,6 +133,12 @@ class WarningSigns:
         repeated = self._now("mr_reward/repeated_text")
         if repeated > self.repeated_text:
             signs["repeated_text"] = f"{repeated:.0%} of the responses' text repeats itself; read the samples"
+        agreement = self._now(RIGHT_ABOVE_WRONG)
+        if agreement < self.right_above_wrong:
+            signs["right_above_wrong"] = (
+                f"right rollouts score above wrong ones in only {agreement:.0%} of the pairs (limit "
+                f"{self.right_above_wrong:.0%}); train the reward model on rollouts of this policy"
+            )
         start, now = self._start_and_now("mr_reward/score_mean")
         for key in self.truths if now > start else ():
             before, after = self._start_and_now(key)

@@ -6,16 +6,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mr_reward.data.decontamination import decontaminate
 from mr_reward.data.groups_file import load_preferences
 from mr_reward.errors import ConfigurationError
 from mr_reward.groups import ResponseGroup
 from mr_reward.training.trainer import RewardTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 # Gets the recipe's arguments and, by name, `evaluation` (whether these are the groups to evaluate on), `seed` and
 # `limit` (at most so many, or None).
@@ -40,6 +44,14 @@ class RewardModelArguments:
         default=None, metadata={"help": "Files or folders of ranked groups, hub ids, or a name in sources"}
     )
     eval_file: list[str] | None = field(default=None, metadata={"help": "The same for evaluation"})
+    decontaminate: bool = field(
+        default=False,
+        metadata={"help": "Leave out training groups that share prompt, media or text with eval_file"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.decontaminate and not self.eval_file:
+            raise ConfigurationError("decontaminate is on without eval_file; name what must not be trained on")
 
 
 def named_sets(arguments: RewardModelArguments, *, evaluation: bool = False) -> dict[str, str]:
@@ -75,11 +87,33 @@ def load_sets(
     }
 
 
+def without_evaluation(
+    sets: Mapping[str, list[ResponseGroup]], evaluation: Mapping[str, list[ResponseGroup]]
+) -> dict[str, list[ResponseGroup]]:
+    """The training sets without the groups that meet an evaluation set, by `decontaminate`; how many is logged."""
+    clean = {}
+    for name, groups in sets.items():
+        found = decontaminate(groups, evaluation)
+        reasons = ", ".join(f"{count} by {reason} of {other}" for (_, other, reason), count in found.counts.items())
+        told = f"{name}: decontaminate leaves out {len(found.removed)} of {len(groups)} groups ({reasons or 'none'})"
+        if not found.kept:
+            raise ConfigurationError(f"{told}, all share something with eval_file; train on other prompts")
+        logger.log(logging.WARNING if found.removed else logging.INFO, told)
+        clean[name] = found.kept
+    return clean
+
+
 def training_data(
-    arguments: RewardModelArguments, args: RewardTrainingArguments, sets: Mapping[str, Sequence[ResponseGroup]]
+    arguments: RewardModelArguments,
+    args: RewardTrainingArguments,
+    sets: Mapping[str, Sequence[ResponseGroup]],
+    shares: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """For the model card a row for each set of `load_sets`: what it is, and how and with what was trained on it."""
-    shown = ("loss", "seed", "learning_rate", "num_train_epochs", "max_steps")
+    """For the model card a row for each set of `load_sets`: what it is, and how and with what was trained on it.
+
+    `shares` are those of the `RewardTrainer`.
+    """
+    shown = ("loss", "binary_labels", "seed", "learning_rate", "num_train_epochs", "max_steps")
     how = {name: getattr(args, name) for name in shown}
     how["made with"] = ", ".join(f"{name} {version(name)}" for name in ("mr-reward", "torch", "transformers", "peft"))
     rows = []
@@ -88,5 +122,6 @@ def training_data(
         if Path(place).is_file():
             with open(place, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-        rows.append({"name": name, "groups": len(sets[name]), "SHA-256": digest, **how})
+        share = {} if shares is None else {"share": f"{shares[name]:.1%}"}
+        rows.append({"name": name, "groups": len(sets[name]), **share, "SHA-256": digest, **how})
     return rows

@@ -22,6 +22,7 @@ from mr_reward.groups import ResponseGroup
 from mr_reward.grpo.groups import read_rollouts
 from mr_reward.grpo.reward import REWARD_TRANSFORMS, MultiResponseReward
 from mr_reward.grpo.telemetry import GroupLog
+from mr_reward.grpo.truth import Truth
 from mr_reward.hub import why_missing
 from mr_reward.model.rows import OVER_LENGTH_POLICIES
 from mr_reward.scorers.opening import DTYPES, PLACEMENTS
@@ -69,6 +70,16 @@ class PolicyArguments:
     # As `trl.rewards.accuracy_reward`, or, where a call makes them, `trl.rewards.get_repetition_penalty_reward()`; in
     # this order after the reward model and the truths of a `PromptSource` in `reward_weights`.
     extra_reward_funcs: list[str] = field(default_factory=list, metadata={"help": "Import paths"})
+    # Import paths as above, of functions that know what is right: truths for a data set that comes without them.
+    verifiers: list[str] = field(default_factory=list, metadata={"help": "Import paths of rewards that are the truth"})
+    # Ranked groups of the policy's own rollouts, for prompts that the reward model was not trained on.
+    heldout_rollouts: str | None = field(
+        default=None, metadata={"help": "File of ranked rollouts that the reward model is tried on at the start"}
+    )
+    min_right_above_wrong: float = field(
+        default=0.0,
+        metadata={"help": "Warn where right rollouts score above wrong ones in a smaller share of pairs"},
+    )
     # With the columns `prompt` (text or messages) and, if there are any, `image(s)`.
     dataset: str | None = field(default=None, metadata={"help": "File, hub id, or a name in sources"})
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set"})
@@ -97,6 +108,12 @@ class PolicyArguments:
         for name in ("reward_max_tokens", "reward_num_orders"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0.0 <= self.min_right_above_wrong <= 1.0:
+            problems.append(f"min_right_above_wrong is {self.min_right_above_wrong}, expected a share from 0 to 1")
+        source = self.sources.get(self.dataset or "")
+        tells = self.heldout_rollouts or self.verifiers or (source is not None and source.truths)
+        if self.min_right_above_wrong and not tells:
+            problems.append("min_right_above_wrong needs heldout_rollouts, or verifiers, which know what is right")
         if self.log_groups_steps < 0:
             problems.append(f"log_groups_steps is {self.log_groups_steps}, expected 0 for never, or more")
         if self.ema_half_life < 0:
@@ -175,9 +192,10 @@ def make_reward(arguments: PolicyArguments, args: GRPOConfig) -> MultiResponseRe
 
 
 def truths(arguments: PolicyArguments) -> list[Callable[..., Any]]:
-    """The reward functions that come with the data set."""
+    """The reward functions that know what is right: those that come with the data set, and the recipe's verifiers."""
     source = arguments.sources.get(arguments.dataset or "")
-    return [] if source is None else list(source.truths)
+    verifiers = [import_reward(path, option="verifiers") for path in arguments.verifiers]
+    return [*(() if source is None else source.truths), *verifiers]
 
 
 def scorer_options(arguments: PolicyArguments) -> dict[str, Any]:
@@ -191,12 +209,19 @@ def scorer_options(arguments: PolicyArguments) -> dict[str, Any]:
     }
 
 
-def other_rewards(arguments: PolicyArguments, args: GRPOConfig) -> list[Callable[..., Any]]:
-    """The reward functions beside the reward model; sets the weights that the recipe leaves open."""
+def other_rewards(
+    arguments: PolicyArguments, args: GRPOConfig, reward: MultiResponseReward | None = None
+) -> list[Callable[..., Any]]:
+    """The reward functions beside the reward model; sets the weights that the recipe leaves open.
+
+    The first truth is held against the scores of `reward`, if that is given.
+    """
     extra = [import_reward(path) for path in arguments.extra_reward_funcs]
     known = truths(arguments)
     if known:
         args.reward_weights = args.reward_weights or [1.0, *(0.0 for _ in known), *(1.0 for _ in extra)]
+    if known and reward is not None:
+        known[0] = Truth(known[0], reward)
     return [*known, *extra]
 
 

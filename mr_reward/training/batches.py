@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 
 from mr_reward.data.degenerate import MASTER_KEYS, with_degenerate_negative
 from mr_reward.errors import ConfigurationError, GroupError, OverLengthError
-from mr_reward.groups import ResponseGroup, undo_order
+from mr_reward.groups import ResponseGroup, dense_ranks, undo_order
 from mr_reward.metrics import ranking_metrics
 from mr_reward.model.rows import Packer, Rows, collate
 from mr_reward.templates.rendering import Renderer
@@ -33,6 +34,25 @@ logger = logging.getLogger(__name__)
 CheckedGroups = list[tuple[ResponseGroup, int]]
 
 
+def _without_repeats(group: ResponseGroup) -> ResponseGroup:
+    """The group with each text once, or its pairs would count twice. Where its ranks differ, their mean decides."""
+    places: dict[str, list[int]] = {}
+    for i, text in enumerate(group.responses):
+        places.setdefault(text, []).append(i)
+    if len(places) == group.num_responses:
+        return group
+    ranks: Any = group.rankings
+    once = group.select([own[0] for own in places.values()])
+    means = [fmean(ranks[i] for i in own) for own in places.values()]
+    return replace(once, prompt=once.messages, rankings=dense_ranks(means))
+
+
+def _best_against_rest(group: ResponseGroup) -> ResponseGroup:
+    """The group with rankings that say no more than which responses are best, all of them: 1, and 2 for the others."""
+    ranks: Any = group.rankings
+    return replace(group, prompt=group.messages, rankings=[1 + (rank > 1) for rank in ranks])
+
+
 def check_groups(
     groups: Sequence[ResponseGroup],
     packer: Packer,
@@ -41,24 +61,32 @@ def check_groups(
     training: bool = True,
     max_responses: int | None = None,
     degenerate_negatives: bool = False,
+    same_text_once: bool = False,
+    binary_labels: bool = False,
     show_progress: bool = True,
 ) -> CheckedGroups:
     """Read every group once before the first step: images open, rankings are there, rows fit.
 
-    Training leaves out groups whose responses are all tied, which teach nothing. What is dropped or will be truncated
-    is logged with its count; a prompt that fills the row by itself drops the group under `truncate_responses` too.
+    Training leaves out groups whose responses are all tied, which teach nothing; with `same_text_once` it takes a text
+    that a group holds several times once, with `binary_labels` it knows no more than which responses are best. What is
+    dropped or will be truncated is logged with its count; a prompt that fills the row by itself drops the group under
+    `truncate_responses` too.
     """
     kept: CheckedGroups = []
-    num_truncated = num_tied = num_dropped = 0
+    num_truncated = num_tied = num_dropped = num_repeats = 0
     for group in tqdm(groups, desc=f"checking {name} groups", disable=not show_progress):
         if group.rankings is None or group.num_responses < 2:
             raise GroupError(
                 f"{group.name}: {group.num_responses} responses and rankings {group.rankings}, training needs at "
                 "least 2 ranked responses; remove the group or rank it"
             )
-        if training and len(set(group.rankings)) == 1:
-            num_tied += 1
-            continue
+        if training:
+            once = _without_repeats(group) if same_text_once else group
+            num_repeats += group.num_responses - once.num_responses
+            group = _best_against_rest(once) if binary_labels else once
+            if len(set(group.rankings or ())) == 1:
+                num_tied += 1
+                continue
         longest = _longest(group, packer.renderer, max_responses, degenerate_negatives)
         try:
             row = packer.pack(longest)
@@ -71,6 +99,8 @@ def check_groups(
             continue
         kept.append((group, row.num_tokens))
         num_truncated += sum(row.truncated[0])
+    if num_repeats:
+        logger.warning("%s: left out %d responses, a group holds the same text before them", name, num_repeats)
     if num_tied:
         logger.warning("%s: dropped %d of %d groups, all their responses are tied", name, num_tied, len(groups))
     if num_dropped or num_truncated:
@@ -121,6 +151,7 @@ class TrainingGroups(Dataset):
         if weights is not None:
             per_weight = max(size / weight for size, weight in zip(sizes, weights, strict=True))
             counts = [round(per_weight * weight) for weight in weights]
+        self.counts = counts  # of each source, in an epoch
         self._items = [
             source[i % len(source)] for source, count in zip(sources, counts, strict=True) for i in range(count)
         ]

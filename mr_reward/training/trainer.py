@@ -67,7 +67,10 @@ class RewardTrainingArguments(TrainingArguments):
         max_responses: train on random subsets of at most so many responses per row, drawn again every epoch; None for
             all responses.
         degenerate_negatives: probability with which a training row gets one worthless response, ranked last.
-        mixture_weights: share of each training set, in their order; None for their sizes.
+        mixture_weights: share of each training set, in their order; None for their sizes. What comes of it is logged.
+        same_text_once: take a text that a group holds several times once; where its ranks differ, their mean decides.
+        binary_labels: train on the best responses of a group, all that share rank 1, against all others, whatever else
+            its rankings say. A degenerate negative still is below both.
         eval_orders: 2 scores every evaluation group in a second order and reports `order_flip_rate`; 1 saves the time.
 
     Raises:
@@ -92,6 +95,12 @@ class RewardTrainingArguments(TrainingArguments):
     )
     mixture_weights: list[float] | None = field(
         default=None, metadata={"help": "Share of each training set, None for their sizes"}
+    )
+    same_text_once: bool = field(
+        default=False, metadata={"help": "Take a text that a group holds several times once, at its mean rank"}
+    )
+    binary_labels: bool = field(
+        default=False, metadata={"help": "Train on best against rest: ranks become 1, and 2 for all others"}
     )
     eval_orders: int = field(default=2, metadata={"help": "2 measures order flips in evaluation, 1 saves the time"})
     ddp_backend: str | None = field(default=None, metadata={"help": "gloo without a GPU if DeepSpeed runs"})
@@ -138,7 +147,8 @@ def backend_for_deepspeed(ddp_backend: str | None, *, use_cpu: bool) -> str | No
 class RewardTrainer(Trainer):
     """Trains a reward model on ranked groups; the order of the responses is drawn again every epoch.
 
-    Evaluation reports `mr_reward.training.batches.evaluation_metrics` beside the loss.
+    Evaluation reports `mr_reward.training.batches.evaluation_metrics` beside the loss. `shares` holds the share of an
+    epoch that each training set has, by name.
 
     Args:
         model: the reward model.
@@ -188,6 +198,8 @@ class RewardTrainer(Trainer):
                     name,
                     max_responses=args.max_responses,
                     degenerate_negatives=args.degenerate_negatives > 0.0,
+                    same_text_once=args.same_text_once,
+                    binary_labels=args.binary_labels,
                     show_progress=show_progress,
                 )
                 for name, groups in training_sets.items()
@@ -197,6 +209,9 @@ class RewardTrainer(Trainer):
             degenerate_negatives=args.degenerate_negatives,
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
+        self.shares = {name: count / len(data) for name, count in zip(training_sets, data.counts, strict=True)}
+        mixed = ", ".join(f"{name} {share:.1%}" for name, share in self.shares.items())
+        logger.info("an epoch has %d groups: %s", len(data), mixed)
 
         def evaluation_set(groups: Sequence[ResponseGroup], name: str) -> EvaluationGroups:
             checked = check_groups(groups, eval_packer, name, training=False, show_progress=show_progress)

@@ -42,7 +42,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "load_scorer",
         "run_attacks",
     ],
-    "grpo": ["GroupLog", "MultiResponseReward"],
+    "grpo": ["GroupLog", "MultiResponseReward", "Truth"],
     "integrations": ["compute_score", "compute_score_single", "register"],
     "messages": [],
     "model": ["GroupScorer", "MultiResponseRewardConfig", "MultiResponseRewardModel"],

@@ -25,6 +25,7 @@ import mr_reward.grpo.reward as reward_module
 from mr_reward.errors import MRRewardError
 from mr_reward.groups import GroupScores, ResponseGroup
 from mr_reward.grpo.reward import MultiResponseReward
+from mr_reward.grpo.truth import Truth
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.scorer import memory_advice
 from mr_reward.worlds.tiny import build_llama, build_tokenizer
@@ -103,8 +104,16 @@ def references(num_rows: int, group_size: int) -> list[str | None]:
     return [None if row // group_size % 3 == 2 else f"reference {row // group_size}" for row in range(num_rows)]
 
 
-def call(reward: MultiResponseReward, prompts: list[Any], completions: list[Any], **columns: Any) -> dict[str, Any]:
-    """Call a reward as TRL does; the rewards, or the error, and everything that it logged."""
+def third(completions: list[Any], **_: Any) -> list[float | None]:
+    """A truth of three grades that follows from the text alone; None for some texts."""
+    units = [_unit(completion[-1]["content"]) for completion in completions]
+    return [None if unit < 0.1 else float(int(3 * unit)) for unit in units]
+
+
+def call(
+    reward: MultiResponseReward, prompts: list[Any], completions: list[Any], *, truth: Any = None, **columns: Any
+) -> dict[str, Any]:
+    """Call a reward as TRL does, and a truth behind it; the rewards, or the error, and everything that was logged."""
     metrics: dict[str, float] = {}
     extra: dict[str, list[Any]] = {}
     started = time.monotonic()
@@ -119,6 +128,9 @@ def call(reward: MultiResponseReward, prompts: list[Any], completions: list[Any]
             log_extra=extra.__setitem__,
             **columns,
         )
+        if truth is not None:
+            given = {"prompts": prompts, "completions": completions, "log_metric": metrics.__setitem__}
+            record["truth"] = Truth(truth, reward)(**given)
     except (MRRewardError, ZeroDivisionError, torch.OutOfMemoryError) as error:
         record["error"] = type(error).__name__
         record["message"] = "\n".join([str(error), *getattr(error, "__notes__", [])])
@@ -159,7 +171,9 @@ def run(scenario: str, model: str | None) -> dict[str, Any]:
         mine = slice(rank * rows, (rank + 1) * rows)
         timeout = DEADLINE_SECONDS if scenario.startswith("stall") else 120.0
         reward = MultiResponseReward(model or "fake", size, device="cpu", timeout=timeout)
-        column = {"reference_response": references(rows * world_size, size)[mine]} if scenario == "equal" else {}
+        column: dict[str, Any] = {}
+        if scenario == "equal":
+            column = {"reference_response": references(rows * world_size, size)[mine], "truth": third}
         records[f"{rows}x{size}"] = call(reward, prompts[mine], completions[mine], **column)
         if scenario in ("fail", "memory"):
             # a rollout that cannot be read, on the last rank only; and after two failures a call that works

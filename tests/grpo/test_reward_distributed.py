@@ -113,8 +113,13 @@ def _check_against_a_single_process(records: list[dict[str, Any] | None], world_
             prompts, completions = reward_worker.make_rows(rows * world_size, size)
             column = reward_worker.references(rows * world_size, size)
             expected = reward_worker.call(
-                MultiResponseReward(model, size, device="cpu"), prompts, completions, reference_response=column
+                MultiResponseReward(model, size, device="cpu"),
+                prompts,
+                completions,
+                reference_response=column,
+                truth=reward_worker.third,
             )
+            assert sum((result["truth"] for result in results), []) == expected["truth"]
             assert len(set(expected["rewards"])) >= size - 1  # not all equal; two rows of a group are duplicates
             assert sum((result["rewards"] for result in results), []) == pytest.approx(expected["rewards"], abs=1e-6)
             for column in COLUMN_KEYS:
@@ -126,7 +131,7 @@ def _check_against_a_single_process(records: list[dict[str, Any] | None], world_
 
 
 def _check_metrics(per_rank: list[dict[str, float]], single: dict[str, float]) -> None:
-    keys = (*METRIC_KEYS, "mr_reward/win_rate")
+    keys = (*METRIC_KEYS, "mr_reward/win_rate", "mr_reward/right_above_wrong")
     assert all(tuple(metrics) == keys for metrics in per_rank) and 0 <= per_rank[0]["mr_reward/win_rate"] <= 1
     for key in keys:
         values = [metrics[key] for metrics in per_rank]
