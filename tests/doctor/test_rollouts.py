@@ -36,8 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.backbone.save_pretrained(folder / "policy")
     model.processor.save_pretrained(folder / "policy")
     write_jsonl(folder / "prompts.jsonl", [{"prompt": f"{i}?"} for i in range(4)])
+    # Whatever an untrained model likes is right in some groups and wrong in others.
     rows = [
-        {"prompt": f"{i}?", "responses": [f"{i} {k}" for k in range(4)], "rankings": [1, 2, 1, 2]} for i in range(10)
+        {
+            "prompt": f"{i}?",
+            "responses": [f"{i} {k}" for k in range(4)],
+            "rankings": [2, 1, 2, 1] if i % 3 else [1, 2, 1, 2],
+        }
+        for i in range(10)
     ]
     write_jsonl(folder / "heldout.jsonl", [*rows, {**rows[0], "rankings": [1, 1, 1, 1]}])
     write_jsonl(folder / "right.jsonl", [{**row, "rankings": [1, 1, 1, 1]} for row in rows])
