@@ -1,269 +1,384 @@
-"""GRPO with three judges, everything else equal: multi-response, single-response, and the truth.
+"""The comparison of judges in GRPO, by the product's own commands, one ingredient of the recipe taken away at a time.
 
-    python benchmarks/policy_comparison.py --seeds 0 1 2
+    python benchmarks/policy_comparison.py --world handwriting --arms recipe single truth --seeds 5 6 7
+    python benchmarks/policy_comparison.py --world shapes --seeds 0
 
-The paper's experiment in small, on the handwriting world, harder than the quickstart: three digits and several
-questions. For each seed the same policy, a checkpoint of supervised training, is trained three times by
-`grpo_recipes/train_policy.py`; the judge is:
+For each seed a tiny Qwen3-VL is trained by supervised training. A checkpoint on the way is the weak policy, the end is
+the backbone of the reward models. Then for each arm of `ARMS`, and for each of `--rm_seeds`:
 
-- `multi-response`: layout `set`, cross-entropy over the scores of each group;
-- `single-response`: layout `isolated`, which equals scoring each response alone, with the Bradley-Terry loss on all
-  pairs of the same groups. Same backbone, groups, steps and learning rate as above;
-- `truth`: 1 for a right answer, 0 for others. The ceiling.
+1. `grpo_recipes/collect.py`: N = 8 rollouts of the weak policy for train prompts, and for 512 held-out ones;
+2. `mr-reward label --verifier`: the train rollouts graded, the held-out ones right or wrong;
+3. `grpo_recipes/pretrain_rm.py`: 600 steps of 32 groups, a third of them rollouts in the arms with a mix and all made up
+   in the others. Another RM seed is another draw of the new parts and of the order, on the same groups;
+4. `grpo_recipes/train_policy.py`: 200 steps of 16 prompts x 8 rollouts, with held-out prompts every 25 steps;
+5. greedy accuracy on 1,024 unseen pictures.
 
-During training the held-out validation scans are rolled out at `--eval_steps`; at the end each policy answers unseen
-test scans greedily. A run has *collapsed* if it ends more than five points below where it started. What is finished in
-the output folder is not repeated, so seeds can run side by side (`--no-summary`) and be put together by a last call.
-The last line of stdout is one JSON document; the figure lies beside it.
+What arms share is made once per seed, and nothing that is finished is repeated; a run that was killed goes on with the
+stage that it was in. Different seeds can run side by side. Each cell is a JSON file,
+`docs/results/policy_comparison/WORLD/ARM-seedK-rmJ.json`; `benchmarks/comparison_table.py` makes tables and the figure
+of them, and `benchmarks/judge_guard.py` replays its guard over them.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
+import re
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bands import plot_bands
-from rich.console import Console
-from rich.table import Table
+from comparison_table import COLLAPSE, RESULTS, comparison
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mr_reward import GroupScorer
-from mr_reward.evaluation.evaluator import evaluate_groups
+from mr_reward.evaluation.evaluator import report_rollouts
 from mr_reward.worlds.handwriting_policy import policy_answers
 from mr_reward.worlds.named import WORLDS, world_options
 
 RECIPES = Path(__file__).parents[1] / "grpo_recipes"
-# Judge -> layout and loss of its reward model, and the weights of (reward model, truth) in the reward.
-JUDGES = {
-    "multi-response": ("set", "best_of_n", ("1.0", "0.0")),
-    "single-response": ("isolated", "bradley_terry", ("1.0", "0.0")),
-    "truth": ("set", "best_of_n", ("0.0", "1.0")),
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What decides the rewards: the reward model's layout, loss and data, and the schedule of GRPO's learning rate."""
+
+    layout: str = "set"
+    loss: str = "best_of_n"
+    mix: bool = True  # a third of the groups are rollouts of the weak policy
+    schedule: str = "linear"
+    by_truth: bool = False  # the reward is 1 for a right answer, 0 for others; the reward model only looks on
+
+
+ARMS = {
+    "recipe": Arm(),
+    "no-mix": Arm(mix=False),
+    "all-pairs": Arm(loss="bradley_terry"),
+    "constant-rate": Arm(schedule="constant_with_warmup"),
+    "single": Arm("isolated", "bradley_terry", mix=False),  # the single-response recipe as people build it
+    "single-fair": Arm("isolated"),
+    "causal": Arm("causal"),
+    "truth": Arm(by_truth=True),
 }
-COLLAPSE = 0.05
 
 
-def recipe(script: str, config: str, folder: Path, **options: Any) -> float:
-    """Run a recipe of this repository through its command line, unless its folder is finished; returns seconds."""
-    done = folder / "seconds.json"
-    if not done.is_file():
-        command = [sys.executable, str(RECIPES / script), "--config", str(RECIPES / config)]
-        command += ["--output_dir", str(folder), "--disable_tqdm", "true"]
-        for key, value in options.items():
-            values = value if isinstance(value, list | tuple) else [value]
-            command += [f"--{key}", *map(str, values)]
-        folder.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
-        with open(folder / "log.txt", "w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-        done.write_text(json.dumps(time.perf_counter() - started))
-    return json.loads(done.read_text())
+@dataclass(frozen=True)
+class Setup:
+    """What is particular to a world; `verifiers` know what is right, and how good a wrong answer is."""
+
+    questions: tuple[str, ...]
+    sft_steps: int  # of the reward models' backbone
+    start_step: int  # its checkpoint that GRPO starts from
+    max_tokens: int  # of a rollout; the longest right answer and the end of the turn fit in
+    verifiers: tuple[str, str]
+    num_digits: int = 3  # of handwriting
 
 
-def train_reader(folder: Path, seed: int, options: argparse.Namespace) -> Path:
-    """The reader of the quickstart on the harder questions: its end is the reward models' backbone."""
-    if not (folder / "config.json").is_file():
-        sys.path.insert(0, str(RECIPES))
-        import quickstart
+SETUPS = {
+    "handwriting": Setup(
+        ("read", "largest", "even"),
+        540,
+        270,
+        8,
+        (
+            "mr_reward.worlds.handwriting_policy.handwriting_accuracy",
+            "mr_reward.worlds.handwriting_policy.handwriting_grade",
+        ),
+    ),
+    "shapes": Setup(
+        ("shape", "color"),
+        150,
+        50,
+        12,
+        ("mr_reward.worlds.shapes.shapes_accuracy", "mr_reward.worlds.shapes.shapes_grade"),
+    ),
+}
+# Of a validation: what the guard is replayed by, and the same of the average of the weights.
+CURVE = re.compile(
+    r"step|warning_signs|eval_(ema_)?(rewards/\w+_accuracy/mean|mr_reward/(score_mean|win_rate|right_\w+))"
+)
+_SHARE = re.compile(r"an epoch has .*labelled ([\d.]+)%")
 
-        arguments = quickstart.QuickstartArguments(
-            seed=seed,
-            world=options.world,
-            num_digits=options.num_digits,
-            sft_steps=options.sft_steps,
-            questions=options.questions,
-        )
-        quickstart.train_reader(arguments, folder, options.start_step)
-    return folder / f"checkpoint-{options.start_step}"
+
+class Stage:
+    """Commands in a folder that are run once; how long they took is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._done = folder / "seconds.json"
+
+    def run(self, *commands: list[Any]) -> Path:
+        """Run the commands one after the other, unless they are done; returns the folder."""
+        if not self._done.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            started, cpu = time.perf_counter(), _cpu_of_children()
+            with open(self.folder / "log.txt", "w") as log:
+                for command in commands:
+                    texts = [sys.executable, *map(str, command)]
+                    if subprocess.run(texts, stdout=log, stderr=subprocess.STDOUT).returncode:
+                        raise SystemExit(f"{' '.join(texts)}\nfailed, see {self.folder / 'log.txt'}")
+            seconds = {"wall": time.perf_counter() - started, "cpu": _cpu_of_children() - cpu}
+            self._done.write_text(json.dumps({key: round(value, 1) for key, value in seconds.items()}))
+        return self.folder
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """On the wall and of the CPU, which other programs do not lengthen."""
+        return json.loads(self._done.read_text())
 
 
-def own_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What the world takes, beside a number and a seed."""
-    return world_options(options.world, num_digits=options.num_digits, questions=options.questions)
+def _cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
-def greedy_accuracy(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Share of right greedy answers on unseen test scans, over all questions and for each."""
-    found = folder / "greedy.json"
-    if not found.is_file():
-        tasks = WORLDS[options.world].make_tasks("test", options.test_samples, seed=0, **own_options(options))
-        model = AutoModelForImageTextToText.from_pretrained(folder)
-        answers = policy_answers(model, AutoProcessor.from_pretrained(folder), tasks, show_progress=False)
-        right = [task.is_correct(answer) for task, answer in zip(tasks, answers, strict=True)]
-        result = {"all": statistics.fmean(right)}
-        for question in options.questions:
-            result[question] = statistics.fmean(
-                hit for hit, task in zip(right, tasks, strict=True) if task.question == question
+def recipe(script: str, config: str, **fields: Any) -> list[Any]:
+    """The command of a recipe of this repository."""
+    command = [RECIPES / script, "--config", RECIPES / config]
+    for key, value in fields.items():
+        command += [f"--{key}", *(value if isinstance(value, list | tuple) else [value])]
+    return command
+
+
+def mr_reward(*words: Any) -> list[Any]:
+    """A command of the product's command line."""
+    return ["-c", "from mr_reward.cli.app import main; main()", *words]
+
+
+class Seed:
+    """What all arms of a seed share, and its cells."""
+
+    def __init__(self, seed: int, setup: Setup, options: argparse.Namespace) -> None:
+        self.seed, self.setup, self.options = seed, setup, options
+        self.world: str = options.world
+        self.folder = options.output / options.world / f"seed{seed}"
+        self.asked = {"num_digits": setup.num_digits, "questions": setup.questions}
+
+    @cached_property
+    def backbone(self) -> Path:
+        """The end of supervised training; the weak policy lies in it."""
+        folder = self.folder / "sft"
+        if not (folder / "config.json").is_file():
+            sys.path.insert(0, str(RECIPES))
+            import quickstart
+
+            setup = self.setup
+            arguments = quickstart.QuickstartArguments(
+                seed=self.seed,
+                world=self.world,
+                num_digits=setup.num_digits,
+                questions=list(setup.questions),
+                sft_steps=setup.sft_steps,
             )
-        found.write_text(json.dumps(result))
-    return json.loads(found.read_text())
+            quickstart.train_reader(arguments, folder, setup.start_step)
+        return folder
 
+    @property
+    def weak(self) -> Path:
+        """The checkpoint that GRPO starts from."""
+        return self.backbone / f"checkpoint-{self.setup.start_step}"
 
-def ranking(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """How well a reward model ranks unseen groups of the data it was trained on, and groups of N = 8."""
-    found = folder / "ranking.json"
-    if not found.is_file():
-        scorer = GroupScorer.from_pretrained(folder)
-        result = {}
-        for size in (4, options.num_generations):
-            groups = WORLDS[options.world].make_groups("test", 512, num_responses=size, seed=0, **own_options(options))
-            metrics = evaluate_groups(scorer, groups)
-            result[f"best_of_{size}"] = metrics["best_of_n_accuracy"]
-            result[f"pairwise_{size}"] = metrics["pairwise_accuracy"]
-        found.write_text(json.dumps(result))
-    return json.loads(found.read_text())
+    def accuracy(self, folder: Path) -> float:
+        """Share of right greedy answers on unseen test pictures."""
+        found = folder / "greedy.json"
+        if not found.is_file():
+            own = world_options(self.world, **self.asked)  # type: ignore[arg-type]
+            tasks = WORLDS[self.world].make_tasks("test", self.options.test_samples, seed=0, **own)
+            model = AutoModelForImageTextToText.from_pretrained(folder)
+            answers = policy_answers(model, AutoProcessor.from_pretrained(folder), tasks, show_progress=False)
+            right = statistics.fmean(task.is_correct(answer) for task, answer in zip(tasks, answers, strict=True))
+            found.write_text(json.dumps(right))
+        return json.loads(found.read_text())
 
+    @cached_property
+    def rollouts(self) -> Stage:
+        """`labelled.jsonl`, graded, and `heldout.jsonl`, right or wrong."""
+        stage = Stage(self.folder / "rollouts")
+        truth, graded = self.setup.verifiers
+        commands = []
+        for name, split, count, seed, verifier in (
+            ("labelled", "train", self.options.rollout_prompts, self.seed, graded),
+            ("heldout", "validation", self.options.heldout_prompts, 0, truth),  # the same prompts for every seed
+        ):
+            raw = stage.folder / f"{name}-raw.jsonl"
+            fields = {"dataset": self.world, "dataset_split": split, "num_prompts": count, "seed": seed, "out": raw}
+            commands.append(
+                recipe(
+                    "collect.py",
+                    "collect_tiny_handwriting_cpu.yaml",
+                    policy=self.weak,
+                    num_generations=self.options.num_generations,
+                    max_completion_length=self.setup.max_tokens,
+                    prompts_per_batch=32,
+                    **fields,
+                    **self.asked,
+                )
+            )
+            out = stage.folder / f"{name}.jsonl"
+            commands.append(mr_reward("label", raw, "--verifier", verifier, "--out", out))
+        stage.run(*commands)
+        return stage
 
-def run_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything of one seed."""
-    folder = options.output / f"seed{seed}"
-    weak = train_reader(folder / "sft", seed, options)
-    world = {"num_digits": options.num_digits, "questions": options.questions, "seed": seed}
-    record: dict[str, Any] = {
-        "seed": seed,
-        "start": greedy_accuracy(weak, options),
-        "reward_model_backbone": greedy_accuracy(folder / "sft", options),
-        "judges": {},
-    }
-    for judge, (layout, loss, weights) in JUDGES.items():
-        reward_model = folder / f"rm-{layout}"
-        seconds = recipe(
-            "pretrain_rm.py",
-            "rm_tiny_handwriting_cpu.yaml",
-            reward_model,
-            model_name_or_path=folder / "sft",
-            layout=layout,
-            loss=loss,
-            train_file=options.world,
-            eval_file=options.world,
-            num_train_groups=options.rm_groups,
-            eval_strategy="no",
-            **world,
+    def reward_model(self, arm: Arm, rm_seed: int) -> Stage:
+        """The reward model of an arm, trained; arms that differ in GRPO alone share it."""
+        options = self.options
+        name = f"rm-{arm.layout}-{arm.loss}-{'mix' if arm.mix else 'made-up'}-{rm_seed}"
+        files: list[Any] = [self.world]
+        groups, mixture = options.rm_groups, {}
+        if arm.mix:
+            files.append(self.rollouts.folder / "labelled.jsonl")
+            groups, mixture = 2 * groups // 3, {"mixture_weights": [2, 1]}
+        stage = Stage(self.folder / name)
+        stage.run(
+            recipe(
+                "pretrain_rm.py",
+                "rm_tiny_handwriting_cpu.yaml",
+                model_name_or_path=self.backbone,
+                layout=arm.layout,
+                loss=arm.loss,
+                train_file=files,
+                eval_file=self.world,
+                num_train_groups=groups,
+                num_eval_groups=512,
+                max_steps=options.rm_groups // 32,
+                eval_strategy="no",
+                seed=self.seed + 1000 * rm_seed,
+                groups_seed=self.seed,
+                output_dir=stage.folder,
+                disable_tqdm="true",
+                **mixture,
+                **self.asked,
+            )
         )
-        policy = folder / f"policy-{judge}"
-        grpo_seconds = recipe(
-            "train_policy.py",
-            "policy_tiny_handwriting_cpu.yaml",
-            policy,
-            model_name_or_path=weak,
-            reward_model=reward_model,
-            reward_weights=weights,
-            num_generations=options.num_generations,
-            max_steps=options.grpo_steps,
-            eval_strategy="steps",
-            eval_steps=options.eval_steps,
-            eval_on_start="true",
-            dataset=options.world,
-            eval_dataset=options.world,
-            num_eval_prompts=options.eval_prompts,
-            per_device_eval_batch_size=128,
-            **world,
+        return stage
+
+    def judged(self, folder: Path) -> dict[str, float]:
+        """How a reward model ranks unseen made-up groups, and the weak policy's held-out rollouts."""
+        found = folder / "judged.json"
+        if not found.is_file():
+            made_up = json.loads((folder / "eval_metrics.json").read_text())[self.world]
+            rollouts = report_rollouts(
+                GroupScorer.from_pretrained(folder), self.rollouts.folder / "heldout.jsonl"
+            ).metrics
+            share = _SHARE.search((folder / "log.txt").read_text())
+            numbers = {
+                "made_up_best_of_4": made_up["best_of_n_accuracy"],
+                "made_up_pairwise": made_up["pairwise_accuracy"],
+                "right_above_wrong": rollouts["right_above_wrong"].value,
+                "rollouts_best_of_n": rollouts["best_of_n"].value,
+                "share_of_rollouts": float(share[1]) / 100 if share else 0.0,
+            }
+            found.write_text(json.dumps({key: round(value, 4) for key, value in numbers.items()}))
+        return json.loads(found.read_text())
+
+    def policy(self, name: str, arm: Arm, rm_seed: int, reward_model: Path) -> Stage:
+        """A policy after GRPO with an arm's judge."""
+        options = self.options
+        stage = Stage(self.folder / f"policy-{name}-{rm_seed}")
+        stage.run(
+            recipe(
+                "train_policy.py",
+                "policy_tiny_handwriting_cpu.yaml",
+                model_name_or_path=self.weak,
+                reward_model=reward_model,
+                reward_weights=["0.0", "1.0"] if arm.by_truth else ["1.0", "0.0"],
+                dataset=self.world,
+                eval_dataset=self.world,
+                num_eval_prompts=options.eval_prompts,
+                num_generations=options.num_generations,
+                per_device_train_batch_size=16 * options.num_generations,
+                per_device_eval_batch_size=16 * options.num_generations,
+                max_completion_length=self.setup.max_tokens,
+                max_steps=options.grpo_steps,
+                lr_scheduler_type=arm.schedule,
+                eval_strategy="steps",
+                eval_steps=options.eval_steps,
+                eval_on_start="true",
+                log_groups_steps=0,
+                seed=self.seed,
+                output_dir=stage.folder,
+                disable_tqdm="true",
+                **self.asked,
+            )
         )
-        validation = [json.loads(line) for line in (policy / "validation.jsonl").read_text().splitlines()]
-        record["judges"][judge] = {
-            "reward_model": ranking(reward_model, options) if judge != "truth" else None,
-            "reward_model_seconds": round(seconds, 1),
-            "grpo_seconds": round(grpo_seconds, 1),
-            "end": greedy_accuracy(policy, options),
-            "validation": [
-                {
-                    "step": entry["step"],
-                    "score": entry["eval_mr_reward/score_mean"],
-                    "truth": entry[f"eval_rewards/{options.world}_accuracy/mean"],
-                    "signs": entry["warning_signs"],
-                }
-                for entry in validation
-            ],
+        return stage
+
+    def cell(self, name: str, rm_seed: int) -> None:
+        """An arm with one of its reward models, written down."""
+        result = self.options.results / self.world / f"{name}-seed{self.seed}-rm{rm_seed}.json"
+        arm = ARMS[name]
+        if result.is_file() or (arm.by_truth and rm_seed != self.options.rm_seeds[0]):
+            return  # the truth has no second reward model
+        reward_model = self.reward_model(arm, rm_seed)
+        policy = self.policy(name, arm, rm_seed, reward_model.folder)
+        average = policy.folder / "ema"
+        lines = (policy.folder / "validation.jsonl").read_text().splitlines()
+        seconds = {"rollouts": self.rollouts.seconds, "reward_model": reward_model.seconds, "grpo": policy.seconds}
+        record = {
+            "world": self.world,
+            "arm": name,
+            "seed": self.seed,
+            "rm_seed": rm_seed,
+            "start": self.accuracy(self.weak),
+            "backbone": self.accuracy(self.backbone),
+            "end": self.accuracy(policy.folder),
+            "end_of_average": self.accuracy(average) if average.is_dir() else None,
+            "reward_model": self.judged(reward_model.folder),
+            "validation": [_curve(json.loads(line)) for line in lines],
+            "seconds": seconds,
+            "settings": {key: value for key, value in vars(self.options).items() if key in SETTINGS},
+            "versions": {package: version(package) for package in ("mr-reward", "torch", "transformers", "trl")},
+            "date": datetime.now(UTC).date().isoformat(),
         }
-        print(seed, judge, record["start"]["all"], record["judges"][judge]["end"]["all"], file=sys.stderr, flush=True)
-    return record
+        result.parent.mkdir(parents=True, exist_ok=True)
+        part = result.with_suffix(".part")
+        part.write_text(json.dumps(record, indent=1) + "\n")
+        part.replace(result)
+        gain = record["end"] - record["start"]
+        shown = f"{record['start']:.3f} -> {record['end']:.3f} ({gain:+.3f})"
+        print(result.stem, shown, "collapsed" if gain < -COLLAPSE else "", file=sys.stderr, flush=True)
 
 
-def cell(values: Sequence[float]) -> str:
-    """Mean and standard deviation over the seeds."""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
+def _curve(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a cell keeps of a validation."""
+    kept = {key: value for key, value in entry.items() if CURVE.fullmatch(key)}
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in kept.items()}
 
 
-def summarise(records: list[dict[str, Any]]) -> Table:
-    """One row per judge."""
-    table = Table(
-        "judge",
-        "best of 4",
-        "pairwise",
-        "policy, start",
-        "end",
-        "gain",
-        "each seed",
-        "collapsed",
-        title="GRPO by judge",
-    )
-    starts = [record["start"]["all"] for record in records]
-    for judge in JUDGES:
-        runs = [record["judges"][judge] for record in records]
-        ends = [run["end"]["all"] for run in runs]
-        ranks = [run["reward_model"] for run in runs]
-        table.add_row(
-            judge,
-            *(cell([rank[key] for rank in ranks]) if all(ranks) else "" for key in ("best_of_4", "pairwise_4")),
-            cell(starts),
-            cell(ends),
-            cell([end - start for start, end in zip(starts, ends, strict=True)]),
-            ", ".join(f"{end:.3f}" for end in ends),
-            str(sum(end < start - COLLAPSE for start, end in zip(starts, ends, strict=True))),
-        )
-    return table
-
-
-def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Mean over the seeds, and the band from smallest to largest."""
-    panels: dict[str, dict[str, Any]] = {}
-    for title, key in {
-        "true accuracy, validation scans": "truth",
-        "reward, validation scans (own scale)": "score",
-    }.items():
-        panels[title] = {}
-        for judge in JUDGES:
-            if judge == "truth" and key == "score":
-                continue  # its reward is the other panel
-            curves = [record["judges"][judge]["validation"] for record in records]
-            steps = [point["step"] for point in curves[0]]
-            panels[title][judge] = (steps, [[point[key] for point in curve] for curve in curves])
-    plot_bands(panels, path, title="GRPO with three judges: mean and range of the seeds")
+SETTINGS = {"num_generations": 8, "rollout_prompts": 9600, "heldout_prompts": 512, "rm_groups": 19200}
+SETTINGS |= {"grpo_steps": 200, "eval_steps": 25, "eval_prompts": 64, "test_samples": 1024}
 
 
 def main() -> None:
-    """Run, sum up, print."""
+    """Run the cells that are not there yet, and show the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("outputs/policy_comparison"))
-    parser.add_argument("--world", default="handwriting", choices=list(WORLDS))
-    parser.add_argument("--num_digits", type=int, default=3, help="of handwriting")
-    parser.add_argument("--questions", nargs="+", default=["read", "largest", "even"])
-    parser.add_argument("--num_generations", type=int, default=8)
-    parser.add_argument("--sft_steps", type=int, default=540, help="of the reader")
-    parser.add_argument("--start_step", type=int, default=270, help="its checkpoint that GRPO starts from")
-    parser.add_argument("--rm_groups", type=int, default=19200)
-    parser.add_argument("--grpo_steps", type=int, default=200)
-    parser.add_argument("--eval_steps", type=int, default=20)
-    parser.add_argument("--eval_prompts", type=int, default=64, help="held-out prompts, num_generations rollouts each")
-    parser.add_argument("--test_samples", type=int, default=1024, help="unseen images for the greedy accuracy")
-    parser.add_argument("--no-summary", action="store_true", help="only run; another call puts the seeds together")
+    parser.add_argument("--world", default="handwriting", choices=list(SETUPS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rm_seeds", type=int, nargs="+", default=[0, 1], help="reward models of each arm and seed")
+    parser.add_argument("--output", type=Path, default=Path("outputs/policy_comparison"), help="models and rollouts")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="one JSON file a cell")
+    for name, default in SETTINGS.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name in ("sft_steps", "start_step"):
+        parser.add_argument(f"--{name}", type=int, help="in place of the world's")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    records = [run_seed(seed, options) for seed in options.seeds]
-    if options.no_summary:
-        return
-    settings = {key: value for key, value in vars(options).items() if key not in ("output", "no_summary")}
-    document = {"settings": settings, "seeds": records}
-    (options.output / "policy_comparison.json").write_text(json.dumps(document, indent=1) + "\n")
-    plot(records, options.output / "policy_comparison.png")
-    Console(width=140).print(summarise(records))
-    print(json.dumps(document))
+    given = {name: getattr(options, name) for name in ("sft_steps", "start_step") if getattr(options, name)}
+    for seed in options.seeds:
+        cells = Seed(seed, replace(SETUPS[options.world], **given), options)
+        for name in options.arms:
+            for rm_seed in options.rm_seeds:
+                cells.cell(name, rm_seed)
+    for row in comparison(options.world, options.seeds, options.arms, options.results):
+        print(" | ".join(row))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from mr_reward.errors import ConfigurationError
 from mr_reward.runs.collect import CollectArguments
 from mr_reward.runs.recipe import PolicyArguments, PromptSource
-from mr_reward.worlds.handwriting import is_correct, make_policy_rows
+from mr_reward.worlds.handwriting import grade, is_correct, make_policy_rows
 from mr_reward.worlds.named import WORLDS, Task, world_options
 from mr_reward.worlds.shapes import shapes_accuracy
 
@@ -59,6 +59,15 @@ def handwriting_accuracy(completions: Sequence[Any], question: Sequence[str], di
     """
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     return [float(is_correct(*row)) for row in zip(question, digits, texts, strict=True)]
+
+
+def handwriting_grade(completions: Sequence[Any], question: Sequence[str], digits: Any, **_: Any) -> list[float]:
+    """As `handwriting_accuracy`, with the true quality (`mr_reward.worlds.handwriting.grade`): ranks wrong answers too.
+
+    For `mr-reward label --verifier`.
+    """
+    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    return [grade(*row) for row in zip(question, digits, texts, strict=True)]
 
 
 def _load_prompts(

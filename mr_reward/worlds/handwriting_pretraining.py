@@ -20,7 +20,7 @@ def _load_groups(
         "validation" if evaluation else "train",  # pictures that the other does not have
         count if limit is None else min(count, limit),
         num_responses=arguments.num_responses,
-        seed=seed,
+        seed=seed if arguments.groups_seed is None else arguments.groups_seed,
         **world_options(world, num_digits=arguments.num_digits, questions=arguments.questions),
     )
 
@@ -34,5 +34,7 @@ class HandwritingRewardArguments(RewardModelArguments):
     num_responses: int = field(default=4, metadata={"help": "N of the world's groups"})
     num_train_groups: int = field(default=8192, metadata={"help": "Groups of the world to train on"})
     num_eval_groups: int = field(default=256, metadata={"help": "Groups of the world to evaluate on"})
+    # With one of its own, runs of several seeds differ in their new parts and the order, and learn from the same groups.
+    groups_seed: int | None = field(default=None, metadata={"help": "Seed of the world's groups; None for the run's"})
     num_digits: int = field(default=3, metadata={"help": "Digits per image of the handwriting world"})
     questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "Questions of the world"})

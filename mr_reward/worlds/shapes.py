@@ -145,6 +145,12 @@ def shapes_accuracy(completions: Sequence[Any], solution: Sequence[str], **_: An
     return [float(is_correct(*row)) for row in zip(solution, texts, strict=True)]
 
 
+def shapes_grade(completions: Sequence[Any], solution: Sequence[str], **_: Any) -> list[float]:
+    """As `shapes_accuracy`, with the true quality (`grade`): ranks wrong answers too."""
+    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    return [grade(*row) for row in zip(solution, texts, strict=True)]
+
+
 def grade(answer: str, response: str) -> float:
     """The true quality of any text as an answer, 1 exactly where `is_correct`.
 
