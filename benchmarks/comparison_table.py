@@ -66,14 +66,15 @@ def comparison(world: str, seeds: Sequence[int], arms: Sequence[str], results: P
         paired = [gains[seed] - first[seed] for seed in gains if seed in first]
         both = [(gains[seed], truth[seed]) for seed in gains if seed in truth]
         most = sum(by_truth for _, by_truth in both)
+        ranks = [
+            run["reward_model"]["right_above_wrong"] for run in runs if "right_above_wrong" in run["reward_model"]
+        ]
         averages = [gain(run, "end_of_average") for run in runs if run["end_of_average"] is not None]
         rows.append(
             [
                 f"`{arm}`",
                 f"{len(found)} ({len(runs)})",
-                ""
-                if arm == "truth"
-                else f"{statistics.fmean(run['reward_model']['right_above_wrong'] for run in runs):.3f}",
+                f"{statistics.fmean(ranks):.3f}" if ranks and arm != "truth" else "",
                 interval(list(gains.values())),
                 " ".join(f"{value:+.3f}".replace("0.", ".") for value in gains.values()),
                 f"{sum(gain(run) < -COLLAPSE for run in runs)} of {len(runs)}",

@@ -1,11 +1,12 @@
 """How often `JudgeGuard` tells that a run goes wrong, and what its checkpoint is worth, over recorded runs.
 
-    python benchmarks/judge_guard.py outputs/policy_comparison --output docs/results/judge_guard.json
+    python benchmarks/judge_guard.py docs/results/policy_comparison --output docs/results/judge_guard.json
 
 Input: a folder with any number of GRPO runs below it, at least 40 for a claim. Of a run is read its `validation.jsonl`
 (`PolicyValidation` writes it; `train_policy.py` has it wherever there is an `eval_dataset`), else the
-`trainer_state.json` of its last checkpoint. It needs evaluations with the truth (`--truth`) and the judge's score
-(`--judge`), and `eval_on_start: true`: the first evaluation has to be that of the policy before training.
+`trainer_state.json` of its last checkpoint; the JSON files of `benchmarks/policy_comparison.py` are runs too. It needs
+evaluations with the truth (`--truth`, the first of them that a run has) and the judge's score (`--judge`), and
+`eval_on_start: true`: the first evaluation has to be that of the policy before training.
 
 A run has *collapsed* if its truth ends more than `--collapse` below its first evaluation. Three things may tell it:
 the guard that watches the truth, the guard that watches another metric of `--watched`, such as the share above a
@@ -49,6 +50,8 @@ def histories(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             states = run.glob("checkpoint-*/trainer_state.json")
             last = max(states, key=lambda path: int(path.parent.name.split("-")[-1]))
             yield name, json.loads(last.read_text())["log_history"]
+    for cell in sorted(folder.rglob("*-seed*-rm*.json")):
+        yield cell.relative_to(folder).with_suffix("").as_posix(), json.loads(cell.read_text())["validation"]
 
 
 def series(logs: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
@@ -57,12 +60,18 @@ def series(logs: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
     return {step: value for step, value in sorted(found.items()) if math.isfinite(value)}
 
 
+def truth_of(logs: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
+    """The truth that a run was evaluated with."""
+    return next((name for name in options.truth if series(logs, name)), options.truth[0])
+
+
 def replay(name: str, logs: list[dict[str, Any]], options: argparse.Namespace, **guard: Any) -> dict[str, Any]:
     """What happened in a run, and what each watcher makes of it."""
-    truths, average = series(logs, options.truth), series(logs, options.truth.replace("eval_", "eval_ema_", 1))
+    truth = truth_of(logs, options)
+    truths, average = series(logs, truth), series(logs, truth.replace("eval_", "eval_ema_", 1))
     first, *_, last = truths
     watchers: dict[str, Any] = {}
-    for metric in dict.fromkeys([options.truth, *options.watched]):
+    for metric in dict.fromkeys([truth, *options.watched]):
         if series(logs, metric).keys() & truths.keys() & series(logs, options.judge).keys():
             report = replay_guard(
                 [log for log in logs if log["step"] in truths], truth=metric, judge=options.judge, **guard
@@ -154,7 +163,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="", help="regular expression that the name of a run has to match")
-    parser.add_argument("--truth", default="eval_rewards/handwriting_accuracy/mean", help="decides what has collapsed")
+    truths = [f"eval_rewards/{world}_accuracy/mean" for world in ("handwriting", "shapes")]
+    parser.add_argument("--truth", nargs="+", default=truths, help="decides what has collapsed")
     parser.add_argument("--watched", nargs="*", default=["eval_mr_reward/win_rate"], help="beside the truth")
     parser.add_argument("--judge", default="eval_mr_reward/score_mean")
     parser.add_argument("--fall", type=float, default=0.05)
@@ -169,11 +179,11 @@ def main() -> None:
     recorded = [
         (name, logs)
         for name, logs in found
-        if len(series(logs, options.truth).keys() & series(logs, options.judge).keys()) > 1
+        if len(series(logs, truth_of(logs, options)).keys() & series(logs, options.judge).keys()) > 1
     ]
     if not recorded:
         raise SystemExit(
-            f"{options.folder}: none of {len(found)} runs has two evaluations with {options.truth} and "
+            f"{options.folder}: none of {len(found)} runs has two evaluations with {' or '.join(options.truth)} and "
             f"{options.judge}; give the folder of runs that were evaluated, or --truth and --judge"
         )
     console = Console(width=120)

@@ -8,8 +8,8 @@ the backbone of the reward models. Then for each arm of `ARMS`, and for each of 
 
 1. `grpo_recipes/collect.py`: N = 8 rollouts of the weak policy for train prompts, and for 512 held-out ones;
 2. `mr-reward label --verifier`: the train rollouts graded, the held-out ones right or wrong;
-3. `grpo_recipes/pretrain_rm.py`: 600 steps of 32 groups, a third of them rollouts in the arms with a mix and all made up
-   in the others. Another RM seed is another draw of the new parts and of the order, on the same groups;
+3. `grpo_recipes/pretrain_rm.py`: 600 steps of 32 groups, a third of them rollouts in the arms with a mix. Another RM
+   seed is another draw of the new parts and of the order, on the same groups;
 4. `grpo_recipes/train_policy.py`: 200 steps of 16 prompts x 8 rollouts, with held-out prompts every 25 steps;
 5. greedy accuracy on 1,024 unseen pictures.
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import resource
 import statistics
@@ -41,7 +42,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mr_reward import GroupScorer
 from mr_reward.evaluation.evaluator import report_rollouts
-from mr_reward.worlds.handwriting_policy import policy_answers
+from mr_reward.worlds.handwriting_policy import GRADES, TRUTHS, policy_answers
 from mr_reward.worlds.named import WORLDS, world_options
 
 RECIPES = Path(__file__).parents[1] / "grpo_recipes"
@@ -72,35 +73,20 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Setup:
-    """What is particular to a world; `verifiers` know what is right, and how good a wrong answer is."""
+    """What is particular to a world."""
 
     questions: tuple[str, ...]
     sft_steps: int  # of the reward models' backbone
     start_step: int  # its checkpoint that GRPO starts from
-    max_tokens: int  # of a rollout; the longest right answer and the end of the turn fit in
-    verifiers: tuple[str, str]
     num_digits: int = 3  # of handwriting
 
 
 SETUPS = {
-    "handwriting": Setup(
-        ("read", "largest", "even"),
-        540,
-        270,
-        8,
-        (
-            "mr_reward.worlds.handwriting_policy.handwriting_accuracy",
-            "mr_reward.worlds.handwriting_policy.handwriting_grade",
-        ),
-    ),
-    "shapes": Setup(
-        ("shape", "color"),
-        150,
-        50,
-        12,
-        ("mr_reward.worlds.shapes.shapes_accuracy", "mr_reward.worlds.shapes.shapes_grade"),
-    ),
+    "handwriting": Setup(("read", "largest", "even"), sft_steps=540, start_step=270),
+    "shapes": Setup(("shape", "color"), sft_steps=150, start_step=50),
 }
+SETTINGS = {"num_generations": 8, "rollout_prompts": 9600, "heldout_prompts": 512, "rm_groups": 19200}
+SETTINGS |= {"grpo_steps": 200, "eval_steps": 25, "eval_prompts": 64, "test_samples": 1024}
 # Of a validation: what the guard is replayed by, and the same of the average of the weights.
 CURVE = re.compile(
     r"step|warning_signs|eval_(ema_)?(rewards/\w+_accuracy/mean|mr_reward/(score_mean|win_rate|right_\w+))"
@@ -202,7 +188,7 @@ class Seed:
     def rollouts(self) -> Stage:
         """`labelled.jsonl`, graded, and `heldout.jsonl`, right or wrong."""
         stage = Stage(self.folder / "rollouts")
-        truth, graded = self.setup.verifiers
+        truth, graded = (f"{one[self.world].__module__}.{one[self.world].__name__}" for one in (TRUTHS, GRADES))
         commands = []
         for name, split, count, seed, verifier in (
             ("labelled", "train", self.options.rollout_prompts, self.seed, graded),
@@ -216,7 +202,7 @@ class Seed:
                     "collect_tiny_handwriting_cpu.yaml",
                     policy=self.weak,
                     num_generations=self.options.num_generations,
-                    max_completion_length=self.setup.max_tokens,
+                    max_completion_length=WORLDS[self.world].answer_tokens,
                     prompts_per_batch=32,
                     **fields,
                     **self.asked,
@@ -276,7 +262,8 @@ class Seed:
                 "rollouts_best_of_n": rollouts["best_of_n"].value,
                 "share_of_rollouts": float(share[1]) / 100 if share else 0.0,
             }
-            found.write_text(json.dumps({key: round(value, 4) for key, value in numbers.items()}))
+            known = {key: round(value, 4) for key, value in numbers.items() if math.isfinite(value)}
+            found.write_text(json.dumps(known))
         return json.loads(found.read_text())
 
     def policy(self, name: str, arm: Arm, rm_seed: int, reward_model: Path) -> Stage:
@@ -296,7 +283,7 @@ class Seed:
                 num_generations=options.num_generations,
                 per_device_train_batch_size=16 * options.num_generations,
                 per_device_eval_batch_size=16 * options.num_generations,
-                max_completion_length=self.setup.max_tokens,
+                max_completion_length=WORLDS[self.world].answer_tokens,
                 max_steps=options.grpo_steps,
                 lr_scheduler_type=arm.schedule,
                 eval_strategy="steps",
@@ -351,10 +338,6 @@ def _curve(entry: dict[str, Any]) -> dict[str, Any]:
     """What a cell keeps of a validation."""
     kept = {key: value for key, value in entry.items() if CURVE.fullmatch(key)}
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in kept.items()}
-
-
-SETTINGS = {"num_generations": 8, "rollout_prompts": 9600, "heldout_prompts": 512, "rm_groups": 19200}
-SETTINGS |= {"grpo_steps": 200, "eval_steps": 25, "eval_prompts": 64, "test_samples": 1024}
 
 
 def main() -> None:

@@ -154,35 +154,63 @@ def tool_output(command: list[str]) -> str:
 
 
 @pytest.mark.slow
-def test_policy_comparison_runs_resumes_and_sums_up(tmp_path: Path) -> None:
-    """Three judges from one start; what is finished is not run again."""
-    sizes = {
-        "num_digits": 1,
-        "sft_steps": 6,
-        "start_step": 3,
-        "rm_groups": 64,
-        "grpo_steps": 2,
-        "eval_steps": 1,
-        "eval_prompts": 16,
-    }
-    sizes |= {"test_samples": 16, "num_generations": 4}
-    command = [sys.executable, str(BENCHMARKS / "policy_comparison.py"), "--output", str(tmp_path)]
-    command += ["--seeds", "3", "--questions", "read", "even"]
+@pytest.mark.parametrize("world", ["handwriting", "shapes"])
+def test_policy_comparison_runs_goes_on_and_sums_up(tmp_path: Path, world: str) -> None:
+    """Arms from one start; they share what they can, and what is finished is not run again."""
+    sizes = {"sft_steps": 6, "start_step": 3, "rollout_prompts": 48, "heldout_prompts": 32, "rm_groups": 96}
+    sizes |= {"grpo_steps": 2, "eval_steps": 1, "eval_prompts": 16, "test_samples": 16, "num_generations": 4}
+    results, arms = tmp_path / "results", ["recipe", "single", "truth"]
+    command = [sys.executable, str(BENCHMARKS / "policy_comparison.py"), "--output", str(tmp_path / "out")]
+    command += ["--results", str(results), "--world", world, "--seeds", "3", "--rm_seeds", "0", "1"]
     for name, value in sizes.items():
         command += [f"--{name}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    documents = []
-    for _ in range(2):
-        run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=500, env=environment)
-        documents.append(json.loads(run.stdout.splitlines()[-1]))
-    assert documents[0] == documents[1], "seconds and all come from the first run"
-    (record,) = documents[0]["seeds"]
-    assert set(record["judges"]) == {"multi-response", "single-response", "truth"}
-    for judge in record["judges"].values():
-        assert [point["step"] for point in judge["validation"]] == [0, 1, 2]
+    tool_output([*command, "--arms", "recipe"])
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("seconds.json")}
+    shown = tool_output([*command, "--arms", *arms])
+    assert all(file.stat().st_mtime_ns == then for file, then in before.items()), "made once"
+    made = {file.parent.name for file in tmp_path.rglob("seconds.json")}
+    models = {f"rm-{name}-{rm}" for name in ("set-best_of_n-mix", "isolated-bradley_terry-made-up") for rm in (0, 1)}
+    policies = {f"policy-{arm}-{rm}" for arm in arms for rm in (0, 1)} - {"policy-truth-1"}
+    assert made == {"rollouts", *models, *policies}
+    cells = {file.stem: json.loads(file.read_text()) for file in (results / world).glob("*.json")}
+    assert set(cells) == {name.replace("policy-", "").replace("-", "-seed3-rm") for name in policies}
+    for name, cell in cells.items():
+        assert [point["step"] for point in cell["validation"]] == [0, 1, 2]
+        assert cell["reward_model"]["share_of_rollouts"] == (0.0 if "single" in name else 0.333)
+        assert set(cell["seconds"]) == {"rollouts", "reward_model", "grpo"} and cell["settings"]["rm_groups"] == 96
     # One start for all: before the first step the policies are the same, so are the right answers of their rollouts.
-    assert len({judge["validation"][0]["truth"] for judge in record["judges"].values()}) == 1
-    assert (tmp_path / "policy_comparison.png").stat().st_size > 10_000
+    truth = f"eval_rewards/{world}_accuracy/mean"
+    assert len({(cell["start"], cell["validation"][0][truth]) for cell in cells.values()}) == 1
+    head, *rows = [line.split(" | ") for line in shown.splitlines()[-4:]]
+    assert [row[0] for row in rows] == [f"`{arm}`" for arm in arms]
+    assert [row[1] for row in rows] == ["1 (2)", "1 (2)", "1 (1)"] and head[7] == "minus `recipe`"
+    figure = [sys.executable, str(BENCHMARKS / "comparison_table.py"), world, "3", *arms, "--results", str(results)]
+    assert tool_output([*figure, "--figure", str(tmp_path / "figure.png")]).count("\n|") == 4
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    # The same groups for both reward models, in another order and with other new parts.
+    logs = [
+        (tmp_path / "out" / world / "seed3" / f"rm-set-best_of_n-mix-{rm}" / "log.txt").read_text() for rm in (0, 1)
+    ]
+    assert logs[0] != logs[1]
+
+
+def test_the_table_of_the_comparison_counts_a_seed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers by hand: two seeds with two reward models each, the truth with one run a seed."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from comparison_table import comparison, seeds_of
+
+    ends = {"a": {1: (0.6, 0.7), 2: (0.5, 0.9)}, "b": {1: (0.4, 0.5), 2: (0.5, 0.5)}, "truth": {1: (0.8,), 2: (0.7,)}}
+    for arm, seeds in ends.items():
+        for seed, runs in seeds.items():
+            for rm_seed, end in enumerate(runs):
+                cell = {"start": 0.5, "end": end, "end_of_average": None, "reward_model": {"right_above_wrong": end}}
+                (tmp_path / "w").mkdir(exist_ok=True)
+                (tmp_path / "w" / f"{arm}-seed{seed}-rm{rm_seed}.json").write_text(json.dumps(cell))
+    _, a, b, truth = comparison("w", seeds_of("1-3"), ["a", "b", "truth"], tmp_path)
+    # Of a: gains .15 and .2, so .175 ± 12.706 * .0354 / sqrt(2); the truth gains .25. b gains -.05 and 0.
+    assert a == ["`a`", "2 (4)", "0.675", "+0.175 [-0.143, +0.493]", "+.150 +.200", "0 of 4", "0.70", "", ""]
+    assert b[2:7] == ["0.475", "-0.025 [-0.343, +0.293]", "-.050 +.000", "1 of 4", "-0.10"]
+    assert b[7] == "-0.200 [-0.200, -0.200]" and truth[1:3] == ["2 (2)", ""] and truth[6] == ""
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from mr_reward.runs.collect import CollectArguments
 from mr_reward.runs.recipe import PolicyArguments, PromptSource
 from mr_reward.worlds.handwriting import grade, is_correct, make_policy_rows
 from mr_reward.worlds.named import WORLDS, Task, world_options
-from mr_reward.worlds.shapes import shapes_accuracy
+from mr_reward.worlds.shapes import shapes_accuracy, shapes_grade
 
 
 def policy_answers(
@@ -62,10 +62,7 @@ def handwriting_accuracy(completions: Sequence[Any], question: Sequence[str], di
 
 
 def handwriting_grade(completions: Sequence[Any], question: Sequence[str], digits: Any, **_: Any) -> list[float]:
-    """As `handwriting_accuracy`, with the true quality (`mr_reward.worlds.handwriting.grade`): ranks wrong answers too.
-
-    For `mr-reward label --verifier`.
-    """
+    """As `handwriting_accuracy`, with the true quality, `mr_reward.worlds.handwriting.grade`: ranks wrong ones too."""
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     return [grade(*row) for row in zip(question, digits, texts, strict=True)]
 
@@ -79,9 +76,11 @@ def _load_prompts(
     return Dataset.from_list(make_policy_rows(tasks))
 
 
-_TRUTHS: Mapping[str, Callable[..., Any]] = {"handwriting": handwriting_accuracy, "shapes": shapes_accuracy}
+# Whether an answer is right, and how good a wrong one is: reward functions, and verifiers of `mr-reward label`.
+TRUTHS: Mapping[str, Callable[..., Any]] = {"handwriting": handwriting_accuracy, "shapes": shapes_accuracy}
+GRADES: Mapping[str, Callable[..., Any]] = {"handwriting": handwriting_grade, "shapes": shapes_grade}
 _SOURCES: Mapping[str, PromptSource] = {
-    world: PromptSource(partial(_load_prompts, world), [truth]) for world, truth in _TRUTHS.items()
+    world: PromptSource(partial(_load_prompts, world), [truth]) for world, truth in TRUTHS.items()
 }
 
 

@@ -34,7 +34,7 @@ class HandwritingRewardArguments(RewardModelArguments):
     num_responses: int = field(default=4, metadata={"help": "N of the world's groups"})
     num_train_groups: int = field(default=8192, metadata={"help": "Groups of the world to train on"})
     num_eval_groups: int = field(default=256, metadata={"help": "Groups of the world to evaluate on"})
-    # With one of its own, runs of several seeds differ in their new parts and the order, and learn from the same groups.
+    # With one of their own, runs of several seeds learn from the same groups: new parts and the order differ.
     groups_seed: int | None = field(default=None, metadata={"help": "Seed of the world's groups; None for the run's"})
     num_digits: int = field(default=3, metadata={"help": "Digits per image of the handwriting world"})
     questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "Questions of the world"})

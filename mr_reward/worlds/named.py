@@ -48,11 +48,12 @@ class World:
 
     make_tasks: Callable[..., Sequence[Task]]
     make_groups: Callable[..., list[ResponseGroup]]  # and `num_responses`
+    answer_tokens: int  # of the tiny tokenizer, for the longest right answer and the end of its turn
 
 
 WORLDS: Mapping[str, World] = {
-    "handwriting": World(handwriting.make_tasks, handwriting.make_groups),
-    "shapes": World(shapes.make_tasks, shapes.make_groups),
+    "handwriting": World(handwriting.make_tasks, handwriting.make_groups, 8),
+    "shapes": World(shapes.make_tasks, shapes.make_groups, 12),
 }
 
 

@@ -323,6 +323,10 @@ def test_recorded_runs_are_counted(
                 (folder / f"checkpoint-{step}").mkdir()
                 state = {"global_step": step, "log_history": [{"step": 1, "loss": 0.0}, *logs[:end]]}
                 (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    shapes = truth.replace("handwriting", "shapes")
+    cell = [{"step": 25 * i, shapes: right, judge: float(i)} for i, right in enumerate([0.8, 0.7, 0.6])]
+    (tmp_path / "runs" / "shapes").mkdir()
+    (tmp_path / "runs" / "shapes" / "recipe-seed1-rm0.json").write_text(json.dumps({"validation": cell}))
     (tmp_path / "runs" / "rm" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "runs" / "rm" / "checkpoint-5" / "trainer_state.json").write_text('{"log_history": [{"step": 5}]}')
     command = [BENCHMARK.name, str(tmp_path / "runs"), "--output", str(tmp_path / "guard.json"), "--watched", above]
@@ -330,7 +334,7 @@ def test_recorded_runs_are_counted(
     runpy.run_path(str(BENCHMARK), run_name="__main__")
     shown = capsys.readouterr().out
     document = json.loads((tmp_path / "guard.json").read_text())
-    assert "4 runs; 1 without two evaluations" in shown
+    assert "5 runs; 1 without two evaluations" in shown
     assert json.loads(shown.splitlines()[-1]) == document
     alarms = {run["name"]: {name: one["alarms"] for name, one in run["watchers"].items()} for run in document["runs"]}
     assert alarms == {
@@ -338,12 +342,19 @@ def test_recorded_runs_are_counted(
         "missed": {truth: [], above: [], "warning_signs": [20]},
         "gain": {truth: [], above: [30]},
         "false": {truth: [30], above: [], "warning_signs": []},
+        "shapes/recipe-seed1-rm0": {shapes: [50]},
     }
     counts = {
         name: [(found[rate]["hits"], found[rate]["of"]) for rate in ("recall", "false_alarms")]
         for name, found in document["summary"].items()
     }
-    assert counts == {truth: [(1, 2), (1, 2)], above: [(0, 2), (1, 2)], "warning_signs": [(1, 1), (0, 1)]}
+    signs = [(1, 1), (0, 1)]
+    assert counts == {
+        truth: [(1, 2), (1, 2)],
+        above: [(0, 2), (1, 2)],
+        "warning_signs": signs,
+        shapes: [(1, 1), (0, 0)],
+    }
     # of two coins with one head; Wilson's interval by hand: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)
     assert document["summary"][truth]["recall"]["interval"] == pytest.approx([0.0945, 0.9055], abs=1e-3)
     kept = document["summary"][truth]["kept"]
@@ -355,5 +366,5 @@ def test_recorded_runs_are_counted(
     assert document["average"]["mean"] == pytest.approx(0.1) and document["average"]["of"] == 2
     assert len(document["grid"]) == 9
     monkeypatch.setattr(sys, "argv", [*command, "--truth", "eval_x"])
-    with pytest.raises(SystemExit, match="none of 5 runs has two evaluations with eval_x"):
+    with pytest.raises(SystemExit, match="none of 6 runs has two evaluations with eval_x"):
         runpy.run_path(str(BENCHMARK), run_name="__main__")

@@ -16,7 +16,7 @@ from mr_reward.runs.pretraining import load_sets
 from mr_reward.runs.recipe import load_prompts, truths
 from mr_reward.worlds import shapes
 from mr_reward.worlds.handwriting import SPLITS, TILE_SIZE, make_policy_rows, make_sft_rows
-from mr_reward.worlds.handwriting_policy import HandwritingArguments
+from mr_reward.worlds.handwriting_policy import GRADES, TRUTHS, HandwritingArguments
 from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
 from mr_reward.worlds.named import WORLDS
 from mr_reward.worlds.shapes import (
@@ -30,6 +30,7 @@ from mr_reward.worlds.shapes import (
     make_tasks,
     shapes_accuracy,
 )
+from mr_reward.worlds.tiny import build_tokenizer
 
 TASK = ShapesTask("x", "color", "?", "red", "")
 
@@ -196,6 +197,42 @@ def test_the_worlds_have_one_form(world: str) -> None:
     reward = HandwritingRewardArguments(train_file=[world], eval_file=[world], num_train_groups=7, num_eval_groups=3)
     sets = load_sets(reward, seed=1), load_sets(reward, evaluation=True, seed=1)
     assert [[(name, len(groups)) for name, groups in one.items()] for one in sets] == [[(world, 7)], [(world, 3)]]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_verifiers_know_how_good_an_answer_is(world: str) -> None:
+    """As the columns of a prompt reach them, texts and messages alike."""
+    tasks = WORLDS[world].make_tasks("train", 24, seed=2)
+    made = WORLDS[world].make_groups("train", 24, num_responses=5, seed=2)
+    rows = make_policy_rows(tasks)
+    pairs = [(task, row, text) for task, row, one in zip(tasks, rows, made, strict=True) for text in one.responses]
+    columns = {name: [row[name] for _, row, _ in pairs] for name in rows[0] if name != "image"}
+    texts = [text for _, _, text in pairs]
+    qualities = [task.grade(text) for task, _, text in pairs]
+    assert len(set(qualities)) > 3
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    assert GRADES[world](texts, **columns) == GRADES[world](messages, **columns) == qualities
+    assert TRUTHS[world](texts, **columns) == [float(quality == 1.0) for quality in qualities]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_rollout_has_room_for_every_right_answer(world: str) -> None:
+    tokenizer = build_tokenizer()
+    tasks = WORLDS[world].make_tasks("train", 200, seed=0)
+    assert max(len(tokenizer(task.answer)["input_ids"]) for task in tasks) < WORLDS[world].answer_tokens
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_runs_of_several_seeds_can_learn_from_the_same_groups(world: str) -> None:
+    same, own = (HandwritingRewardArguments(train_file=[world], num_train_groups=9, groups_seed=s) for s in (4, None))
+    made = WORLDS[world].make_groups("train", 9, num_responses=4, seed=4)
+    found = [load_sets(one, seed=seed)[world] for one, seed in ((same, 0), (same, 1), (own, 4), (own, 1))]
+    assert [one.responses for one in found[0]] == [one.responses for one in made]
+    assert [[one.responses for one in groups] == [one.responses for one in made] for groups in found[1:]] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_recipe_chooses_the_questions() -> None:
