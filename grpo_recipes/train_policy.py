@@ -24,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quant
 
 from mr_reward.checkpoint.verify import check_there
 from mr_reward.cli.errors import one_error_line
+from mr_reward.data.groups_file import load_preferences
 from mr_reward.doctor import check_before_start, examine_recipe
 from mr_reward.doctor.findings import may_start, show_findings
 from mr_reward.doctor.reward_model import judge_rollouts
@@ -40,6 +41,7 @@ from mr_reward.runs.recipe import (
     parse_recipe,
     truths,
 )
+from mr_reward.runs.refresh_callback import RefreshCallback
 from mr_reward.runs.resume import ContinuedEpochs, checkpoint_to_resume
 from mr_reward.runs.vllm import check_vllm_server, prepare_vllm_on_cpu, send_single_placeholders
 from mr_reward.training.saving import naming_a_full_disk
@@ -116,6 +118,16 @@ def train_policy(arguments: PolicyArguments, args: GRPOConfig, model_config: Mod
     )
     if arguments.ema_half_life:
         trainer.add_callback(EMACallback(trainer, half_life=arguments.ema_half_life))
+    if arguments.refresh_steps:
+        known_groups = [group for file in arguments.refresh_groups for group in load_preferences(file)]
+        refresh = RefreshCallback(
+            trainer,
+            every=arguments.refresh_steps,
+            verifier=truths(arguments)[0],
+            groups=known_groups,
+            learning_rate=arguments.refresh_learning_rate,
+        )
+        trainer.add_callback(refresh)
     send_single_placeholders(trainer)
     with naming_a_full_disk(args.output_dir):
         trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))

@@ -655,7 +655,7 @@ MUTATIONS = [
     ),
     Mutation(
         "average: its evaluation moves Python's random state on",
-        "mr_reward.runs.average._same_random_numbers",
+        "mr_reward.runs.average.same_random_numbers",
         "random.setstate(python)",
         "None",
         "tests/runs/test_average.py -k is_the_run_without_it",

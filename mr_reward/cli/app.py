@@ -14,6 +14,7 @@ from mr_reward.cli.errors import one_error_line
 from mr_reward.cli.evaluate import attack, compare, evaluate
 from mr_reward.cli.inspect import inspect
 from mr_reward.cli.mr2bench import mr2bench
+from mr_reward.cli.refresh import refresh
 from mr_reward.cli.score import score
 from mr_reward.cli.serve import serve
 
@@ -28,7 +29,8 @@ app.add_typer(mr2bench, name="mr2bench")
 for command in (collect, label, score, inspect, evaluate, compare, attack, merge, export, card, verify, serve):
     app.command()(command)
 # Any field of a recipe may follow.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(doctor)
+for with_fields in (doctor, refresh):
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(with_fields)
 
 
 def _show_version(wanted: bool) -> None:

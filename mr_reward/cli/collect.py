@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mr_reward.data.labels import Labeller
     from mr_reward.runs.collect import Collected
 
-_KEY_VARIABLE = "MR_REWARD_JUDGE_KEY"
+KEY_VARIABLE = "MR_REWARD_JUDGE_KEY"
 
 
 def collect(
@@ -149,7 +149,7 @@ def label(
         from mr_reward.data.judge_endpoint import JudgeEndpoint
 
         options: dict[str, Any] = {"passes": passes, "budget": budget, "seed": seed, "timeout": timeout}
-        key = os.environ.get(_KEY_VARIABLE)
+        key = os.environ.get(KEY_VARIABLE)
         labeller = JudgeEndpoint(str(judge), model=judge_model, key=key, criteria=criteria, **options)
     with page:
         done = label_groups(rollouts, out, labeller, media_within=media)

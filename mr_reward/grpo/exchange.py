@@ -6,7 +6,9 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from mr_reward.errors import PeerRankError
 
@@ -48,6 +50,19 @@ class Exchange:
                 f"error (out of memory, for instance). The exchange said: {error}"
             ) from error
         return gathered
+
+    def spread_weights(self, module: nn.Module) -> None:
+        """Give all ranks the weights of rank 0, one after the other, through CPU memory. Every rank has to call this.
+
+        Behind a `fail_together`, which has seen that all are there.
+        """
+        if not self._is_distributed() or dist.get_world_size() == 1:
+            return
+        for tensor in module.state_dict().values():
+            there = tensor.detach().cpu().flatten()
+            dist.broadcast(there.view(torch.uint8), 0, group=self._group)
+            with torch.no_grad():
+                tensor.copy_(there.view(tensor.shape))
 
     def fail_together(self, description: str) -> Phase:
         """Work ("scoring") that succeeds on all ranks or raises on all ranks; every rank has to enter and leave it.

@@ -8,11 +8,13 @@ if TYPE_CHECKING:
     from mr_reward.runs.average import EMACallback
     from mr_reward.runs.callbacks import PolicyValidation, RunFigure, ShownGroups, WarningSigns
     from mr_reward.runs.judge_guard import JudgeGuard
+    from mr_reward.runs.refresh_callback import RefreshCallback
 
 __all__ = [
     "EMACallback",
     "JudgeGuard",
     "PolicyValidation",
+    "RefreshCallback",
     "RunFigure",
     "ShownGroups",
     "WarningSigns",
@@ -24,5 +26,6 @@ __getattr__, __dir__ = lazy_exports(
         "average": ["EMACallback"],
         "callbacks": ["PolicyValidation", "RunFigure", "ShownGroups", "WarningSigns"],
         "judge_guard": ["JudgeGuard"],
+        "refresh_callback": ["RefreshCallback"],
     },
 )

@@ -102,7 +102,7 @@ class EMACallback(TrainerCallback):
         if not self._count or trainer.eval_dataset is None:
             return
         with ExitStack() as stack:
-            stack.enter_context(_same_random_numbers())
+            stack.enter_context(same_random_numbers())
             for reward in trainer.reward_funcs:
                 if isinstance(reward, MultiResponseReward):
                     stack.enter_context(reward.unrecorded())
@@ -195,7 +195,7 @@ class EMACallback(TrainerCallback):
 
 
 @contextmanager
-def _same_random_numbers() -> Iterator[None]:
+def same_random_numbers() -> Iterator[None]:
     """A block that draws random numbers, after which the same come as if it had drawn none."""
     python, arrays = random.getstate(), np.random.get_state()
     try:

@@ -118,14 +118,17 @@ class Collected:
     repeated_groups: int = 0  # of a run's log: dropped, with prompt and responses of an earlier one
 
 
-def collect(arguments: CollectArguments) -> Collected | None:
-    """Write a file of rollouts, or the rest of it; what it holds, None in the processes that only wrote a part."""
+def collect(arguments: CollectArguments, rows: RowSource | None = None) -> Collected | None:
+    """Write a file of rollouts, or the rest of it; what it holds, None in the processes that only wrote a part.
+
+    `rows`: the prompts, if they are not all those of the arguments.
+    """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if arguments.policy is None or arguments.dataset is None:
         name = "policy" if arguments.policy is None else "dataset"
         raise ConfigurationError(f"{name} is missing; give its file, folder or hub id")
     out = Path(arguments.out)
-    rows = prompt_rows(arguments)
+    rows = prompt_rows(arguments) if rows is None else rows
     settings, total = _settings(arguments, rows)
     digest = _digest(settings)
     if out.exists():

@@ -89,6 +89,15 @@ class PolicyArguments:
     ema_half_life: float = field(
         default=0.0, metadata={"help": "Average the weights, half-life in steps; 0 for never"}
     )
+    # With the first truth of the data set or of verifiers; see `mr_reward.runs.RefreshCallback`.
+    refresh_steps: int = field(
+        default=0,
+        metadata={"help": "Refresh the reward model with the policy's rollouts every so many steps; 0: never"},
+    )
+    refresh_groups: list[str] = field(
+        default_factory=list, metadata={"help": "Files of ranked groups that it was trained on before"}
+    )
+    refresh_learning_rate: float = field(default=1e-5, metadata={"help": "Of a refresh, falling to zero"})
     # A `metric_for_best_model` that knows what is right is watched by `mr_reward.runs.JudgeGuard`.
     stop_when_fooled: bool = field(default=False, metadata={"help": "Stop when the score rises and the truth falls"})
     skip_doctor: bool = field(default=False, metadata={"help": "Start without the checks of `mr-reward doctor`"})
@@ -112,10 +121,19 @@ class PolicyArguments:
             problems.append(f"min_right_above_wrong is {self.min_right_above_wrong}, expected a share from 0 to 1")
         source = self.sources.get(self.dataset or "")
         tells = self.heldout_rollouts or self.verifiers or (source is not None and source.truths)
+        if self.refresh_steps and not (self.verifiers or (source is not None and source.truths)):
+            problems.append("refresh_steps needs verifiers, which know what is right")
+        if self.refresh_steps and (self.reward_server is not None or self.reward_placement != "resident"):
+            problems.append(
+                "refresh_steps needs a reward model that stays in this process, without reward_server and "
+                "with reward_placement: resident"
+            )
         if self.min_right_above_wrong and not tells:
             problems.append("min_right_above_wrong needs heldout_rollouts, or verifiers, which know what is right")
         if self.log_groups_steps < 0:
             problems.append(f"log_groups_steps is {self.log_groups_steps}, expected 0 for never, or more")
+        if self.refresh_steps < 0:
+            problems.append(f"refresh_steps is {self.refresh_steps}, expected 0 for never, or more")
         if self.ema_half_life < 0:
             problems.append(f"ema_half_life is {self.ema_half_life}, expected 0 for no average, or a number of steps")
         if self.stop_when_fooled and self.eval_dataset is None:

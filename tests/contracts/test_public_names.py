@@ -51,6 +51,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "EMACallback",
         "JudgeGuard",
         "PolicyValidation",
+        "RefreshCallback",
         "RunFigure",
         "ShownGroups",
         "WarningSigns",
