@@ -178,6 +178,7 @@ class RefreshCallback(TrainerCallback):
         with _asking_only(trainer, record):
             loader = trainer.get_eval_dataloader([{**data[row], _ROW: row} for row in drawn])
             trainer.evaluation_loop(loader, "Rollouts for a refresh", prediction_loss_only=True)
+        trainer.model.train()  # TRL's log takes the metrics of the mode that the model is in
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback):  # ends the bar, which an evaluation would go on with
                 callback.on_predict(trainer.args, trainer.state, trainer.control)
