@@ -21,7 +21,7 @@ from mr_reward.checkpoint.checksums import written_whole_file
 from mr_reward.data.groups_file import load_preferences
 from mr_reward.data.jsonl import read_json_lines, write_json_lines
 from mr_reward.data.labels import Labeller, label_groups
-from mr_reward.data.sources import RowSource
+from mr_reward.data.sources import SUFFIXES, RowSource
 from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.evaluator import report_rollouts
 from mr_reward.groups import ResponseGroup
@@ -102,7 +102,15 @@ def refresh(
         logger.info("%s is complete", folder)
         return Refreshed(**json.loads((folder / _RESULT).read_text()))
     if not (folder / _TRAIN).is_file():
-        given = replace(collecting, policy=str(checkpoint), out=str(folder / _ROLLOUTS), limit=None)
+        split = None if str(recipe.dataset).endswith(SUFFIXES) else collecting.dataset_split  # as `load_prompts`
+        given = replace(
+            collecting,
+            policy=str(checkpoint),
+            dataset=recipe.dataset,
+            dataset_split=split,
+            out=str(folder / _ROLLOUTS),
+            limit=None,
+        )
         collect(given, _some(prompt_rows(given), plan.prompts, f"{plan.how.seed} {step}"))
         if plan.labeller is None and not (folder / LABELLED).is_file():
             return folder / _ROLLOUTS
