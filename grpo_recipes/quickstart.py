@@ -4,13 +4,17 @@
     python grpo_recipes/quickstart.py --seed 1 --layout causal
 
 A tiny Qwen3-VL learns to read handwritten digits (SFT). What it can do after a third of the steps is the weak policy;
-its final state is the backbone of a multi-response reward model, which learns to rank groups of four answers. GRPO
-then trains the weak policy on the reward model's comparison of its rollouts; from there on labels are used only to
-measure. Everything is written to the output folder.
+its final state is the backbone of a multi-response reward model. The weak policy's own rollouts are collected and
+labelled by the truth; the reward model learns to rank groups, a third of them such rollouts and the others made up.
+GRPO then trains the weak policy on the reward model's comparison of its rollouts, at a rate that falls to zero; for
+this run the truth only measures. The same run with the truth as its reward shows what could be gained. Everything is
+written to the output folder.
 """
 
 import json
 import logging
+import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,17 +33,26 @@ from trl import GRPOConfig, ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
 from mr_reward.cli.errors import one_error_line
+from mr_reward.data.labels import Verifier, label_groups
 from mr_reward.errors import ConfigurationError
-from mr_reward.evaluation.evaluator import evaluate_groups
+from mr_reward.evaluation.evaluator import evaluate_groups, report_rollouts
 from mr_reward.evaluation.plots import plot_curves, plot_scored_groups
+from mr_reward.runs.collect import collect
 from mr_reward.runs.recipe import parse_recipe
 from mr_reward.training.trainer import RewardTrainingArguments
 from mr_reward.worlds.handwriting import make_sft_rows
-from mr_reward.worlds.handwriting_policy import policy_answers
+from mr_reward.worlds.handwriting_policy import GRADES, TRUTHS, HandwritingCollectArguments, policy_answers
 from mr_reward.worlds.named import WORLDS, world_options
 from mr_reward.worlds.tiny import build_qwen3_vl, build_qwen3_vl_processor
 
 RECIPES = Path(__file__).parent
+STAGES = {
+    "sft": "supervised training",
+    "collect": "rollouts",
+    "rm": "reward model",
+    "grpo": "GRPO",
+    "truth": "by truth",
+}
 
 
 @dataclass
@@ -54,8 +67,9 @@ class QuickstartArguments:
         num_digits: digits in each image of handwriting.
         questions: what is asked about the images.
         sft_steps: steps of supervised training, a multiple of 3; None for the YAML's.
-        rm_groups: groups to train the reward model on; None for the YAML's.
-        grpo_steps: steps of GRPO; None for the YAML's.
+        rollout_prompts: prompts whose rollouts by the weak policy the reward model learns from.
+        rm_groups: groups to train the reward model on, a third of them rollouts.
+        grpo_steps: steps of GRPO, with the reward model and with the truth.
         eval_samples: unseen images to measure the policy on, and unseen groups for the reward model.
     """
 
@@ -66,8 +80,9 @@ class QuickstartArguments:
     num_digits: int = field(default=2, metadata={"help": "Digits in each image of handwriting"})
     questions: list[str] = field(default_factory=lambda: ["read"], metadata={"help": "What is asked about the images"})
     sft_steps: int | None = field(default=None, metadata={"help": "Steps of SFT"})
-    rm_groups: int | None = field(default=None, metadata={"help": "Groups to train the reward model on"})
-    grpo_steps: int | None = field(default=None, metadata={"help": "Steps of GRPO"})
+    rollout_prompts: int = field(default=1536, metadata={"help": "Prompts of the rollouts that it learns from"})
+    rm_groups: int = field(default=12800, metadata={"help": "Groups to train the reward model on"})
+    grpo_steps: int = field(default=100, metadata={"help": "Steps of GRPO"})
     eval_samples: int = field(default=512, metadata={"help": "Unseen images and groups to measure on"})
 
     def __post_init__(self) -> None:
@@ -112,35 +127,68 @@ def train_reader(options: QuickstartArguments, folder: Path, weak_step: int | No
     return folder / f"checkpoint-{args.save_steps}"
 
 
-def train_reward_model(options: QuickstartArguments, backbone: Path, folder: Path) -> list[dict[str, float]]:
-    """Pretrain the reward model on ranked groups; returns the log."""
+def collect_rollouts(options: QuickstartArguments, policy: Path, folder: Path) -> tuple[Path, Path]:
+    """Rollouts of the policy: graded ones to train on, and held-out ones that are right or wrong."""
+    shutil.rmtree(folder, ignore_errors=True)  # those of another policy; a file of them would be refused
+    files = []
+    for split, count, seed, verifier in (
+        ("train", options.rollout_prompts, options.seed, GRADES[options.world]),
+        ("validation", options.eval_samples // 2, 0, TRUTHS[options.world]),
+    ):
+        (arguments,) = read_recipe(
+            "collect_tiny_handwriting_cpu.yaml",
+            (HandwritingCollectArguments,),
+            policy=policy,
+            dataset=options.world,
+            dataset_split=split,
+            num_prompts=count,
+            seed=seed,
+            num_digits=options.num_digits,
+            questions=options.questions,
+            max_completion_length=WORLDS[options.world].answer_tokens,
+            out=folder / f"{split}.jsonl",
+        )
+        collect(arguments)
+        files.append(folder / f"{split}-labelled.jsonl")
+        label_groups(arguments.out, files[-1], Verifier(verifier, f"{verifier.__module__}.{verifier.__name__}"))
+    return files[0], files[1]
+
+
+def train_reward_model(
+    options: QuickstartArguments, backbone: Path, rollouts: Path, folder: Path
+) -> list[dict[str, float]]:
+    """Pretrain the reward model on ranked groups, made-up ones and rollouts; returns the log."""
     arguments, args, model_config = read_recipe(
         "rm_tiny_handwriting_cpu.yaml",
         (pretrain_rm.HandwritingRewardArguments, RewardTrainingArguments, ModelConfig),
         output_dir=folder,
         model_name_or_path=backbone,
         layout=options.layout,
-        train_file=options.world,
+        train_file=[options.world, rollouts],
+        mixture_weights=[2, 1],
         eval_file=options.world,
         num_digits=options.num_digits,
         questions=options.questions,
         seed=options.seed,
-        num_train_groups=options.rm_groups,
+        num_train_groups=2 * options.rm_groups // 3,
+        max_steps=options.rm_groups // 32,
     )
     transformers.set_seed(options.seed)
     model = MultiResponseRewardModel.from_backbone(str(backbone), layout=options.layout)
     trainer = pretrain_rm.pretrain(
         model,
         pretrain_rm.load_sets(arguments, seed=options.seed),
-        pretrain_rm.load_sets(arguments, evaluation=True, seed=options.seed),
+        pretrain_rm.load_sets(arguments, evaluation=True, seed=options.seed)[options.world],
         args,
         model_config,
     )
     return trainer.state.log_history
 
 
-def run_grpo(options: QuickstartArguments, policy: Path, reward_model: Path, folder: Path) -> list[dict[str, float]]:
-    """GRPO with the reward model; returns the log."""
+def run_grpo(
+    options: QuickstartArguments, policy: Path, reward_model: Path, folder: Path, *, by_truth: bool = False
+) -> list[dict[str, float]]:
+    """GRPO with the reward model, or with the truth while the reward model looks on; returns the log."""
     recipe = read_recipe(
         "policy_tiny_handwriting_cpu.yaml",
         (train_policy.HandwritingArguments, GRPOConfig, ModelConfig),
@@ -152,6 +200,9 @@ def run_grpo(options: QuickstartArguments, policy: Path, reward_model: Path, fol
         questions=options.questions,
         seed=options.seed,
         max_steps=options.grpo_steps,
+        max_completion_length=WORLDS[options.world].answer_tokens,
+        reward_weights=["0.0", "1.0"] if by_truth else ["1.0", "0.0"],  # reward model, truth
+        ema_half_life=0,
     )
     return train_policy.train_policy(*recipe).state.log_history
 
@@ -187,20 +238,26 @@ def main(options: QuickstartArguments) -> dict[str, Any]:
         seconds[name] = time.perf_counter() - begin
 
     with stage(
-        "sft", "1/3  supervised training: a third of it is the weak policy, all of it the reward model's backbone"
+        "sft", "1/5  supervised training: a third of it is the weak policy, all of it the reward model's backbone"
     ):
         weak_policy = train_reader(options, output / "sft")
         before = measure_policy(weak_policy, options)
         backbone = measure_policy(output / "sft", options)
-    with stage("rm", f"2/3  reward model, layout {options.layout}: which of four answers is best?"):
-        rm_log = train_reward_model(options, output / "sft", output / "rm")
+    with stage("collect", "2/5  the weak policy's own rollouts, labelled by the truth"):
+        rollouts, heldout = collect_rollouts(options, weak_policy, output / "rollouts")
+    with stage("rm", f"3/5  reward model, layout {options.layout}: which answer is best?"):
+        rm_log = train_reward_model(options, output / "sft", rollouts, output / "rm")
         scorer = GroupScorer.from_pretrained(output / "rm")
         made = WORLDS[options.world].make_groups
         groups = made("test", options.eval_samples, num_responses=4, seed=0, **options.world_options)
         ranking = evaluate_groups(scorer, groups)
-    with stage("grpo", "3/3  GRPO: the reward model compares the rollouts of each prompt"):
+        judged = report_rollouts(scorer, heldout).metrics["right_above_wrong"].value
+    with stage("grpo", "4/5  GRPO: the reward model compares the rollouts of each prompt"):
         grpo_log = run_grpo(options, weak_policy, output / "rm", output / "policy")
         after = measure_policy(output / "policy", options)
+    with stage("truth", "5/5  the same with the truth as the reward: what could be gained"):
+        truth_log = run_grpo(options, weak_policy, output / "rm", output / "policy-truth", by_truth=True)
+        with_truth = measure_policy(output / "policy-truth", options)
 
     rewards = curve(grpo_log, "mr_reward/score_mean")[1]
     tenth = max(1, len(rewards) // 10)
@@ -216,8 +273,11 @@ def main(options: QuickstartArguments) -> dict[str, Any]:
             "eval_samples": options.eval_samples,
             "accuracy_before": before,
             "accuracy_after": after,
+            "accuracy_with_truth": with_truth,
             "accuracy_of_rm_backbone": backbone,
         },
+        # Of pairs of the weak policy's held-out rollouts; None where all rollouts of each prompt are right, or wrong.
+        "judge": {"right_above_wrong": judged if math.isfinite(judged) else None},
         "reward": {"first": sum(rewards[:tenth]) / tenth, "last": sum(rewards[-tenth:]) / tenth},
     }
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -228,7 +288,8 @@ def main(options: QuickstartArguments) -> dict[str, Any]:
             "reward model: best of 4 (validation)": {"accuracy": curve(rm_log, "eval_best_of_n_accuracy")},
             "GRPO: mean score of the rollouts": {"score": curve(grpo_log, "mr_reward/score_mean")},
             "GRPO: are the rollouts right?": {
-                "true accuracy": curve(grpo_log, f"rewards/{options.world}_accuracy/mean")
+                reward: curve(log, f"rewards/{options.world}_accuracy/mean")
+                for reward, log in (("reward model", grpo_log), ("truth", truth_log))
             },
         },
         output / "curves.png",
@@ -240,15 +301,18 @@ def main(options: QuickstartArguments) -> dict[str, Any]:
 def write_report(metrics: dict[str, Any], output: Path, console: Console) -> None:
     """The final table, on the terminal and as `report.md`."""
     policy, rm, reward, seconds = (metrics[key] for key in ("policy", "rm", "reward", "seconds"))
+    judged = metrics["judge"]["right_above_wrong"]
     rows = [
         ("reward model: best of 4, unseen scans", f"{rm['best_of_n_accuracy']:.3f}"),
         ("reward model: pairwise accuracy", f"{rm['pairwise_accuracy']:.3f}"),
         ("reward model: winner changes with the order", f"{rm['order_flip_rate']:.3f}"),
+        ("reward model: right above wrong, the policy's rollouts", "none" if judged is None else f"{judged:.3f}"),
         ("policy: right on unseen scans, before GRPO", f"{policy['accuracy_before']:.3f}"),
         ("policy: right on unseen scans, after GRPO", f"{policy['accuracy_after']:.3f}"),
+        ("policy: right on unseen scans, after GRPO by the truth", f"{policy['accuracy_with_truth']:.3f}"),
         ("reward model's backbone: right on unseen scans", f"{policy['accuracy_of_rm_backbone']:.3f}"),
         ("mean score of the rollouts, first and last tenth", f"{reward['first']:.2f} -> {reward['last']:.2f}"),
-        ("seconds (SFT, reward model, GRPO)", ", ".join(f"{seconds[key]:.0f}" for key in ("sft", "rm", "grpo"))),
+        ("seconds: " + ", ".join(STAGES.values()), ", ".join(f"{seconds[key]:.0f}" for key in STAGES)),
     ]
     table = Table("what", "value", title=f"layout {metrics['layout']}, seed {metrics['seed']}")
     for row in rows:

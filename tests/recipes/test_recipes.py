@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mr_reward import GroupScorer, MultiResponseRewardModel
+from mr_reward.data.groups_file import load_preferences
 from mr_reward.grpo.telemetry import METRIC_KEYS
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import make_groups
@@ -50,15 +51,19 @@ def reward_folder(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_quickstart(tmp_path: Path, world: str) -> None:
     """Every stage for a few steps; the figures of the full run are reported in the README."""
     arguments = {"world": world, "seed": 3, "sft_steps": 6, "rm_groups": 96, "grpo_steps": 2, "eval_samples": 16}
+    arguments["rollout_prompts"] = 48
     flags = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
     stdout = run([sys.executable, str(RECIPES / "quickstart.py"), *flags], tmp_path)
     output = tmp_path / "outputs" / "quickstart"
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["layout"] == "set" and metrics["seed"] == 3
-    assert set(metrics["seconds"]) == {"sft", "rm", "grpo", "total"}
+    assert set(metrics["seconds"]) == {"sft", "collect", "rm", "grpo", "truth", "total"}
     assert set(metrics["rm"]) == {"n", "best_of_n_accuracy", "pairwise_accuracy", "order_flip_rate"}
     assert metrics["rm"]["order_flip_rate"] == 0
-    assert set(metrics["policy"]) >= {"eval_samples", "accuracy_before", "accuracy_after"}
+    accuracies = {f"accuracy_{name}" for name in ("before", "after", "with_truth", "of_rm_backbone")}
+    assert set(metrics["policy"]) == {"eval_samples", *accuracies} and set(metrics["judge"]) == {"right_above_wrong"}
+    rollouts = load_preferences(output / "rollouts" / "train-labelled.jsonl")
+    assert 0 < len(rollouts) <= 48 and all(2 <= group.num_responses <= 8 for group in rollouts)
     assert set(metrics["reward"]) == {"first", "last"}
     assert "best of 4" in stdout and "after GRPO" in stdout
     report = (output / "report.md").read_text()
@@ -71,6 +76,21 @@ def test_quickstart(tmp_path: Path, world: str) -> None:
     MultiResponseRewardModel.from_pretrained(output / "rm")
     AutoModelForImageTextToText.from_pretrained(output / "policy")
     AutoProcessor.from_pretrained(output / "policy")
+
+
+def test_the_quickstart_collects_anew_for_another_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the folder of an earlier run, whose rollouts are those of another policy."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import quickstart
+
+    options = quickstart.QuickstartArguments(rollout_prompts=6, eval_samples=8)
+    tiny.build_qwen3_vl_processor().save_pretrained(tmp_path / "policy")
+    found = []
+    for seed in (1, 2):
+        tiny.build_qwen3_vl(seed, hidden_size=64, num_layers=2).save_pretrained(tmp_path / "policy")
+        files = quickstart.collect_rollouts(options, tmp_path / "policy", tmp_path / "rollouts")
+        found.append([[group.responses for group in load_preferences(file)] for file in files])
+    assert [[len(groups) for groups in files] for files in found] == [[6, 4]] * 2 and found[0] != found[1]
 
 
 @pytest.mark.parametrize("lora", [False, True])
