@@ -11,7 +11,7 @@ without the trainers, see benchmarks/lean_loop.py.
 An arm of reward-model training is a list of words, `set,mix,lr=3e-4`: the layout, the loss (`best_of_n` unless named),
 `mix` for a share of the weak policy's own rollouts among the groups, `binary` for labels that only say best or rest,
 `flip=0.1` for labels that are wrong with that chance, `repeats` to keep equal texts, `residual` for single plus
-comparison, `end` for readout vectors that start as the embedding of the end of a turn, `zero` for a head whose last
+comparison, `noise` for readout vectors that start as the mean embedding plus noise, `zero` for a head whose last
 layer starts at 0, `init=1` for another seed of its own, and fields of `lean_loop.Fit`. Behind `@` stand fields of
 `lean_loop.Run` and how scores become rewards (`CANDIDATES`). What is finished is not repeated.
 """
@@ -87,7 +87,7 @@ class Judge:
                 own[key] = float(value) if key == "flip" else int(value)
             elif key in fields:
                 fit[key] = value if fields[key] == "str" else (int if fields[key] == "int" else float)(value)
-            elif word in ("mix", "binary", "repeats", "residual", "end", "zero"):
+            elif word in ("mix", "binary", "repeats", "residual", "noise", "zero"):
                 words.add(word)
             else:
                 raise SystemExit(f"got {word!r} in the arm {text!r}, expected words of --help")
