@@ -36,7 +36,6 @@ from mr_reward.worlds.named import WORLDS
 Group = tuple[Any, list[str], list[int]]
 RewardFunction = Callable[[Sequence[Any], Sequence[Sequence[str]]], list[list[float | None]]]
 
-MAX_NEW_TOKENS = 8
 CLIP = 1.0  # the largest norm of a gradient, as in both trainers
 
 
@@ -46,15 +45,21 @@ class LeanWorld:
 
     name: str
     options: Mapping[str, Any]
-    weak_step: int  # of supervised training, from where GRPO starts; the reward models start from twice as many
+    weak_step: int  # of supervised training, from where GRPO starts
+    sft_steps: int  # from where the reward models start
+    new_tokens: int  # at most, of a completion; a token is a letter
 
     def train_reader(self, folder: Path, seed: int) -> None:
-        """Supervised training, twice as long as the weak policy had."""
+        """Supervised training; the weak policy is a checkpoint on its way."""
         sys.path.insert(0, str(Path(__file__).parents[1] / "grpo_recipes"))
         import quickstart
 
         options = quickstart.QuickstartArguments(
-            seed=seed, num_digits=3, sft_steps=2 * self.weak_step, questions=list(self.options["questions"])
+            world=self.name,
+            seed=seed,
+            num_digits=self.options.get("num_digits", 2),
+            sft_steps=self.sft_steps,
+            questions=list(self.options["questions"]),
         )
         quickstart.train_reader(options, folder, self.weak_step)
 
@@ -84,7 +89,8 @@ class LeanWorld:
 LEAN_WORLDS = {
     world.name: world
     for world in (
-        LeanWorld("handwriting", {"num_digits": 3, "questions": ("read", "largest", "even")}, weak_step=270),
+        LeanWorld("handwriting", {"num_digits": 3, "questions": ("read", "largest", "even")}, 270, 540, 8),
+        LeanWorld("shapes", {"questions": ("shape", "color")}, 50, 150, 12),
     )
 }
 
@@ -190,7 +196,11 @@ def generate(
     if sample:
         options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     batch = reader.batch(tasks)
-    options |= {"max_new_tokens": MAX_NEW_TOKENS, "num_return_sequences": count, "suppress_tokens": reader.forbidden}
+    options |= {
+        "max_new_tokens": reader.world.new_tokens,
+        "num_return_sequences": count,
+        "suppress_tokens": reader.forbidden,
+    }
     tokens = policy.generate(**batch, **options)
     end = reader.tokenizer.eos_token_id
     completions = []

@@ -62,7 +62,7 @@ def test_a_step_is_that_of_trl(reader: lean_loop.Reader, folder: Path, tmp_path:
         str(tmp_path),
         per_device_train_batch_size=len(tasks) * SIZE,
         num_generations=SIZE,
-        max_completion_length=lean_loop.MAX_NEW_TOKENS,
+        max_completion_length=reader.world.new_tokens,
         max_steps=1,
         learning_rate=1.0,
         lr_scheduler_type="constant",
