@@ -5,7 +5,8 @@
 A mark is a comment in Markdown, `<!-- table: NAME ARGUMENTS -->`, and ends with `<!-- end -->`. The tables:
 
 - `judges WORLD SEEDS ARM ...`: reward models of benchmarks/judge_lab.py, mean, spread and range over the seeds;
-- `policies WORLD SEEDS ARM ...`: policies of benchmarks/judge_lab.py, and the paired difference to the first arm.
+- `policies WORLD SEEDS ARM ...`: policies of benchmarks/judge_lab.py, and the paired difference to the first arm;
+- `sets LAYOUT ...`: benchmarks/set_worlds.py, between the best separate and the best joint judge.
 
 SEEDS is `0-4`. A cell that is not there is left out, and the number of seeds is told.
 """
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from scipy import stats
+
+from mr_reward.worlds.sets import SET_WORLDS, bounds
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "results"
@@ -84,7 +87,28 @@ def policies(world: str, seeds: str, *arms: str) -> list[list[str]]:
     return rows
 
 
-TABLES = {"judges": judges, "policies": policies}
+def sets(*layouts: str) -> list[list[str]]:
+    """Best of N in worlds with known bounds, and which share of the way from the separate to the joint one that is."""
+    found: dict[tuple[str, int, str], list[float]] = {}
+    for path in sorted((RESULTS / "set_worlds").glob("*-seed*.json")):
+        cell = json.loads(path.read_text())
+        for size, values in cell["found"].items():
+            found.setdefault((cell["world"], int(size), cell["layout"]), []).append(values["best_of_n"])
+    rows = [["world", "N", "best separate judge", "best joint judge", *(f"`{layout}`" for layout in layouts)]]
+    for world in SET_WORLDS:
+        for size in sorted({size for own, size, _ in found if own == world}):
+            separate, joint = (bounds(world, size)[who].best_of_n for who in ("separate", "joint"))
+            row = [world, str(size), f"{separate:.3f}", f"{joint:.3f}"]
+            for layout in layouts:
+                values = found.get((world, size, layout), [])
+                mean = statistics.fmean(values) if values else 0.0
+                way = f", {(mean - separate) / (joint - separate):.0%}" if joint > separate else ""
+                row.append(f"{mean:.3f}{way} ({len(values)})" if values else "")
+            rows.append(row)
+    return rows
+
+
+TABLES = {"judges": judges, "policies": policies, "sets": sets}
 
 
 def drawn(text: str) -> str:

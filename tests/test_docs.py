@@ -244,6 +244,16 @@ def test_failure_messages_are_those_of_the_code() -> None:
         assert re.search(pattern, source), message
 
 
+def test_tables_are_drawn_from_the_results() -> None:
+    """`python benchmarks/draw_results.py` changes nothing; a number that was typed in would be changed."""
+    from draw_results import drawn
+
+    pages = [page for page in sorted((ROOT / "docs").glob("*.md")) if "<!-- table: " in page.read_text()]
+    assert pages
+    for page in pages:
+        assert drawn(page.read_text()) == page.read_text(), page.name
+
+
 def test_drawings_are_made_by_the_code() -> None:
     from layout_figures import draw
 
