@@ -1,4 +1,6 @@
-"""Tables of docs/results from its JSON files: whatever stands between two marks of a page is written anew.
+"""Tables and figures of the docs from the JSON files of docs/results.
+
+What stands between two marks of a page is written anew.
 
     python benchmarks/draw_results.py
 
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bands import plot_bands
 from scipy import stats
 
 from mr_reward.worlds.sets import SET_WORLDS, bounds
@@ -123,8 +126,25 @@ def drawn(text: str) -> str:
     return _MARK.sub(table, text)
 
 
+def loss_curves(path: Path, world: str, seeds: str, arms: dict[str, str]) -> None:
+    """The losses of reward models over their steps, mean and range of the seeds that all arms have."""
+    found = {arm: cells("rm", world, seeds_of(seeds), arm) for arm in arms}
+    shared = sorted(set.intersection(*(set(own) for own in found.values())))
+    curves = {
+        label: (
+            [20 * (i + 1) for i in range(len(found[arm][shared[0]]["loss"]))],
+            [found[arm][s]["loss"] for s in shared],
+        )
+        for arm, label in arms.items()
+    }
+    panel = f"loss of the reward model, {world}, seeds {', '.join(map(str, shared))}"
+    plot_bands({panel: curves}, path)
+
+
 def main() -> None:
-    """Write the pages."""
+    """Write the pages and figures."""
+    arms = {"set,mix,noise": "readouts start at random", "set,mix": "readouts start as the end of a turn"}
+    loss_curves(DOCS / "figures" / "readout_start.png", "handwriting", "0-12", arms)
     for page in sorted(DOCS.glob("*.md")):
         text = page.read_text()
         if (new := drawn(text)) != text:
