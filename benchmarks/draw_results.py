@@ -8,6 +8,7 @@ A mark is a comment in Markdown, `<!-- table: NAME ARGUMENTS -->`, and ends with
 
 - `judges WORLD SEEDS ARM ...`: reward models of benchmarks/judge_lab.py, mean, spread and range over the seeds;
 - `policies WORLD SEEDS ARM ...`: policies of benchmarks/judge_lab.py, and the paired difference to the first arm;
+- `comparison WORLD SEEDS ARM ...`: policies of benchmarks/policy_comparison.py, see benchmarks/comparison_table.py;
 - `sets LAYOUT ...`: benchmarks/set_worlds.py, between the best separate and the best joint judge.
 
 SEEDS is `0-4`. A cell that is not there is left out, and the number of seeds is told.
@@ -23,35 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from bands import plot_bands
-from scipy import stats
+from comparison_table import COLLAPSE, comparison, interval, seeds_of
 
 from mr_reward.worlds.sets import SET_WORLDS, bounds
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "results"
-COLLAPSE = 0.05  # a run has collapsed if it ends so far below where it started
 _MARK = re.compile(r"(<!-- table: (?P<words>[^>]*?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
-
-
-def interval(values: Sequence[float]) -> str:
-    """Mean and 95 % interval (Student's t) of independent values."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:+.3f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean, standard deviation and range."""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.3f}{deviation} ({min(values):.3f} to {max(values):.3f})"
-
-
-def seeds_of(text: str) -> list[int]:
-    """`0-4` or `3`."""
-    first, _, last = text.partition("-")
-    return list(range(int(first), int(last or first) + 1))
 
 
 def cells(kind: str, world: str, seeds: Sequence[int], arm: str) -> dict[int, dict[str, Any]]:
@@ -111,7 +96,12 @@ def sets(*layouts: str) -> list[list[str]]:
     return rows
 
 
-TABLES = {"judges": judges, "policies": policies, "sets": sets}
+def compared(world: str, seeds: str, *arms: str) -> list[list[str]]:
+    """Policies that TRL trained, by arm."""
+    return comparison(world, seeds_of(seeds), arms)
+
+
+TABLES = {"judges": judges, "policies": policies, "comparison": compared, "sets": sets}
 
 
 def drawn(text: str) -> str:

@@ -47,7 +47,6 @@ class LeanWorld:
     options: Mapping[str, Any]
     weak_step: int  # of supervised training, from where GRPO starts
     sft_steps: int  # from where the reward models start
-    new_tokens: int  # at most, of a completion; a token is a letter
 
     def train_reader(self, folder: Path, seed: int) -> None:
         """Supervised training; the weak policy is a checkpoint on its way."""
@@ -89,8 +88,8 @@ class LeanWorld:
 LEAN_WORLDS = {
     world.name: world
     for world in (
-        LeanWorld("handwriting", {"num_digits": 3, "questions": ("read", "largest", "even")}, 270, 540, 8),
-        LeanWorld("shapes", {"questions": ("shape", "color")}, 50, 150, 12),
+        LeanWorld("handwriting", {"num_digits": 3, "questions": ("read", "largest", "even")}, 270, 540),
+        LeanWorld("shapes", {"questions": ("shape", "color")}, 50, 150),
     )
 }
 
@@ -197,7 +196,7 @@ def generate(
         options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     batch = reader.batch(tasks)
     options |= {
-        "max_new_tokens": reader.world.new_tokens,
+        "max_new_tokens": WORLDS[reader.world.name].answer_tokens,
         "num_return_sequences": count,
         "suppress_tokens": reader.forbidden,
     }

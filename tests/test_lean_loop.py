@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from mr_reward import MultiResponseRewardModel
 from mr_reward.model.rows import Packer, collate
 from mr_reward.worlds.handwriting import make_groups, make_policy_rows
+from mr_reward.worlds.named import WORLDS
 from mr_reward.worlds.tiny import build_qwen3_vl, build_qwen3_vl_processor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -62,7 +63,7 @@ def test_a_step_is_that_of_trl(reader: lean_loop.Reader, folder: Path, tmp_path:
         str(tmp_path),
         per_device_train_batch_size=len(tasks) * SIZE,
         num_generations=SIZE,
-        max_completion_length=reader.world.new_tokens,
+        max_completion_length=WORLDS["handwriting"].answer_tokens,
         max_steps=1,
         learning_rate=1.0,
         lr_scheduler_type="constant",
