@@ -135,6 +135,8 @@ def test_the_refreshed_reward_model_ranks_new_rollouts_better(
     for group in train + heldout:
         assert len(set(group.responses)) == group.num_responses <= 4
         assert list(group.ratings or ()) == early_letter(list(group.responses))
+        truths = early_letter(list(group.responses))
+        assert [rank == 1 for rank in group.rankings or ()] == [truth == max(truths) for truth in truths]
     # The run asks the new one, which is the one that was written.
     saved = dict(MultiResponseRewardModel.from_pretrained(folder / "rm").named_parameters())
     assert all(torch.equal(saved[name], weight) for name, weight in weights(trainer).items())
