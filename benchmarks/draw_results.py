@@ -6,6 +6,7 @@ What stands between two marks of a page is written anew.
 
 A mark is a comment in Markdown, `<!-- table: NAME ARGUMENTS -->`, and ends with `<!-- end -->`. The tables:
 
+- `quickstart SEEDS`: `metrics.json` of `make quickstart`, a column for each seed;
 - `judges WORLD SEEDS ARM ...`: reward models of benchmarks/judge_lab.py, mean, spread and range over the seeds;
 - `policies WORLD SEEDS ARM ...`: policies of benchmarks/judge_lab.py, and the paired difference to the first arm;
 - `comparison WORLD SEEDS ARM ...`: policies of benchmarks/policy_comparison.py, see benchmarks/comparison_table.py;
@@ -96,12 +97,38 @@ def sets(*layouts: str) -> list[list[str]]:
     return rows
 
 
+QUICKSTART = {
+    "reward model, best of 4": ("rm", "best_of_n_accuracy"),
+    "reward model, pairwise accuracy": ("rm", "pairwise_accuracy"),
+    "reward model, winner changes with the order": ("rm", "order_flip_rate"),
+    "reward model, right above wrong among the policy's own answers": ("judge", "right_above_wrong"),
+    "policy right, before GRPO (greedy)": ("policy", "accuracy_before"),
+    "policy right, after GRPO with the reward model": ("policy", "accuracy_after"),
+    "policy right, after GRPO with the truth": ("policy", "accuracy_with_truth"),
+    "the reward model's backbone right": ("policy", "accuracy_of_rm_backbone"),
+}
+
+
+def quickstart(seeds: str) -> list[list[str]]:
+    """What the quickstart measures, and mean and range over its seeds."""
+    paths = {seed: RESULTS / "quickstart" / f"seed{seed}.json" for seed in seeds_of(seeds)}
+    found = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.is_file()}
+    rows = [["", *(f"seed {seed}" for seed in found), "mean (spread)"]]
+    for label, (part, key) in QUICKSTART.items():
+        values = [metrics[part][key] for metrics in found.values()]
+        mean = f"{statistics.fmean(values):.3f} ({max(values) - min(values):.3f})"
+        rows.append([label, *(f"{value:.3f}" for value in values), mean])
+    seconds = [metrics["seconds"]["total"] for metrics in found.values()]
+    rows.append(["seconds", *(f"{value:.0f}" for value in seconds), ""])
+    return rows
+
+
 def compared(world: str, seeds: str, *arms: str) -> list[list[str]]:
     """Policies that TRL trained, by arm."""
     return comparison(world, seeds_of(seeds), arms)
 
 
-TABLES = {"judges": judges, "policies": policies, "comparison": compared, "sets": sets}
+TABLES = {"quickstart": quickstart, "judges": judges, "policies": policies, "comparison": compared, "sets": sets}
 
 
 def drawn(text: str) -> str:

@@ -67,7 +67,7 @@ def easy_groups(count: int, seed: int) -> list[ResponseGroup]:
 
 @pytest.mark.parametrize("loss", ["best_of_n", "plackett_luce", "bradley_terry"])
 def test_learns_and_reports(tmp_path: Path, loss: str) -> None:
-    """From guessing to nearly perfect, for every loss, with evaluation during training."""
+    """From guessing to nearly perfect in what the loss is about, with evaluation during training."""
     model = reward_model("set", "llama")
     args = arguments(
         tmp_path, max_steps=40, loss=loss, eval_strategy="steps", eval_steps=40, learning_rate=3e-3, logging_steps=10
@@ -78,7 +78,8 @@ def test_learns_and_reports(tmp_path: Path, loss: str) -> None:
     log = [entry for entry in trainer.state.log_history if "eval_best_of_n_accuracy" in entry]
     assert before < 0.7
     assert log[-1]["eval_best_of_n_accuracy"] > 0.9
-    assert log[-1]["eval_pairwise_accuracy"] > 0.9
+    if loss != "best_of_n":  # which asks for the best alone: the order of the others is not taught
+        assert log[-1]["eval_pairwise_accuracy"] > 0.9
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
 
