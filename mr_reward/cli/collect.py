@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mr_reward.cli.options import BAD_ROWS, Dtype
+from mr_reward.cli.options import BAD_ROWS, Dtype, refuse_unread
 from mr_reward.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ KEY_VARIABLE = "MR_REWARD_JUDGE_KEY"
 
 
 def collect(
+    context: typer.Context,
     policy: Annotated[str, typer.Argument(help="Policy (folder or hub id); with --logged the folder of a GRPO run")],
     prompts: Annotated[str | None, typer.Argument(help="Prompts as for GRPO: file, folder or hub id")] = None,
     out: Annotated[Path, typer.Option(help="The .jsonl file to write, or to resume")] = Path("rollouts.jsonl"),
@@ -56,6 +57,9 @@ def collect(
     from mr_reward.runs.collect import CollectArguments, collect_logged, prompt_rows
     from mr_reward.runs.collect import collect as write_rollouts
 
+    if logged:
+        asked = ("n", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "template")
+        refuse_unread(context, "a policy that writes (no --logged)", (*asked, "batch", "dtype", "use_vllm"))
     arguments = CollectArguments(
         policy=policy,
         dataset=prompts,
@@ -99,7 +103,15 @@ def collected_table(collected: Collected, out: str) -> Table:
     return table
 
 
+def judge_at(url: str, **options: Any) -> Labeller:
+    """A judge behind a chat endpoint, with the key of the environment."""
+    from mr_reward.data.judge_endpoint import JudgeEndpoint
+
+    return JudgeEndpoint(url, key=os.environ.get(KEY_VARIABLE), **options)
+
+
 def label(
+    context: typer.Context,
     rollouts: Annotated[Path, typer.Argument(help=".jsonl file of groups, as `mr-reward collect` writes it")],
     out: Annotated[Path, typer.Option(help="The .jsonl file of ranked groups to write, or to resume")],
     verifier: Annotated[
@@ -134,6 +146,12 @@ def label(
 
     if sum(given is not None for given in (verifier, judge, people)) != 1:
         raise ConfigurationError("give one of --verifier, --judge and --people: who is to label?")
+    if judge is None:
+        refuse_unread(context, "--judge", ("judge_model", "passes", "budget", "criteria", "timeout"))
+    if people is None:
+        refuse_unread(context, "--people", ("port",))
+    if verifier is not None:
+        refuse_unread(context, "--judge or --people", ("seed",))
     labeller: Labeller
     page: AbstractContextManager[Any] = nullcontext()
     if verifier is not None:
@@ -146,11 +164,8 @@ def label(
 
         labeller = page = People(people, seed=seed, port=port)
     else:
-        from mr_reward.data.judge_endpoint import JudgeEndpoint
-
-        options: dict[str, Any] = {"passes": passes, "budget": budget, "seed": seed, "timeout": timeout}
-        key = os.environ.get(KEY_VARIABLE)
-        labeller = JudgeEndpoint(str(judge), model=judge_model, key=key, criteria=criteria, **options)
+        options = {"passes": passes, "budget": budget, "seed": seed, "timeout": timeout}
+        labeller = judge_at(str(judge), model=judge_model, criteria=criteria, **options)
     with page:
         done = label_groups(rollouts, out, labeller, media_within=media)
     table = Table("groups", str(out))

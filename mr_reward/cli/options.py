@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +24,14 @@ NumOrders = Annotated[int, typer.Option(min=1, help="Orders of the responses to 
 FetchUrls = Annotated[
     bool, typer.Option("--fetch-urls", help="Download images that are http or https URLs; else they are bad")
 ]
+
+
+def refuse_unread(context: typer.Context, needed: str, names: Sequence[str]) -> None:
+    """Refuse options that were given without the one that reads them."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name != "DEFAULT"]
+    if given:
+        raise ConfigurationError(f"got {', '.join(given)} without {needed}, which alone reads it; leave it out")
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mr_reward.cli.collect import KEY_VARIABLE
-from mr_reward.cli.options import BAD_ROWS
+from mr_reward.cli.collect import judge_at
+from mr_reward.cli.options import BAD_ROWS, refuse_unread
 from mr_reward.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -79,10 +78,11 @@ def refresh(
         raise ConfigurationError("give one of --verifier and --judge: who is to label?")
     labeller = _labeller(recipe, verifier)
     if judge is not None:
-        from mr_reward.data.judge_endpoint import JudgeEndpoint
-
-        key = os.environ.get(KEY_VARIABLE)
-        labeller = JudgeEndpoint(judge, model=judge_model, key=key, passes=passes, budget=budget, seed=seed)
+        labeller = judge_at(judge, model=judge_model, passes=passes, budget=budget, seed=seed)
+    else:
+        refuse_unread(context, "--judge", ("judge_model", "passes", "budget"))
+    if not groups:
+        refuse_unread(context, "--groups", ("share",))
     plan = RefreshPlan(
         labeller=labeller,
         old=tuple(groups or ()),

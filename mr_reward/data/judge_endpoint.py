@@ -6,7 +6,6 @@ agree is written beside the label.
 
 from __future__ import annotations
 
-import http.client
 import itertools
 import json
 import logging
@@ -14,8 +13,6 @@ import random
 import string
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,6 +22,11 @@ from typing import Any
 from mr_reward.data.labels import Label, RolloutsToLabel, shown_turns
 from mr_reward.errors import ConfigurationError, ScoringServerError, shown
 from mr_reward.groups import ResponseGroup, dense_ranks
+
+try:
+    import httpx2
+except ModuleNotFoundError as error:
+    raise ConfigurationError("a judge endpoint needs httpx2; pip install 'mr-reward[serve]'") from error
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +70,12 @@ class JudgeEndpoint:
         if timeout <= 0:
             raise ConfigurationError(f"timeout is {timeout}, expected seconds above 0")
         self.at_a_time = at_a_time
-        self._url, self._key = url.rstrip("/"), key
+        self._url = url.rstrip("/")
+        # The key does not go to another host that a redirect names.
+        headers = httpx2.Headers({"Authorization": f"Bearer {key}"} if key else {})
+        self._client = httpx2.Client(headers=headers, timeout=timeout, follow_redirects=True)
         self._criteria, self._passes, self._seed = criteria or _CRITERIA, passes, seed
-        self._timeout, self._max_attempts, self._first_pause = timeout, max_attempts, first_pause
+        self._max_attempts, self._first_pause = max_attempts, first_pause
         self._budget, self._lock = budget, threading.Lock()
         self._over = threading.Event()  # a call was interrupted: threads end with the request that they wait for
         self._model = model or self._only_model()
@@ -197,29 +202,21 @@ class JudgeEndpoint:
         raise ScoringServerError(f"{self._url}/models gives no answer; check that the judge runs, and its URL")
 
     def _send(self, path: str, body: dict[str, Any] | None) -> Any:
-        headers = {"Content-Type": "application/json", "User-Agent": "mr-reward"}
-        data = None if body is None else json.dumps(body).encode()
         try:
-            request = urllib.request.Request(self._url + path, data, headers)
-            if self._key:
-                request.add_unredirected_header("Authorization", f"Bearer {self._key}")  # not for whoever comes next
-            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code in _AGAIN or error.code >= 500:
-                    seconds = error.headers.get("Retry-After", "")
-                    pause = min(float(seconds), 60.0) if seconds.isdecimal() else None
-                    raise _AskAgainError(_NO_ANSWER, pause) from error
-                told = error.read(300).decode(errors="replace")
-            raise ConfigurationError(
-                f"{self._url}{path} answers with status {error.code}: {told or error.reason}; check the URL, the "
-                "model and the key in MR_REWARD_JUDGE_KEY"
-            ) from error
+            answer = self._client.request("GET" if body is None else "POST", self._url + path, json=body)
+            if answer.is_success:
+                return answer.json()
         except ValueError as error:
             raise _AskAgainError("wrong JSON") from error
-        except (OSError, http.client.HTTPException) as error:  # refused, cut off, too late
+        except httpx2.RequestError as error:  # refused, cut off, too late
             raise _AskAgainError(_NO_ANSWER) from error
+        if answer.status_code in _AGAIN or answer.is_server_error:
+            seconds = answer.headers.get("Retry-After", "")
+            raise _AskAgainError(_NO_ANSWER, min(float(seconds), 60.0) if seconds.isdecimal() else None)
+        told = answer.text[:300] or answer.reason_phrase
+        raise ConfigurationError(
+            f"{self._url}{path} answers with status {answer.status_code}: {told}; check the URL, the model and the key in MR_REWARD_JUDGE_KEY"
+        )
 
 
 class _AskAgainError(Exception):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -314,3 +316,10 @@ def test_a_judge_that_is_not_there() -> None:
         JudgeEndpoint("http://127.0.0.1:9", first_pause=0.01)
     with pytest.raises(ConfigurationError, match="expected http"):
         JudgeEndpoint("127.0.0.1:8000")
+
+
+def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    monkeypatch.delitem(sys.modules, "mr_reward.data.judge_endpoint")
+    with pytest.raises(ConfigurationError, match=r"pip install 'mr-reward\[serve\]'"):
+        importlib.import_module("mr_reward.data.judge_endpoint")

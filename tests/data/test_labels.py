@@ -208,3 +208,8 @@ def test_the_command(tmp_path: Path) -> None:
     for more in ([], ["--judge", "http://127.0.0.1:1", "--verifier", truth]):
         with pytest.raises(MRRewardError, match="give one of --verifier, --judge and --people"):
             CliRunner().invoke(app, [*command[:2], "--out", "x.jsonl", *more], catch_exceptions=False)
+    for more in (["--passes", "5"], ["--port", "8000"], ["--judge-model", "m"], ["--seed", "1"]):
+        with pytest.raises(ConfigurationError, match=f"got {more[0]} without --"):
+            CliRunner().invoke(
+                app, [*command[:2], "--out", "x.jsonl", "--verifier", truth, *more], catch_exceptions=False
+            )
