@@ -24,10 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import set_worlds
 from bands import plot_bands
 from comparison_table import COLLAPSE, comparison, interval, seeds_of
 
-from mr_reward.worlds.sets import SET_WORLDS, bounds
+from mr_reward.worlds.sets import bounds
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "results"
@@ -78,22 +79,16 @@ def policies(world: str, seeds: str, *arms: str) -> list[list[str]]:
 
 def sets(*layouts: str) -> list[list[str]]:
     """Best of N in worlds with known bounds, and which share of the way from the separate to the joint one that is."""
-    found: dict[tuple[str, int, str], list[float]] = {}
-    for path in sorted((RESULTS / "set_worlds").glob("*-seed*.json")):
-        cell = json.loads(path.read_text())
-        for size, values in cell["found"].items():
-            found.setdefault((cell["world"], int(size), cell["layout"]), []).append(values["best_of_n"])
+    found = set_worlds.cells(json.loads(path.read_text()) for path in sorted((RESULTS / "set_worlds").glob("*.json")))
     rows = [["world", "N", "best separate judge", "best joint judge", *(f"`{layout}`" for layout in layouts)]]
-    for world in SET_WORLDS:
-        for size in sorted({size for own, size, _ in found if own == world}):
-            separate, joint = (bounds(world, size)[who].best_of_n for who in ("separate", "joint"))
-            row = [world, str(size), f"{separate:.3f}", f"{joint:.3f}"]
-            for layout in layouts:
-                values = found.get((world, size, layout), [])
-                mean = statistics.fmean(values) if values else 0.0
-                way = f", {(mean - separate) / (joint - separate):.0%}" if joint > separate else ""
-                row.append(f"{mean:.3f}{way} ({len(values)})" if values else "")
-            rows.append(row)
+    for world, size in dict.fromkeys((world, size) for world, size, _ in found):
+        row = [world, str(size), *(f"{bounds(world, size)[who].best_of_n:.3f}" for who in ("separate", "joint"))]
+        for layout in layouts:
+            values = [one["best_of_n"] for one in found.get((world, size, layout), [])]
+            way = set_worlds.gap(statistics.fmean(values), world, size, "best_of_n") if values else None
+            shown = f", {way:.0%}" if way is not None else ""
+            row.append(f"{statistics.fmean(values):.3f}{shown} ({len(values)})" if values else "")
+        rows.append(row)
     return rows
 
 

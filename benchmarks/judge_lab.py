@@ -3,22 +3,26 @@
     python benchmarks/judge_lab.py rm set,mix isolated,bradley_terry --seeds 0 1 2
     python benchmarks/judge_lab.py policy truth set,mix set,mix@beta=0.1 --seeds 0 1 2
 
-Per seed: a tiny Qwen3-VL is trained by supervised training; its state after half of the steps is the weak policy, its
-end the backbone of the reward models. A reward model sees 19,200 groups of four in 600 steps, a policy 200 steps of 16
+Per seed: a tiny Qwen3-VL is trained by supervised training; a checkpoint on the way is the weak policy, its end
+the backbone of the reward models. A reward model sees 19,200 groups of four in 600 steps, a policy 200 steps of 16
 prompts x 8 rollouts; greedy accuracy is measured on 1,024 unseen pictures. This is `benchmarks/policy_comparison.py`
 without the trainers, see benchmarks/lean_loop.py.
 
-An arm of reward-model training is a list of words, `set,mix,lr=3e-4`: the layout, the loss (`best_of_n` unless named),
-`mix` for a share of the weak policy's own rollouts among the groups, `binary` for labels that only say best or rest,
-`flip=0.1` for labels that are wrong with that chance, `repeats` to keep equal texts, `residual` for single plus
-comparison, `noise` for readout vectors that start as the mean embedding plus noise, `zero` for a head whose last
-layer starts at 0, `init=1` for another seed of its own, and fields of `lean_loop.Fit`. Behind `@` stand fields of
-`lean_loop.Run` and how scores become rewards (`CANDIDATES`). What is finished is not repeated.
+An arm of reward-model training is a list of words, `set,mix,rate=3e-4`: the layout; the loss (`best_of_n` unless
+named); `mix` for a share of the weak policy's own rollouts among the groups; `binary` for labels that only say best or
+rest; `flip=0.1` for labels that are wrong with that chance; `repeats` to keep equal texts; `residual` for single plus
+comparison; `noise` for readout vectors that start as the mean embedding plus noise; `zero` for a head whose last layer
+starts at 0; `init=1` for another seed of its own; `size=8` for groups of that size; and fields of `lean_loop.Fit`.
+
+Behind `@` stand fields of `lean_loop.Run`, and how scores become rewards: `floor=0.1`, closer scores are ties;
+`reference=logistic` or `capped`, against the start policy's greedy answer; `also=ARM`, the mean of two judges, with
+`how=doubt` less their standard deviation. What is finished is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -32,13 +36,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comparison_setups import SETUPS, train_backbone
 from lean_loop import (
-    LEAN_WORLDS,
     Fit,
     Group,
+    LeanWorld,
     Reader,
     Run,
-    SinglePlusComparison,
     generate,
     greedy_accuracy,
     grpo,
@@ -51,7 +55,9 @@ from lean_loop import (
 from transformers import AutoModelForImageTextToText
 
 from mr_reward import MultiResponseRewardModel
+from mr_reward.checkpoint.checksums import written_whole_file
 from mr_reward.groups import dense_ranks
+from mr_reward.model.model import RewardOutput
 
 LAYOUTS = ("set", "isolated", "causal")
 LOSSES = ("best_of_n", "bradley_terry", "plackett_luce")
@@ -73,7 +79,7 @@ class Judge:
 
     @classmethod
     def parse(cls, text: str) -> Judge:
-        """Read `set,mix,lr=3e-4`."""
+        """Read `set,mix,rate=3e-4`."""
         words, fit, own = set(), {}, {}
         layout = ""
         fields = {field.name: field.type for field in dataclasses.fields(Fit)}
@@ -96,6 +102,25 @@ class Judge:
         return cls(layout, Fit(**fit), frozenset(words), **own)
 
 
+class SinglePlusComparison(torch.nn.Module):
+    """Layout `set` as the score of each response alone plus what comparing adds, which starts at zero."""
+
+    def __init__(self, model: MultiResponseRewardModel) -> None:
+        super().__init__()
+        self.model = model
+        self.single = copy.deepcopy(model.head)
+        torch.nn.init.zeros_(model.head.out.weight)
+        self.config, self.adapter = model.config, model.adapter
+
+    def forward(self, rows: Any) -> Any:
+        """As `MultiResponseRewardModel`; the summary stands in front of the comparison."""
+        model, count = self.model, rows.score_sites.shape[1]
+        sites = torch.cat([rows.score_sites, (rows.score_sites - 1).clamp(min=0)], 1)
+        hidden = model._read_flat(dataclasses.replace(rows, score_sites=sites))
+        scores = model.head(hidden[:, :count]) + self.single(hidden[:, count:])
+        return RewardOutput(scores=scores.masked_fill(~rows.response_mask, 0.0))
+
+
 class Seed:
     """What all arms of a seed share, made on first use and kept in the output folder."""
 
@@ -108,15 +133,12 @@ class Seed:
     @cached_property
     def backbone(self) -> Path:
         """The end of supervised training; the weak policy lies in it."""
-        folder = self.folder / "sft"
-        if not (folder / "config.json").is_file():
-            self.world.train_reader(folder, self.seed)
-        return folder
+        return train_backbone(self.world.name, self.world.setup, self.folder / "sft", self.seed)
 
     @property
     def weak(self) -> Path:
         """The checkpoint that GRPO starts from."""
-        return self.backbone / f"checkpoint-{self.world.weak_step}"
+        return self.backbone / f"checkpoint-{self.world.setup.start_step}"
 
     @cached_property
     def reader(self) -> Reader:
@@ -314,7 +336,7 @@ class Seed:
 
 
 def _joined(scores: Sequence[Sequence[float]], how: str) -> list[float]:
-    """Scores of several judges as one: each standardised within the group, then mean, or mean minus half their gap."""
+    """Scores of several judges as one: each standardised within the group, then mean, or less their deviation."""
     table = torch.tensor(scores)
     table = (table - table.mean(1, keepdim=True)) / (table.std(1, keepdim=True) + 1e-4)
     joined = table.mean(0)
@@ -349,10 +371,8 @@ def with_ties(scores: Sequence[float], floor: float) -> list[float | None]:
 
 def write(path: Path, record: dict[str, Any]) -> None:
     """One JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(path)
+    with written_whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def say(*words: Any) -> None:
@@ -365,14 +385,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["rm", "policy"])
     parser.add_argument("arms", nargs="+")
-    parser.add_argument("--world", choices=list(LEAN_WORLDS), default="handwriting")
+    parser.add_argument("--world", choices=list(SETUPS), default="handwriting")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("outputs/judge_lab"), help="models and rollouts")
     parser.add_argument("--results", type=Path, default=Path("docs/results/judge_lab"), help="one JSON file a cell")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for seed in options.seeds:
-        cells = Seed(LEAN_WORLDS[options.world], seed, options.output, options.results)
+        cells = Seed(LeanWorld(options.world), seed, options.output, options.results)
         for arm in options.arms:
             cells.judge(arm) if options.what == "rm" else cells.run(arm)
 

@@ -15,13 +15,12 @@ import copy
 import math
 import random
 import statistics
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from comparison_setups import SETUPS, options_of
 from torch import Tensor
 from transformers import AutoProcessor
 
@@ -39,28 +38,12 @@ RewardFunction = Callable[[Sequence[Any], Sequence[Sequence[str]]], list[list[fl
 CLIP = 1.0  # the largest norm of a gradient, as in both trainers
 
 
-@dataclass(frozen=True)
 class LeanWorld:
-    """A world by its name: tasks, made-up groups, pictures in pieces, supervised training."""
+    """A world by its name: tasks, made-up groups, pictures in pieces."""
 
-    name: str
-    options: Mapping[str, Any]
-    weak_step: int  # of supervised training, from where GRPO starts
-    sft_steps: int  # from where the reward models start
-
-    def train_reader(self, folder: Path, seed: int) -> None:
-        """Supervised training; the weak policy is a checkpoint on its way."""
-        sys.path.insert(0, str(Path(__file__).parents[1] / "grpo_recipes"))
-        import quickstart
-
-        options = quickstart.QuickstartArguments(
-            world=self.name,
-            seed=seed,
-            num_digits=self.options.get("num_digits", 2),
-            sft_steps=self.sft_steps,
-            questions=list(self.options["questions"]),
-        )
-        quickstart.train_reader(options, folder, self.weak_step)
+    def __init__(self, name: str) -> None:
+        self.name, self.setup = name, SETUPS[name]
+        self.options = options_of(name, self.setup)
 
     def tasks(self, split: str, count: int, seed: int) -> Sequence[Any]:
         """Questions of a split."""
@@ -83,15 +66,6 @@ class LeanWorld:
     def piece(self, task: Any, index: int) -> Any:
         """One of these parts."""
         return task.frames()[index] if self.name == "handwriting" else task.image()
-
-
-LEAN_WORLDS = {
-    world.name: world
-    for world in (
-        LeanWorld("handwriting", {"num_digits": 3, "questions": ("read", "largest", "even")}, 270, 540),
-        LeanWorld("shapes", {"questions": ("shape", "color")}, 50, 150),
-    )
-}
 
 
 def rank(task: Any, responses: Sequence[str]) -> list[int]:
@@ -256,12 +230,8 @@ class Fit:
     rate: float = 6e-4
     warmup: int = 20
     batch: int = 32
-    clip: float = CLIP
     beta2: float = 0.999
-    schedule: str = "cosine"
     average: float = 0.0  # share of the last steps whose weights are averaged
-    weight_decay: float = 0.0
-    head_rate: float = 1.0  # times the rate, for the value head and the readout vectors
 
 
 def train_reward_model(
@@ -271,14 +241,7 @@ def train_reward_model(
     rng = random.Random(seed)
     order = rng.sample(range(len(groups)), len(groups))
     loss_function = get_loss(fit.loss)
-    head = [parameter for name, parameter in model.named_parameters() if not name.startswith("backbone")]
-    body = [parameter for name, parameter in model.named_parameters() if name.startswith("backbone")]
-    optimizer = torch.optim.AdamW(
-        [{"params": body, "factor": 1.0}, {"params": head, "factor": fit.head_rate}],
-        lr=fit.rate,
-        betas=(0.9, fit.beta2),
-        weight_decay=fit.weight_decay,
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=fit.rate, betas=(0.9, fit.beta2), weight_decay=0.0)
     steps = len(order) // fit.batch
     log: dict[str, list[float]] = {"loss": [], "gradient": []}
     averaged: dict[str, Tensor] = {}
@@ -286,12 +249,9 @@ def train_reward_model(
     for step in range(steps):
         factor = min(1.0, step / max(1, fit.warmup))
         if step >= fit.warmup:
-            done = (step - fit.warmup) / max(1, steps - fit.warmup)
-            factor = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[
-                fit.schedule
-            ]
+            factor = 0.5 * (1 + math.cos(math.pi * (step - fit.warmup) / max(1, steps - fit.warmup)))
         for part in optimizer.param_groups:
-            part["lr"] = fit.rate * factor * part["factor"]
+            part["lr"] = fit.rate * factor
         chosen, ranks = [], []
         for i in order[step * fit.batch : (step + 1) * fit.batch]:
             task, responses, own = groups[i]
@@ -305,7 +265,7 @@ def train_reward_model(
         loss = loss_function(model(rows).scores, rankings, rows.response_mask)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), fit.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         log["loss"].append(round(loss.item(), 4))
         log["gradient"].append(round(norm.item(), 3))
@@ -373,31 +333,6 @@ def measure(reader: Reader, model: Any, groups: Sequence[Group]) -> dict[str, fl
     }
 
 
-class SinglePlusComparison(torch.nn.Module):
-    """Layout `set` as the score of each response alone plus what comparing adds, which starts at zero."""
-
-    def __init__(self, model: MultiResponseRewardModel) -> None:
-        super().__init__()
-        self.backbone = model  # named so that its parts are trained at the rate of the body
-        self.single = copy.deepcopy(model.head)
-        torch.nn.init.zeros_(model.head.out.weight)
-        self.config, self.adapter = model.config, model.adapter
-
-    def forward(self, rows: Any) -> Any:
-        """As `MultiResponseRewardModel`; the summary stands in front of the comparison."""
-        model, count = self.backbone, rows.score_sites.shape[1]
-        sites = torch.cat([rows.score_sites, (rows.score_sites - 1).clamp(min=0)], 1)
-        hidden = model._read_flat(replace(rows, score_sites=sites))
-        scores = model.head(hidden[:, :count]) + self.single(hidden[:, count:])
-        output = copy.copy(_Scores())
-        output.scores = scores.masked_fill(~rows.response_mask, 0.0)
-        return output
-
-
-class _Scores:
-    scores: Tensor
-
-
 # -------------------------------------------------------------------------------------------------------------- GRPO
 
 
@@ -423,7 +358,6 @@ def grpo(
     run: Run,
     seed: int,
     validation: Sequence[Any],
-    on_step: Callable[[int, Any], None] | None = None,
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Train the policy; returns a log at each evaluation, and the average of the weights.
 
@@ -458,8 +392,6 @@ def grpo(
         for name, value in policy.state_dict().items():
             if value.is_floating_point():
                 averaged[name].lerp_(value, 1 - min(run.average, (1 + step) / (10 + step)))
-        if on_step is not None:
-            on_step(step + 1, policy)
         if (step + 1) % run.eval_steps == 0:
             entry = {"step": step + 1, "truth": greedy_accuracy(reader, policy, validation)}
             log.append(entry | {"rollouts": round(statistics.fmean(rollouts), 4)})

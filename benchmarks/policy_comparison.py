@@ -37,15 +37,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from comparison_setups import RECIPES, SETUPS, Setup, options_of, train_backbone
 from comparison_table import COLLAPSE, RESULTS, comparison
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mr_reward import GroupScorer
+from mr_reward.checkpoint.checksums import written_whole_file
 from mr_reward.evaluation.evaluator import report_rollouts
 from mr_reward.worlds.handwriting_policy import GRADES, TRUTHS, policy_answers
-from mr_reward.worlds.named import WORLDS, world_options
-
-RECIPES = Path(__file__).parents[1] / "grpo_recipes"
+from mr_reward.worlds.named import WORLDS
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,6 @@ ARMS = {
 }
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What is particular to a world."""
-
-    questions: tuple[str, ...]
-    sft_steps: int  # of the reward models' backbone
-    start_step: int  # its checkpoint that GRPO starts from
-    num_digits: int = 3  # of handwriting
-
-
-SETUPS = {
-    "handwriting": Setup(("read", "largest", "even"), sft_steps=540, start_step=270),
-    "shapes": Setup(("shape", "color"), sft_steps=150, start_step=50),
-}
 SETTINGS = {"num_generations": 8, "rollout_prompts": 9600, "heldout_prompts": 512, "rm_groups": 19200}
 SETTINGS |= {"grpo_steps": 200, "eval_steps": 25, "eval_prompts": 64, "test_samples": 1024}
 # Of a validation: what the guard is replayed by, and the same of the average of the weights.
@@ -151,21 +137,7 @@ class Seed:
     @cached_property
     def backbone(self) -> Path:
         """The end of supervised training; the weak policy lies in it."""
-        folder = self.folder / "sft"
-        if not (folder / "config.json").is_file():
-            sys.path.insert(0, str(RECIPES))
-            import quickstart
-
-            setup = self.setup
-            arguments = quickstart.QuickstartArguments(
-                seed=self.seed,
-                world=self.world,
-                num_digits=setup.num_digits,
-                questions=list(setup.questions),
-                sft_steps=setup.sft_steps,
-            )
-            quickstart.train_reader(arguments, folder, setup.start_step)
-        return folder
+        return train_backbone(self.world, self.setup, self.folder / "sft", self.seed)
 
     @property
     def weak(self) -> Path:
@@ -176,7 +148,7 @@ class Seed:
         """Share of right greedy answers on unseen test pictures."""
         found = folder / "greedy.json"
         if not found.is_file():
-            own = world_options(self.world, **self.asked)  # type: ignore[arg-type]
+            own = options_of(self.world, self.setup)
             tasks = WORLDS[self.world].make_tasks("test", self.options.test_samples, seed=0, **own)
             model = AutoModelForImageTextToText.from_pretrained(folder)
             answers = policy_answers(model, AutoProcessor.from_pretrained(folder), tasks, show_progress=False)
@@ -325,10 +297,8 @@ class Seed:
             "versions": {package: version(package) for package in ("mr-reward", "torch", "transformers", "trl")},
             "date": datetime.now(UTC).date().isoformat(),
         }
-        result.parent.mkdir(parents=True, exist_ok=True)
-        part = result.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1) + "\n")
-        part.replace(result)
+        with written_whole_file(result) as unfinished:
+            unfinished.write_text(json.dumps(record, indent=1) + "\n")
         gain = record["end"] - record["start"]
         shown = f"{record['start']:.3f} -> {record['end']:.3f} ({gain:+.3f})"
         print(result.stem, shown, "collapsed" if gain < -COLLAPSE else "", file=sys.stderr, flush=True)

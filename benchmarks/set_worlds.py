@@ -29,6 +29,7 @@ from rich.table import Table
 from transformers import set_seed
 
 from mr_reward import GroupScorer, MultiResponseRewardModel, ResponseGroup
+from mr_reward.checkpoint.checksums import written_whole_file
 from mr_reward.evaluation.evaluator import evaluate_groups
 from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments
 from mr_reward.worlds.sets import SET_WORLDS, bounds, make_set_groups
@@ -180,7 +181,8 @@ def main() -> None:
                 file = options.output / f"{world}-{layout}-seed{seed}.json"
                 if not file.is_file():
                     record = run(world, layout, seed, options)
-                    file.write_text(json.dumps(record, indent=1) + "\n")
+                    with written_whole_file(file) as unfinished:
+                        unfinished.write_text(json.dumps(record, indent=1) + "\n")
                     print(json.dumps(record), flush=True)
     runs = [json.loads(file.read_text()) for file in sorted(options.output.glob("*-seed*.json"))]
     plot(runs, options.output / "set_worlds.png")

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def reader(folder: Path) -> lean_loop.Reader:
-    return lean_loop.Reader(lean_loop.LEAN_WORLDS["handwriting"], folder)
+    return lean_loop.Reader(lean_loop.LeanWorld("handwriting"), folder)
 
 
 def moved_policy(folder: Path) -> Any:
@@ -123,7 +123,7 @@ def test_rows_are_those_of_the_packer(reader: lean_loop.Reader, folder: Path, la
 def test_a_residual_starts_as_the_single_response_model(reader: lean_loop.Reader, folder: Path) -> None:
     """Before training nothing that another response says changes a score; after it, it does."""
     torch.manual_seed(0)
-    model = lean_loop.SinglePlusComparison(MultiResponseRewardModel.from_backbone(str(folder), layout="set"))
+    model = judge_lab.SinglePlusComparison(MultiResponseRewardModel.from_backbone(str(folder), layout="set"))
     made_up = reader.world.made_up("train", 32, 4, 0)
     tasks, texts = [group[0] for group in made_up], [group[1] for group in made_up]
     alone = [

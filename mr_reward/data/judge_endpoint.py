@@ -215,7 +215,8 @@ class JudgeEndpoint:
             raise _AskAgainError(_NO_ANSWER, min(float(seconds), 60.0) if seconds.isdecimal() else None)
         told = answer.text[:300] or answer.reason_phrase
         raise ConfigurationError(
-            f"{self._url}{path} answers with status {answer.status_code}: {told}; check the URL, the model and the key in MR_REWARD_JUDGE_KEY"
+            f"{self._url}{path} answers with status {answer.status_code}: {told}; check the URL, the model and the "
+            "key in MR_REWARD_JUDGE_KEY"
         )
 
 
