@@ -254,6 +254,17 @@ def test_tables_are_drawn_from_the_results() -> None:
         assert drawn(page.read_text()) == page.read_text(), page.name
 
 
+def test_readme_has_the_numbers_of_the_quickstart() -> None:
+    from draw_results import quickstart
+
+    readme = (ROOT / "README.md").read_text()
+    rows = {row[0]: row[-1] for row in quickstart("0-2")}
+    shown = [
+        value for label, value in rows.items() if "best of 4" in label or "right" in label and "backbone" not in label
+    ]
+    assert len(shown) == 5 and all(value in readme for value in shown), shown
+
+
 def test_drawings_are_made_by_the_code() -> None:
     from layout_figures import draw
 
