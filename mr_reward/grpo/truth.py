@@ -10,6 +10,11 @@ from mr_reward.errors import ConfigurationError
 from mr_reward.grpo.reward import MultiResponseReward
 
 
+def is_asynchronous(function: Callable[..., Any]) -> bool:
+    """Whether TRL would call a reward function beside the others."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
 class Truth:
     """The rewards of another function; beside them it logs how often the reward model's scores agree with them.
 
@@ -35,7 +40,7 @@ class Truth:
     """
 
     def __init__(self, function: Callable[..., Any], reward: MultiResponseReward) -> None:
-        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        if is_asynchronous(function):
             raise ConfigurationError(
                 f"{function!r} is asynchronous: TRL calls it beside the others, where ranks cannot wait for each "
                 "other; give a plain function, or use it as a reward without a Truth around it"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import random
 from collections import defaultdict
@@ -25,6 +24,7 @@ from mr_reward.errors import ConfigurationError, whole_number
 from mr_reward.groups import ResponseGroup, dense_ranks
 from mr_reward.grpo.groups import read_rollouts
 from mr_reward.grpo.reward import MultiResponseReward, check_same_weights
+from mr_reward.grpo.truth import is_asynchronous
 from mr_reward.model.model import MultiResponseRewardModel
 from mr_reward.model.scorer import GroupScorer
 from mr_reward.runs.average import same_random_numbers
@@ -109,7 +109,7 @@ class RefreshCallback(TrainerCallback):
         self.verifier, self.groups, self.holdout = verifier, groups, holdout
         self._trainer: Any = trainer
         self._reward, self._scorer = _refreshable(trainer)
-        if inspect.iscoroutinefunction(verifier) or inspect.iscoroutinefunction(type(verifier).__call__):
+        if is_asynchronous(verifier):
             raise ConfigurationError(f"{verifier!r} is asynchronous, expected a plain function as the verifier")
         self._refuse_pieces()
 
