@@ -9,6 +9,7 @@ included) can stand in the YAML file or on the command line. With `resume_from_c
 starts a run and resumes it after it was killed. `mr-reward doctor --config my.yaml` looks at it first.
 """
 
+import gc
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -85,8 +86,7 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
     single = eval_groups is not None and len(eval_groups) == 1
     evaluation = next(iter(eval_groups.values())) if eval_groups is not None and single else eval_groups
     trainer = pretrain(model, train_groups, evaluation, args, model_config)
-    # The ranks part here. A process group that is left to the interpreter's end can abort a run that has succeeded.
-    trainer.accelerator.end_training()
+    trainer.accelerator.end_training()  # the ranks part here
     if not trainer.is_world_process_zero():
         return
     trained_on = training_data(arguments, args, train_groups, trainer.shares)
@@ -112,3 +112,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     with one_error_line():
         main(*parse_recipe(HandwritingRewardArguments, RewardTrainingArguments, ModelConfig))
+        # Threads of the process group that the trainer still holds can abort a finished run when the interpreter ends.
+        gc.collect()

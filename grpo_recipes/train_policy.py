@@ -14,6 +14,7 @@ or this script with `--dry_run`.
 """
 
 import argparse
+import gc
 import logging
 import sys
 from typing import Any
@@ -143,9 +144,9 @@ def main() -> int:
     recipe = parse_recipe(HandwritingArguments, PolicyTrainingArguments, ModelConfig)
     if not check_before_start(*recipe):
         return 1
-    trainer = train_policy(*recipe)
-    # A process group that is left to the interpreter's end can abort a run that has succeeded.
-    trainer.accelerator.end_training()
+    train_policy(*recipe).accelerator.end_training()
+    # Threads of the process group that the trainer still holds can abort a finished run when the interpreter ends.
+    gc.collect()
     return 0
 
 
