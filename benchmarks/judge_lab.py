@@ -14,9 +14,9 @@ rest; `flip=0.1` for labels that are wrong with that chance; `repeats` to keep e
 comparison; `noise` for readout vectors that start as the mean embedding plus noise; `zero` for a head whose last layer
 starts at 0; `init=1` for another seed of its own; `size=8` for groups of that size; and fields of `lean_loop.Fit`.
 
-Behind `@` stand fields of `lean_loop.Run`, and how scores become rewards: `floor=0.1`, closer scores are ties;
+Behind each `@` stands a field of `lean_loop.Run`, or how scores become rewards: `floor=0.1`, closer scores are ties;
 `reference=logistic` or `capped`, against the start policy's greedy answer; `also=ARM`, the mean of two judges, with
-`how=doubt` less their standard deviation. What is finished is not repeated.
+`@how=doubt` less their standard deviation. What is finished is not repeated.
 """
 
 from __future__ import annotations
@@ -263,8 +263,8 @@ class Seed:
         result = self.results / f"policy-{arm}-seed{self.seed}.json"
         if result.is_file():
             return
-        name, _, rest = arm.partition("@")
-        options = dict(word.split("=") for word in rest.split(",") if word)
+        name, *rest = arm.split("@")
+        options = dict(word.split("=", 1) for word in rest)
         fields = {field.name: field.type for field in dataclasses.fields(Run)}
         run = Run(
             **{
