@@ -4,9 +4,10 @@
 
 Input: a folder with any number of GRPO runs below it, at least 40 for a claim. Of a run is read its `validation.jsonl`
 (`PolicyValidation` writes it; `train_policy.py` has it wherever there is an `eval_dataset`), else the
-`trainer_state.json` of its last checkpoint; the JSON files of `benchmarks/policy_comparison.py` are runs too. It needs
-evaluations with the truth (`--truth`, the first of them that a run has) and the judge's score (`--judge`), and
-`eval_on_start: true`: the first evaluation has to be that of the policy before training.
+`trainer_state.json` of its last checkpoint; the JSON files of `benchmarks/policy_comparison.py` are runs too, as those
+of `benchmarks/judge_lab.py` (`--truth truth --judge score_mean --watched win_rate`). It needs evaluations with the
+truth (`--truth`, the first of them that a run has) and the judge's score (`--judge`), and `eval_on_start: true`: the
+first evaluation has to be that of the policy before training.
 
 A run has *collapsed* if its truth ends more than `--collapse` below its first evaluation. Three things may tell it:
 the guard that watches the truth, the guard that watches another metric of `--watched`, such as the share above a
@@ -50,8 +51,9 @@ def histories(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             states = run.glob("checkpoint-*/trainer_state.json")
             last = max(states, key=lambda path: int(path.parent.name.split("-")[-1]))
             yield name, json.loads(last.read_text())["log_history"]
-    for cell in sorted(folder.rglob("*-seed*-rm*.json")):
-        yield cell.relative_to(folder).with_suffix("").as_posix(), json.loads(cell.read_text())["validation"]
+    for cell in sorted(folder.rglob("*-seed*.json")):
+        if "validation" in (record := json.loads(cell.read_text())):
+            yield cell.relative_to(folder).with_suffix("").as_posix(), record["validation"]
 
 
 def series(logs: Sequence[dict[str, Any]], key: str) -> dict[int, float]:

@@ -279,7 +279,7 @@ class Seed:
         policy = self.policy(self.weak)
         started = time.perf_counter()
         log, averaged = grpo(
-            self.reader, policy, reward, run, self.seed, self.world.tasks("validation", VALIDATION, 0)
+            self.reader, policy, reward, run, self.seed, self.world.tasks("validation", VALIDATION, 0), model
         )
         seconds = time.perf_counter() - started
         tasks = self.world.tasks("test", TEST, 0)

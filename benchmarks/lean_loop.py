@@ -192,14 +192,22 @@ def sample_texts(reader: Reader, policy: Any, tasks: Sequence[Any], count: int, 
     return texts
 
 
-def greedy_accuracy(reader: Reader, policy: Any, tasks: Sequence[Any], batch: int = 256) -> float:
-    """Share of right greedy answers."""
-    right: list[bool] = []
+def greedy_answers(reader: Reader, policy: Any, tasks: Sequence[Any], batch: int = 256) -> list[str]:
+    """A greedy answer to each task."""
+    answers: list[str] = []
     for start in range(0, len(tasks), batch):
-        part = tasks[start : start + batch]
-        texts = generate(reader, policy, part, sample=False)[1]
-        right += [task.is_correct(text) for task, (text,) in zip(part, texts, strict=True)]
-    return statistics.fmean(right)
+        answers += [text for (text,) in generate(reader, policy, tasks[start : start + batch], sample=False)[1]]
+    return answers
+
+
+def share_right(tasks: Sequence[Any], answers: Sequence[str]) -> float:
+    """Share of right answers."""
+    return statistics.fmean(task.is_correct(answer) for task, answer in zip(tasks, answers, strict=True))
+
+
+def greedy_accuracy(reader: Reader, policy: Any, tasks: Sequence[Any]) -> float:
+    """Share of right greedy answers."""
+    return share_right(tasks, greedy_answers(reader, policy, tasks))
 
 
 def log_probabilities(
@@ -358,10 +366,12 @@ def grpo(
     run: Run,
     seed: int,
     validation: Sequence[Any],
+    judge: Any = None,
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Train the policy; returns a log at each evaluation, and the average of the weights.
 
-    A reward of None has no advantage, as in TRL.
+    A reward of None has no advantage, as in TRL. With a judge the log tells what it makes of the greedy answers to the
+    validation tasks, each in one group with the answer of the policy before training.
     """
     torch.manual_seed(seed + 100)
     world = reader.world
@@ -370,7 +380,18 @@ def grpo(
     optimizer = torch.optim.AdamW(policy.parameters(), lr=run.rate, weight_decay=0.0)
     tasks = world.tasks("train", 4096, seed)
     order = random.Random(seed).sample(range(len(tasks)), len(tasks))
-    log = [{"step": 0, "truth": greedy_accuracy(reader, policy, validation)}]
+    first = greedy_answers(reader, policy, validation)
+
+    def evaluate(step: int) -> dict[str, float]:
+        answers = greedy_answers(reader, policy, validation)
+        entry = {"step": step, "truth": share_right(validation, answers)}
+        if judge is not None:
+            scores = score(reader, judge, validation, [list(pair) for pair in zip(answers, first, strict=True)])
+            entry["win_rate"] = statistics.fmean((own > other) + 0.5 * (own == other) for own, other in scores)
+            entry["score_mean"] = statistics.fmean(own for own, _ in scores)
+        return entry
+
+    log = [evaluate(0)]
     rollouts: list[float] = []
     for step in range(run.steps):
         factor = min(1.0, step / run.warmup)
@@ -393,8 +414,7 @@ def grpo(
             if value.is_floating_point():
                 averaged[name].lerp_(value, 1 - min(run.average, (1 + step) / (10 + step)))
         if (step + 1) % run.eval_steps == 0:
-            entry = {"step": step + 1, "truth": greedy_accuracy(reader, policy, validation)}
-            log.append(entry | {"rollouts": round(statistics.fmean(rollouts), 4)})
+            log.append(evaluate(step + 1) | {"rollouts": round(statistics.fmean(rollouts), 4)})
             rollouts = []
     return log, averaged
 
