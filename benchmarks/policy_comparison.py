@@ -44,8 +44,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mr_reward import GroupScorer
 from mr_reward.checkpoint.checksums import written_whole_file
 from mr_reward.evaluation.evaluator import report_rollouts
-from mr_reward.worlds.handwriting_policy import GRADES, TRUTHS, policy_answers
 from mr_reward.worlds.named import WORLDS
+from mr_reward.worlds.world_policy import GRADES, TRUTHS, policy_answers
 
 
 @dataclass(frozen=True)

@@ -351,7 +351,7 @@ def run_recipe(options: argparse.Namespace, folder: str, *more: str) -> Any:
     command = ["--config", str(RECIPES / "policy_tiny_handwriting_cpu.yaml"), "--output_dir", folder]
     command += ["--model_name_or_path", str(options.policy), "--reward_model", str(options.reward_model)]
     command += ["--max_steps", str(options.steps), "--disable_tqdm", "true", "--seed", str(options.seed), *more]
-    parser = TrlParser((train_policy.HandwritingArguments, GRPOConfig, ModelConfig))
+    parser = TrlParser((train_policy.WorldPolicyArguments, GRPOConfig, ModelConfig))
     return train_policy.train_policy(*parser.parse_args_and_config(args=command))
 
 

@@ -16,12 +16,12 @@ from mr_reward.cli.collect import collected_table
 from mr_reward.cli.errors import one_error_line
 from mr_reward.runs.collect import collect
 from mr_reward.runs.recipe import parse_recipe
-from mr_reward.worlds.handwriting_policy import HandwritingCollectArguments
+from mr_reward.worlds.world_policy import WorldCollectArguments
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     with one_error_line():
-        (arguments,) = parse_recipe(HandwritingCollectArguments)
+        (arguments,) = parse_recipe(WorldCollectArguments)
         collected = collect(arguments)
         if collected is not None:
             Console().print(collected_table(collected, arguments.out))

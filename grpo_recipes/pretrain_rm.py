@@ -36,7 +36,7 @@ from mr_reward.runs.pretraining import (
 )
 from mr_reward.runs.recipe import parse_recipe
 from mr_reward.training.trainer import RewardTrainer, RewardTrainingArguments
-from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
+from mr_reward.worlds.world_pretraining import WorldRewardArguments
 
 
 def pretrain(
@@ -111,6 +111,6 @@ def main(arguments: RewardModelArguments, args: RewardTrainingArguments, model_c
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     with one_error_line():
-        main(*parse_recipe(HandwritingRewardArguments, RewardTrainingArguments, ModelConfig))
+        main(*parse_recipe(WorldRewardArguments, RewardTrainingArguments, ModelConfig))
         # Threads of the process group that the trainer still holds can abort a finished run when the interpreter ends.
         gc.collect()

@@ -41,9 +41,9 @@ from mr_reward.runs.collect import collect
 from mr_reward.runs.recipe import parse_recipe
 from mr_reward.training.trainer import RewardTrainingArguments
 from mr_reward.worlds.handwriting import make_sft_rows
-from mr_reward.worlds.handwriting_policy import GRADES, TRUTHS, HandwritingCollectArguments, policy_answers
 from mr_reward.worlds.named import WORLDS, world_options
 from mr_reward.worlds.tiny import build_qwen3_vl, build_qwen3_vl_processor
+from mr_reward.worlds.world_policy import GRADES, TRUTHS, WorldCollectArguments, policy_answers
 
 RECIPES = Path(__file__).parent
 STAGES = {
@@ -137,7 +137,7 @@ def collect_rollouts(options: QuickstartArguments, policy: Path, folder: Path) -
     ):
         (arguments,) = read_recipe(
             "collect_tiny_handwriting_cpu.yaml",
-            (HandwritingCollectArguments,),
+            (WorldCollectArguments,),
             policy=policy,
             dataset=options.world,
             dataset_split=split,
@@ -160,7 +160,7 @@ def train_reward_model(
     """Pretrain the reward model on ranked groups, made-up ones and rollouts; returns the log."""
     arguments, args, model_config = read_recipe(
         "rm_tiny_handwriting_cpu.yaml",
-        (pretrain_rm.HandwritingRewardArguments, RewardTrainingArguments, ModelConfig),
+        (pretrain_rm.WorldRewardArguments, RewardTrainingArguments, ModelConfig),
         output_dir=folder,
         model_name_or_path=backbone,
         layout=options.layout,
@@ -191,7 +191,7 @@ def run_grpo(
     """GRPO with the reward model, or with the truth while the reward model looks on; returns the log."""
     recipe = read_recipe(
         "policy_tiny_handwriting_cpu.yaml",
-        (train_policy.HandwritingArguments, GRPOConfig, ModelConfig),
+        (train_policy.WorldPolicyArguments, GRPOConfig, ModelConfig),
         output_dir=folder,
         model_name_or_path=policy,
         reward_model=reward_model,

@@ -4,7 +4,7 @@
 
 Every field of TRL's `GRPOConfig` and `ModelConfig` can stand in the YAML file or on the command line. With
 `resume_from_checkpoint: true` the same command starts a run and resumes it after an interruption. The fields of the
-handwriting world come from `HandwritingArguments`; a data set of your own can come in the same way.
+handwriting world come from `WorldPolicyArguments`; a data set of your own can come in the same way.
 
 Before anything is loaded the run is checked, and does not start if something would fail. The same on any machine:
 
@@ -46,7 +46,7 @@ from mr_reward.runs.refresh_callback import RefreshCallback
 from mr_reward.runs.resume import ContinuedEpochs, checkpoint_to_resume
 from mr_reward.runs.vllm import check_vllm_server, prepare_vllm_on_cpu, send_single_placeholders
 from mr_reward.training.saving import naming_a_full_disk
-from mr_reward.worlds.handwriting_policy import HandwritingArguments
+from mr_reward.worlds.world_policy import WorldPolicyArguments
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def dry_run(argv: list[str]) -> bool:
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--accelerate_config")
     options, rest = parser.parse_known_args(argv)
-    findings = examine_recipe(rest, accelerate_config=options.accelerate_config, recipe_type=HandwritingArguments)
+    findings = examine_recipe(rest, accelerate_config=options.accelerate_config, recipe_type=WorldPolicyArguments)
     show_findings(findings, Console(), title="dry run: nothing was trained")
     return may_start(findings)
 
@@ -141,7 +141,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO)
     if "--dry_run" in sys.argv:
         return int(not dry_run(sys.argv[1:]))
-    recipe = parse_recipe(HandwritingArguments, PolicyTrainingArguments, ModelConfig)
+    recipe = parse_recipe(WorldPolicyArguments, PolicyTrainingArguments, ModelConfig)
     if not check_before_start(*recipe):
         return 1
     train_policy(*recipe).accelerator.end_training()

@@ -29,7 +29,7 @@ MOVED = MappingProxyType(
         "data.scored": "data.groups_file",
         "data.tiny": "worlds.tiny",
         "evaluation.figures": "evaluation.plots",
-        "evaluation.handwriting": "worlds.handwriting_policy",
+        "evaluation.handwriting": "worlds.world_policy",
         "evaluation.ranking": "evaluation.evaluator",
         "evaluation.ranking:evaluate_ranking": "evaluation.evaluator:evaluate_groups",
         "evaluation.run": "evaluation.evaluator",

@@ -29,8 +29,8 @@ from mr_reward.cli.app import app
 from mr_reward.training.trainer import RewardTrainingArguments
 from mr_reward.worlds import tiny
 from mr_reward.worlds.handwriting import make_policy_rows, make_tasks
-from mr_reward.worlds.handwriting_policy import HandwritingArguments, HandwritingCollectArguments
-from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
+from mr_reward.worlds.world_policy import WorldCollectArguments, WorldPolicyArguments
+from mr_reward.worlds.world_pretraining import WorldRewardArguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -117,7 +117,7 @@ def test_yaml_blocks_name_fields(block: Block) -> None:
         assert set(keys) == {"reward"}
         return
     fields = {
-        field.name for kind in (HandwritingArguments, GRPOConfig, ModelConfig) for field in dataclasses.fields(kind)
+        field.name for kind in (WorldPolicyArguments, GRPOConfig, ModelConfig) for field in dataclasses.fields(kind)
     }
     assert set(keys) <= fields
 
@@ -133,9 +133,9 @@ def commands() -> Iterator[tuple[str, str]]:
 
 
 FIELDS = {
-    "train_policy.py": (HandwritingArguments, GRPOConfig, ModelConfig),
-    "collect.py": (HandwritingCollectArguments,),
-    "pretrain_rm.py": (HandwritingRewardArguments, RewardTrainingArguments, ModelConfig),
+    "train_policy.py": (WorldPolicyArguments, GRPOConfig, ModelConfig),
+    "collect.py": (WorldCollectArguments,),
+    "pretrain_rm.py": (WorldRewardArguments, RewardTrainingArguments, ModelConfig),
 }
 OTHERS = ("pip ", "export ", "curl ", "trl ", '"messages"', "pytest ", "git ", ".ci/run")
 

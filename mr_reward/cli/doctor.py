@@ -41,8 +41,8 @@ def doctor(
     from mr_reward.doctor.examine import examine_machine, examine_recipe
     from mr_reward.doctor.findings import may_start, show_findings
     from mr_reward.doctor.recipes import trains_reward_model
-    from mr_reward.worlds.handwriting_policy import HandwritingArguments
-    from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
+    from mr_reward.worlds.world_policy import WorldPolicyArguments
+    from mr_reward.worlds.world_pretraining import WorldRewardArguments
 
     if config is None and context.args and Path(context.args[0]).is_file():
         config = Path(context.args.pop(0))
@@ -55,7 +55,7 @@ def doctor(
             accelerate_config=accelerate_config,
             num_processes=num_processes,
             score=score,
-            recipe_type=HandwritingRewardArguments if trains_reward_model(arguments) else HandwritingArguments,
+            recipe_type=WorldRewardArguments if trains_reward_model(arguments) else WorldPolicyArguments,
         )
     else:
         if context.args:

@@ -58,11 +58,11 @@ def refresh(
     from mr_reward.runs.refresh import LABELLED, RefreshPlan
     from mr_reward.runs.refresh import refresh as do_refresh
     from mr_reward.training.further import FurtherSteps
-    from mr_reward.worlds.handwriting_policy import HandwritingArguments, HandwritingCollectArguments
+    from mr_reward.worlds.world_policy import WorldCollectArguments, WorldPolicyArguments
 
     known = {
         field.name
-        for kind in (HandwritingArguments, HandwritingCollectArguments, PolicyTrainingArguments)
+        for kind in (WorldPolicyArguments, WorldCollectArguments, PolicyTrainingArguments)
         for field in fields(kind)
     }
     if strange := [arg for arg in context.args if arg[:2] == "--" and arg[2:].split("=")[0] not in known]:
@@ -70,8 +70,8 @@ def refresh(
     arguments = ["--config", str(config), *context.args]
     # Each takes the fields that it knows: the sampling of a run has the names of a collection.
     try:
-        (recipe,), _ = read_recipe(arguments, HandwritingArguments)
-        (collecting,), _ = read_recipe(arguments, HandwritingCollectArguments)
+        (recipe,), _ = read_recipe(arguments, WorldPolicyArguments)
+        (collecting,), _ = read_recipe(arguments, WorldCollectArguments)
     except ValueError as error:
         raise ConfigurationError(f"{config} cannot be read: {error}") from error
     if verifier is not None and judge is not None:

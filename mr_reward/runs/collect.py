@@ -51,7 +51,7 @@ class CollectArguments:
     """What is collected: the policy, the prompts, and how it is sampled (names and defaults of `GRPOConfig`).
 
     A recipe with prompts of its own is a subclass that adds the fields and names them in `sources`; see
-    `mr_reward.worlds.handwriting_policy.HandwritingCollectArguments`.
+    `mr_reward.worlds.world_policy.WorldCollectArguments`.
     """
 
     sources: ClassVar[Mapping[str, PromptSource]] = {}

@@ -31,7 +31,7 @@ class RewardModelArguments:
     """What is trained, on what.
 
     A recipe with groups of its own is a subclass that adds the fields and names them in `sources`; see
-    `mr_reward.worlds.handwriting_pretraining.HandwritingRewardArguments`.
+    `mr_reward.worlds.world_pretraining.WorldRewardArguments`.
     """
 
     sources: ClassVar[Mapping[str, GroupSource]] = {}

@@ -46,7 +46,7 @@ class PolicyArguments:
     """The reward model and the prompts.
 
     A recipe with a data set of its own is a subclass that adds the fields and names the data set in `sources`; see
-    `mr_reward.worlds.handwriting_policy.HandwritingArguments`.
+    `mr_reward.worlds.world_policy.WorldPolicyArguments`.
     """
 
     # The data sets that this recipe makes itself, by the name that `dataset` and `eval_dataset` give.

@@ -20,7 +20,7 @@ import typer
 import mr_reward
 from mr_reward.cli.app import app
 from mr_reward.runs.recipe import PolicyArguments
-from mr_reward.worlds.handwriting_policy import HandwritingArguments
+from mr_reward.worlds.world_policy import WorldPolicyArguments
 
 GOLDEN = Path(__file__).with_name("defaults.json")
 
@@ -60,7 +60,7 @@ def current() -> dict[str, dict[str, str]]:
             (key, one) for key, one in methods if not key.startswith("_") and one.__module__.startswith("mr_reward")
         ]
         found |= {f"{name}.{key}": one for key, one in own if inspect.isclass(value)}
-    found |= {kind.__name__: kind for kind in (PolicyArguments, HandwritingArguments)}
+    found |= {kind.__name__: kind for kind in (PolicyArguments, WorldPolicyArguments)}
     found |= dict(commands(typer.main.get_command(app)))
     return {name: defaults for name, value in sorted(found.items()) if (defaults := own_defaults(value))}
 

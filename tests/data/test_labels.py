@@ -197,7 +197,7 @@ def test_the_command(tmp_path: Path) -> None:
     row = {"prompt": [{"role": "user", "content": "?"}], "responses": ["13", "12", "14"]}
     rows = [row | {"columns": {"question": "read", "digits": [1, 2]}}]
     source = write(tmp_path / "in.jsonl", rows)
-    truth = "mr_reward.worlds.handwriting_policy.handwriting_accuracy"
+    truth = "mr_reward.worlds.world_policy.handwriting_accuracy"
     command = ["label", str(source), "--verifier", truth, "--out", str(tmp_path / "out.jsonl")]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0 and "labelled now" in result.output

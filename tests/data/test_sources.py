@@ -211,7 +211,7 @@ def test_a_forgotten_train_file_is_an_error() -> None:
     spec.loader.exec_module(module)
     model = module.ModelConfig(model_name_or_path="nowhere")
     with pytest.raises(ConfigurationError, match="train_file is missing"):
-        module.main(module.HandwritingRewardArguments(), None, model)
+        module.main(module.WorldRewardArguments(), None, model)
 
 
 def test_prompts_of_a_policy_come_in_every_container(tmp_path: Path) -> None:

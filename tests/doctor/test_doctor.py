@@ -31,7 +31,7 @@ from mr_reward.runs.launch import Launch, read_environment, read_launch
 from mr_reward.runs.recipe import PolicyArguments, PolicyTrainingArguments, first_prompts
 from mr_reward.serving import build_app
 from mr_reward.worlds import tiny
-from mr_reward.worlds.handwriting_policy import HandwritingArguments
+from mr_reward.worlds.world_policy import WorldPolicyArguments
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "grpo_recipes"
@@ -351,7 +351,7 @@ def test_memory_is_compared_with_that_of_the_machine(
 def test_each_rank_shows_what_is_red_and_the_first_shows_all(
     folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    recipe = HandwritingArguments(reward_model=str(folder / "outputs" / "rm"), num_digits=1)
+    recipe = WorldPolicyArguments(reward_model=str(folder / "outputs" / "rm"), num_digits=1)
     common = {"num_generations": 8, "bf16": False, "use_cpu": True, "report_to": "none"}
     for rank, output, good, titles in (
         (0, tmp_path, True, ["rank 0: may start", "who holds what"]),

@@ -16,7 +16,7 @@ from mr_reward.cli.app import app
 from mr_reward.doctor import examine_recipe
 from mr_reward.doctor.recipes import trains_reward_model
 from mr_reward.worlds import tiny
-from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
+from mr_reward.worlds.world_pretraining import WorldRewardArguments
 
 RECIPES = Path(__file__).parents[2] / "grpo_recipes"
 SMOLLM2 = RECIPES / "rm_smollm2_lora_cpu.yaml"
@@ -52,7 +52,7 @@ def examine(recipe: Path | str, **options: Any) -> list[Any]:
     for key, value in options.items():
         arguments += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     assert trains_reward_model(arguments)
-    return examine_recipe(arguments, recipe_type=HandwritingRewardArguments)
+    return examine_recipe(arguments, recipe_type=WorldRewardArguments)
 
 
 def red(recipe: Path | str, **options: Any) -> list[tuple[str, str]]:

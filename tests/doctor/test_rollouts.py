@@ -21,7 +21,7 @@ from mr_reward.errors import ConfigurationError, GroupError
 from mr_reward.evaluation.evaluator import report_rollouts
 from mr_reward.runs.recipe import PolicyArguments, PolicyTrainingArguments
 from mr_reward.serving import build_app
-from mr_reward.worlds.handwriting_policy import HandwritingArguments
+from mr_reward.worlds.world_policy import WorldPolicyArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "grpo_recipes"))
 import train_policy  # noqa: E402
@@ -110,9 +110,9 @@ def test_a_limit_is_a_share() -> None:
     with pytest.raises(ConfigurationError, match="min_right_above_wrong is 91.*from 0 to 1"):
         PolicyArguments(min_right_above_wrong=91)
     with pytest.raises(ConfigurationError, match="needs heldout_rollouts, or verifiers"):
-        HandwritingArguments(min_right_above_wrong=0.9, dataset="prompts.jsonl")
+        WorldPolicyArguments(min_right_above_wrong=0.9, dataset="prompts.jsonl")
     for told in ({"heldout_rollouts": "file"}, {"verifiers": ["a.b"]}, {}):  # its own prompts come with their truth
-        assert HandwritingArguments(min_right_above_wrong=0.9, **told).min_right_above_wrong == 0.9
+        assert WorldPolicyArguments(min_right_above_wrong=0.9, **told).min_right_above_wrong == 0.9
 
 
 class Reached(Exception):
@@ -136,7 +136,7 @@ def test_the_start_of_a_run_says_it_before_the_policy_is_loaded(
         raise Reached
 
     monkeypatch.setattr(train_policy, "GRPOTrainer", trainer)
-    recipe = HandwritingArguments(
+    recipe = WorldPolicyArguments(
         reward_model=str(folder / "rm"),
         dataset=str(folder / "prompts.jsonl"),
         heldout_rollouts=str(folder / "heldout.jsonl"),

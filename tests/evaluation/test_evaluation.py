@@ -13,8 +13,8 @@ from mr_reward.evaluation.evaluator import evaluate_groups
 from mr_reward.evaluation.plots import plot_curves, plot_scored_groups
 from mr_reward.groups import GroupScores
 from mr_reward.worlds.handwriting import make_groups, make_tasks
-from mr_reward.worlds.handwriting_policy import handwriting_accuracy, policy_answers
 from mr_reward.worlds.tiny import build_qwen3_vl, build_qwen3_vl_processor
+from mr_reward.worlds.world_policy import handwriting_accuracy, policy_answers
 
 
 class FakeScorer:

@@ -16,7 +16,7 @@ from mr_reward.data import save_preferences
 from mr_reward.errors import ConfigurationError
 from mr_reward.runs.pretraining import load_sets, training_data, without_evaluation
 from mr_reward.training import RewardTrainingArguments
-from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
+from mr_reward.worlds.world_pretraining import WorldRewardArguments
 
 
 def test_a_card_says_what_was_trained_on_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,9 +26,7 @@ def test_a_card_says_what_was_trained_on_what(tmp_path: Path, monkeypatch: pytes
         (tmp_path / folder).mkdir()
         row = json.dumps({"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2]}) + "\n"
         (tmp_path / folder / "train.jsonl").write_text(row * count)
-    arguments = HandwritingRewardArguments(
-        train_file=["a/train.jsonl", "b/train.jsonl", "handwriting"], num_train_groups=4
-    )
+    arguments = WorldRewardArguments(train_file=["a/train.jsonl", "b/train.jsonl", "handwriting"], num_train_groups=4)
     args = RewardTrainingArguments("out", loss="plackett_luce", seed=7, learning_rate=1e-4, use_cpu=True)
     shares = {"train": 0.125, "b/train.jsonl": 0.25, "handwriting": 0.625}
     rows = training_data(arguments, args, load_sets(arguments, seed=7), shares)
@@ -57,9 +55,7 @@ def test_groups_of_evaluation_prompts_are_left_out_and_counted(
         save_preferences(groups, tmp_path / f"{name}.jsonl")
     save_preferences([group("2 +  2?", "89"), group("What is it?", "ef", red)], tmp_path / "eval.jsonl")
     files = [str(tmp_path / f"{name}.jsonl") for name in train]
-    arguments = HandwritingRewardArguments(
-        train_file=files, eval_file=[str(tmp_path / "eval.jsonl")], decontaminate=True
-    )
+    arguments = WorldRewardArguments(train_file=files, eval_file=[str(tmp_path / "eval.jsonl")], decontaminate=True)
     sets, evaluation = load_sets(arguments), load_sets(arguments, evaluation=True)
     with caplog.at_level(logging.WARNING):
         found = without_evaluation(sets, evaluation)
@@ -70,4 +66,4 @@ def test_groups_of_evaluation_prompts_are_left_out_and_counted(
     with pytest.raises(ConfigurationError, match="leaves out 2 of 2.*all share something"):
         without_evaluation({"eval": evaluation["eval"]}, evaluation)
     with pytest.raises(ConfigurationError, match="decontaminate is on without eval_file"):
-        HandwritingRewardArguments(train_file=files, decontaminate=True)
+        WorldRewardArguments(train_file=files, decontaminate=True)

@@ -22,7 +22,7 @@ from mr_reward.runs.recipe import (
     other_rewards,
     unread_data,
 )
-from mr_reward.worlds.handwriting_policy import HandwritingArguments
+from mr_reward.worlds.world_policy import WorldPolicyArguments
 
 
 def is_even(completions: list[str], **_: Any) -> list[float]:
@@ -111,7 +111,7 @@ def test_every_field_reaches_the_reward(args: GRPOConfig, monkeypatch: pytest.Mo
 
 
 def test_the_library_knows_no_world() -> None:
-    own = {entry.name for entry in fields(HandwritingArguments)} - {entry.name for entry in fields(PolicyArguments)}
+    own = {entry.name for entry in fields(WorldPolicyArguments)} - {entry.name for entry in fields(PolicyArguments)}
     assert own == {"num_prompts", "num_eval_prompts", "num_digits", "questions"}
     assert not PolicyArguments.sources
     with pytest.raises(ConfigurationError, match="dataset is missing"):
@@ -119,11 +119,11 @@ def test_the_library_knows_no_world() -> None:
 
 
 def test_handwriting_prompts() -> None:
-    arguments = HandwritingArguments(num_prompts=3, num_eval_prompts=2, num_digits=1, eval_dataset="handwriting")
+    arguments = WorldPolicyArguments(num_prompts=3, num_eval_prompts=2, num_digits=1, eval_dataset="handwriting")
     assert len(load_prompts(arguments)) == 3 and len(load_prompts(arguments, evaluation=True)) == 2
     assert load_prompts(arguments, limit=1)["solution"][0] == load_prompts(arguments)["solution"][0]
     assert [len(load_prompts(arguments, limit=limit)) for limit in (1, 3, 64)] == [1, 3, 3]
-    arguments = HandwritingArguments(
+    arguments = WorldPolicyArguments(
         num_prompts=30, num_digits=2, questions=["sum", "even"], eval_dataset="handwriting"
     )
     first, again, other = (load_prompts(arguments, seed=seed) for seed in (0, 0, 1))
@@ -133,4 +133,4 @@ def test_handwriting_prompts() -> None:
     seen = [{image.tobytes() for image in images} for images in splits]
     assert not seen[0] & seen[1], "the held-out prompts are of another split"
     with pytest.raises(ConfigurationError, match="num_prompts is 0"):
-        HandwritingArguments(num_prompts=0)
+        WorldPolicyArguments(num_prompts=0)

@@ -36,7 +36,7 @@ from mr_reward.runs.resume import ContinuedEpochs
 from mr_reward.templates.images import load_image
 from mr_reward.training.batches import GroupCollator
 from mr_reward.training.further import FurtherSteps, train_further
-from mr_reward.worlds.handwriting_policy import handwriting_accuracy
+from mr_reward.worlds.world_policy import handwriting_accuracy
 
 ROOT = Path(__file__).parents[2]
 NUM_PROMPTS = 48

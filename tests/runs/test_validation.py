@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from mr_reward import MultiResponseReward, MultiResponseRewardModel, ResponseGroup
 from mr_reward.runs.callbacks import PolicyValidation, WarningSigns
 from mr_reward.worlds.handwriting import make_tasks
-from mr_reward.worlds.handwriting_policy import handwriting_accuracy
+from mr_reward.worlds.world_policy import handwriting_accuracy
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import train_policy  # noqa: E402
 def main(sync: str, arguments: list[str]) -> None:
     if sync == "stale":
         VLLMGeneration.sync_weights = lambda self: None  # type: ignore[method-assign]
-    parser = TrlParser((train_policy.HandwritingArguments, PolicyTrainingArguments, ModelConfig))
+    parser = TrlParser((train_policy.WorldPolicyArguments, PolicyTrainingArguments, ModelConfig))
     policy, args, model_config = parser.parse_args_and_config(args=arguments)
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 

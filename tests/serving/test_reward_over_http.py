@@ -140,11 +140,11 @@ def test_refusals(server: str, folder: Path) -> None:
 def test_the_recipe_trains_with_a_server(server: str, folder: Path, tmp_path: Path) -> None:
     recipes = Path(__file__).parents[2] / "grpo_recipes"
     sys.path.insert(0, str(recipes))
-    from train_policy import HandwritingArguments, train_policy
+    from train_policy import WorldPolicyArguments, train_policy
     from trl import GRPOConfig, ModelConfig
 
     save_policy_that_sees(tmp_path / "policy")
-    arguments = HandwritingArguments(reward_server=server, num_prompts=8, num_digits=2)
+    arguments = WorldPolicyArguments(reward_server=server, num_prompts=8, num_digits=2)
     args = GRPOConfig(
         str(tmp_path / "out"),
         per_device_train_batch_size=8,

@@ -16,8 +16,6 @@ from mr_reward.runs.pretraining import load_sets
 from mr_reward.runs.recipe import load_prompts, truths
 from mr_reward.worlds import shapes
 from mr_reward.worlds.handwriting import SPLITS, TILE_SIZE, make_policy_rows, make_sft_rows
-from mr_reward.worlds.handwriting_policy import GRADES, TRUTHS, HandwritingArguments
-from mr_reward.worlds.handwriting_pretraining import HandwritingRewardArguments
 from mr_reward.worlds.named import WORLDS
 from mr_reward.worlds.shapes import (
     ANSWERS,
@@ -31,6 +29,8 @@ from mr_reward.worlds.shapes import (
     shapes_accuracy,
 )
 from mr_reward.worlds.tiny import build_tokenizer
+from mr_reward.worlds.world_policy import GRADES, TRUTHS, WorldPolicyArguments
+from mr_reward.worlds.world_pretraining import WorldRewardArguments
 
 TASK = ShapesTask("x", "color", "?", "red", "")
 
@@ -184,7 +184,7 @@ def test_the_worlds_have_one_form(world: str) -> None:
         assert task.is_correct(task.answer) and task.grade(task.answer) == 1.0
         assert not task.is_correct(task.answer + "?") and task.media == "image"
         assert (group.id, group.messages) == (task.id, task.messages)
-    arguments = HandwritingArguments(dataset=world, eval_dataset=world, num_prompts=12, num_eval_prompts=5)
+    arguments = WorldPolicyArguments(dataset=world, eval_dataset=world, num_prompts=12, num_eval_prompts=5)
     (truth,) = truths(arguments)
     rows = load_prompts(arguments)
     assert truth(rows["solution"], **{name: rows[name] for name in rows.column_names}) == [1.0] * 12
@@ -194,7 +194,7 @@ def test_the_worlds_have_one_form(world: str) -> None:
     )
     assert not seen & held_out
     assert len(load_prompts(arguments, evaluation=True, limit=2)) == 2
-    reward = HandwritingRewardArguments(train_file=[world], eval_file=[world], num_train_groups=7, num_eval_groups=3)
+    reward = WorldRewardArguments(train_file=[world], eval_file=[world], num_train_groups=7, num_eval_groups=3)
     sets = load_sets(reward, seed=1), load_sets(reward, evaluation=True, seed=1)
     assert [[(name, len(groups)) for name, groups in one.items()] for one in sets] == [[(world, 7)], [(world, 3)]]
 
@@ -224,7 +224,7 @@ def test_a_rollout_has_room_for_every_right_answer(world: str) -> None:
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_runs_of_several_seeds_can_learn_from_the_same_groups(world: str) -> None:
-    same, own = (HandwritingRewardArguments(train_file=[world], num_train_groups=9, groups_seed=s) for s in (4, None))
+    same, own = (WorldRewardArguments(train_file=[world], num_train_groups=9, groups_seed=s) for s in (4, None))
     made = WORLDS[world].make_groups("train", 9, num_responses=4, seed=4)
     found = [load_sets(one, seed=seed)[world] for one, seed in ((same, 0), (same, 1), (own, 4), (own, 1))]
     assert [one.responses for one in found[0]] == [one.responses for one in made]
@@ -236,10 +236,10 @@ def test_runs_of_several_seeds_can_learn_from_the_same_groups(world: str) -> Non
 
 
 def test_a_recipe_chooses_the_questions() -> None:
-    arguments = HandwritingArguments(dataset="shapes", questions=["color"], num_prompts=20)
+    arguments = WorldPolicyArguments(dataset="shapes", questions=["color"], num_prompts=20)
     assert set(load_prompts(arguments)["question"]) == {"color"}
     with pytest.raises(ConfigurationError, match="expected a non-empty list out of"):
-        load_prompts(HandwritingArguments(dataset="shapes", questions=["sum"]))
+        load_prompts(WorldPolicyArguments(dataset="shapes", questions=["sum"]))
 
 
 def test_wrong_arguments_are_refused() -> None:

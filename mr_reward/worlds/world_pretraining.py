@@ -13,7 +13,7 @@ from mr_reward.worlds.named import WORLDS, world_options
 
 
 def _load_groups(
-    world: str, arguments: HandwritingRewardArguments, *, evaluation: bool, seed: int, limit: int | None
+    world: str, arguments: WorldRewardArguments, *, evaluation: bool, seed: int, limit: int | None
 ) -> list[ResponseGroup]:
     count = arguments.num_eval_groups if evaluation else arguments.num_train_groups
     return WORLDS[world].make_groups(
@@ -26,7 +26,7 @@ def _load_groups(
 
 
 @dataclass
-class HandwritingRewardArguments(RewardModelArguments):
+class WorldRewardArguments(RewardModelArguments):
     """The fields of a recipe, and those of the groups `handwriting` and `shapes`."""
 
     sources: ClassVar[Mapping[str, GroupSource]] = {world: partial(_load_groups, world) for world in WORLDS}

@@ -68,7 +68,7 @@ def handwriting_grade(completions: Sequence[Any], question: Sequence[str], digit
 
 
 def _load_prompts(
-    world: str, arguments: "HandwritingArguments", *, split: str, evaluation: bool, seed: int, limit: int | None
+    world: str, arguments: "WorldPolicyArguments", *, split: str, evaluation: bool, seed: int, limit: int | None
 ) -> Dataset:
     count = arguments.num_eval_prompts if evaluation else arguments.num_prompts
     options = world_options(world, num_digits=arguments.num_digits, questions=arguments.questions)
@@ -85,7 +85,7 @@ _SOURCES: Mapping[str, PromptSource] = {
 
 
 @dataclass
-class HandwritingCollectArguments(CollectArguments):
+class WorldCollectArguments(CollectArguments):
     """The fields of a collection, and those of the data sets `handwriting` and `shapes`."""
 
     sources: ClassVar[Mapping[str, PromptSource]] = _SOURCES
@@ -96,7 +96,7 @@ class HandwritingCollectArguments(CollectArguments):
 
 
 @dataclass
-class HandwritingArguments(PolicyArguments):
+class WorldPolicyArguments(PolicyArguments):
     """The fields of a GRPO recipe, and those of the data sets `handwriting` and `shapes`."""
 
     sources: ClassVar[Mapping[str, PromptSource]] = _SOURCES
