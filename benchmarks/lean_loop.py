@@ -238,6 +238,7 @@ class Fit:
     rate: float = 6e-4
     warmup: int = 20
     batch: int = 32
+    epochs: int = 1
     beta2: float = 0.999
     average: float = 0.0  # share of the last steps whose weights are averaged
 
@@ -245,9 +246,9 @@ class Fit:
 def train_reward_model(
     reader: Reader, model: Any, groups: Sequence[Group], fit: Fit, seed: int
 ) -> dict[str, list[float]]:
-    """One epoch over the groups, in random order, with the responses in random order; loss and gradient by step."""
+    """Epochs over the groups, in random order, with the responses in random order; loss and gradient by step."""
     rng = random.Random(seed)
-    order = rng.sample(range(len(groups)), len(groups))
+    order = [i for _ in range(fit.epochs) for i in rng.sample(range(len(groups)), len(groups))]
     loss_function = get_loss(fit.loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=fit.rate, betas=(0.9, fit.beta2), weight_decay=0.0)
     steps = len(order) // fit.batch
