@@ -50,17 +50,19 @@ from mr_reward.worlds.world_policy import GRADES, TRUTHS, policy_answers
 
 @dataclass(frozen=True)
 class Arm:
-    """What decides the rewards: the reward model's layout, loss and data, and the schedule of GRPO's learning rate."""
+    """What decides the rewards: the reward model's layout, loss and data, and what differs in GRPO."""
 
     layout: str = "set"
     loss: str = "best_of_n"
     mix: bool = True  # a third of the groups are rollouts of the weak policy
     schedule: str = "linear"
+    beta: float = 0.0  # of the KL term against the policy before training
     by_truth: bool = False  # the reward is 1 for a right answer, 0 for others; the reward model only looks on
 
 
 ARMS = {
     "recipe": Arm(),
+    "kl": Arm(beta=0.1),
     "no-mix": Arm(mix=False),
     "all-pairs": Arm(loss="bradley_terry"),
     "constant-rate": Arm(schedule="constant_with_warmup"),
@@ -258,6 +260,7 @@ class Seed:
                 max_completion_length=WORLDS[self.world].answer_tokens,
                 max_steps=options.grpo_steps,
                 lr_scheduler_type=arm.schedule,
+                beta=arm.beta,
                 eval_strategy="steps",
                 eval_steps=options.eval_steps,
                 eval_on_start="true",
