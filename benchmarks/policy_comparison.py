@@ -8,8 +8,8 @@ the backbone of the reward models. Then for each arm of `ARMS`, and for each of 
 
 1. `grpo_recipes/collect.py`: N = 8 rollouts of the weak policy for train prompts, and for 512 held-out ones;
 2. `mr-reward label --verifier`: the train rollouts graded, the held-out ones right or wrong;
-3. `grpo_recipes/pretrain_rm.py`: 600 steps of 32 groups, a third of them rollouts in the arms with a mix. Another RM
-   seed is another draw of the new parts and of the order, on the same groups;
+3. `grpo_recipes/pretrain_rm.py`: two epochs of 600 steps, a third of the groups rollouts in the arms with a mix.
+   Another RM seed is another draw of the new parts and of the order, on the same groups;
 4. `grpo_recipes/train_policy.py`: 200 steps of 16 prompts x 8 rollouts, with held-out prompts every 25 steps;
 5. greedy accuracy on 1,024 unseen pictures.
 
@@ -55,6 +55,7 @@ class Arm:
     layout: str = "set"
     loss: str = "best_of_n"
     mix: bool = True  # a third of the groups are rollouts of the weak policy
+    epochs: int = 2  # over all groups
     schedule: str = "linear"
     beta: float = 0.0  # of the KL term against the policy before training
     by_truth: bool = False  # the reward is 1 for a right answer, 0 for others; the reward model only looks on
@@ -62,7 +63,8 @@ class Arm:
 
 ARMS = {
     "recipe": Arm(),
-    "kl": Arm(beta=0.1),
+    "one-epoch": Arm(epochs=1),
+    "one-epoch-kl": Arm(epochs=1, beta=0.1),
     "no-mix": Arm(mix=False),
     "all-pairs": Arm(loss="bradley_terry"),
     "constant-rate": Arm(schedule="constant_with_warmup"),
@@ -190,7 +192,7 @@ class Seed:
     def reward_model(self, arm: Arm, rm_seed: int) -> Stage:
         """The reward model of an arm, trained; arms that differ in GRPO alone share it."""
         options = self.options
-        name = f"rm-{arm.layout}-{arm.loss}-{'mix' if arm.mix else 'made-up'}-{rm_seed}"
+        name = f"rm-{arm.layout}-{arm.loss}-{'mix' if arm.mix else 'made-up'}-{arm.epochs}-{rm_seed}"
         files: list[Any] = [self.world]
         groups, mixture = options.rm_groups, {}
         if arm.mix:
@@ -208,7 +210,7 @@ class Seed:
                 eval_file=self.world,
                 num_train_groups=groups,
                 num_eval_groups=512,
-                max_steps=options.rm_groups // 32,
+                max_steps=arm.epochs * options.rm_groups // 32,
                 eval_strategy="no",
                 seed=self.seed + 1000 * rm_seed,
                 groups_seed=self.seed,
