@@ -48,6 +48,17 @@ def gain(run: dict[str, Any], end: str = "end") -> float:
     return run[end] - run["start"]
 
 
+def sampled(run: dict[str, Any], world: str) -> list[float]:
+    """How often the policy's sampled answers to held-out prompts are right, evaluation by evaluation."""
+    return [point[f"eval_rewards/{world}_accuracy/mean"] for point in run["validation"]]
+
+
+def sampled_gain(run: dict[str, Any], world: str) -> float:
+    """Of the policy, by sampled answers: what GRPO asks for. A policy that samples less wildly gains by that alone."""
+    first, *_, last = sampled(run, world)
+    return last - first
+
+
 def _by_seed(runs: dict[int, list[dict[str, Any]]]) -> dict[int, float]:
     return {seed: statistics.fmean(map(gain, own)) for seed, own in runs.items()}
 
@@ -55,7 +66,7 @@ def _by_seed(runs: dict[int, list[dict[str, Any]]]) -> dict[int, float]:
 def comparison(world: str, seeds: Sequence[int], arms: Sequence[str], results: Path = RESULTS) -> list[list[str]]:
     """A row for each arm: what the policy gains, and against the first arm and the truth on the same seeds."""
     head = ["judge", "seeds (runs)", "right above wrong", "gain, mean [95 %]", "each seed", "collapsed"]
-    rows = [[*head, "of the truth's gain", f"minus `{arms[0]}`", "average's gain"]]
+    rows = [[*head, "of the truth's gain", f"minus `{arms[0]}`", "sampled", "average's gain"]]
     first, truth = (_by_seed(runs_of(results, world, seeds, arm)) for arm in (arms[0], "truth"))
     for arm in arms:
         found = runs_of(results, world, seeds, arm)
@@ -80,6 +91,7 @@ def comparison(world: str, seeds: Sequence[int], arms: Sequence[str], results: P
                 f"{sum(gain(run) < -COLLAPSE for run in runs)} of {len(runs)}",
                 f"{sum(own for own, _ in both) / most:.2f}" if most > 0 and arm != "truth" else "",
                 interval(paired) if paired and arm != arms[0] else "",
+                f"{statistics.fmean(sampled_gain(run, world) for run in runs):+.3f}",
                 f"{statistics.fmean(averages):+.3f}" if averages else "",
             ]
         )
@@ -90,11 +102,11 @@ def draw(world: str, seeds: Sequence[int], arms: Sequence[str], path: Path, resu
     """How often held-out rollouts are right during GRPO, less at its start: mean and range of the runs."""
     curves: dict[str, Any] = {}
     for arm in arms:
-        found = [run["validation"] for own in runs_of(results, world, seeds, arm).values() for run in own]
+        found = [run for own in runs_of(results, world, seeds, arm).values() for run in own]
         if found:
-            key = f"eval_rewards/{world}_accuracy/mean"
-            steps = [point["step"] for point in found[0]]
-            curves[arm] = (steps, [[point[key] - run[0][key] for point in run] for run in found])
+            steps = [point["step"] for point in found[0]["validation"]]
+            shares = [sampled(run, world) for run in found]
+            curves[arm] = (steps, [[share - own[0] for share in own] for own in shares])
     plot_bands({f"{world}: rollouts that are right, less at the start": curves}, path, title="GRPO by its judge")
 
 

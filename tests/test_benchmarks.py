@@ -203,7 +203,7 @@ def test_policy_comparison_runs_goes_on_and_sums_up(tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     # The same groups for both reward models, in another order and with other new parts.
     logs = [
-        (tmp_path / "out" / world / "seed3" / f"rm-set-best_of_n-mix-{rm}" / "log.txt").read_text() for rm in (0, 1)
+        (tmp_path / "out" / world / "seed3" / f"rm-set-best_of_n-mix-2-{rm}" / "log.txt").read_text() for rm in (0, 1)
     ]
     assert logs[0] != logs[1]
 
@@ -217,12 +217,15 @@ def test_the_table_of_the_comparison_counts_a_seed_once(tmp_path: Path, monkeypa
     for arm, seeds in ends.items():
         for seed, runs in seeds.items():
             for rm_seed, end in enumerate(runs):
-                cell = {"start": 0.5, "end": end, "end_of_average": None, "reward_model": {"right_above_wrong": end}}
+                curve = [{"eval_rewards/w_accuracy/mean": share} for share in (0.1, 0.9, 0.2 + end)]
+                cell = {"start": 0.5, "end": end, "end_of_average": None, "validation": curve}
+                cell["reward_model"] = {"right_above_wrong": end}
                 (tmp_path / "w").mkdir(exist_ok=True)
                 (tmp_path / "w" / f"{arm}-seed{seed}-rm{rm_seed}.json").write_text(json.dumps(cell))
     _, a, b, truth = comparison("w", seeds_of("1-3"), ["a", "b", "truth"], tmp_path)
     # Of a: gains .15 and .2, so .175 ± 12.706 * .0354 / sqrt(2); the truth gains .25. b gains -.05 and 0.
-    assert a == ["`a`", "2 (4)", "0.675", "+0.175 [-0.143, +0.493]", "+.150 +.200", "0 of 4", "0.70", "", ""]
+    # The share of sampled answers that are right has gone from .1 to .2 more than the last one of the greedy ones.
+    assert a == ["`a`", "2 (4)", "0.675", "+0.175 [-0.143, +0.493]", "+.150 +.200", "0 of 4", "0.70", "", "+0.775", ""]
     assert b[2:7] == ["0.475", "-0.025 [-0.343, +0.293]", "-.050 +.000", "1 of 4", "-0.10"]
     assert b[7] == "-0.200 [-0.200, -0.200]" and truth[1:3] == ["2 (2)", ""] and truth[6] == ""
 
