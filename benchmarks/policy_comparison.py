@@ -57,21 +57,22 @@ class Arm:
     mix: bool = True  # a third of the groups are rollouts of the weak policy
     epochs: int = 2  # over all groups
     schedule: str = "linear"
-    beta: float = 0.0  # of the KL term against the policy before training
+    beta: float = 0.1  # of the KL term against the policy before training
     by_truth: bool = False  # the reward is 1 for a right answer, 0 for others; the reward model only looks on
 
 
 ARMS = {
     "recipe": Arm(),
+    "no-kl": Arm(beta=0.0),
     "one-epoch": Arm(epochs=1),
-    "one-epoch-kl": Arm(epochs=1, beta=0.1),
+    "one-epoch-no-kl": Arm(epochs=1, beta=0.0),
     "no-mix": Arm(mix=False),
     "all-pairs": Arm(loss="bradley_terry"),
     "constant-rate": Arm(schedule="constant_with_warmup"),
     "single": Arm("isolated", "bradley_terry", mix=False),  # the single-response recipe as people build it
     "single-fair": Arm("isolated"),
     "causal": Arm("causal"),
-    "truth": Arm(by_truth=True),
+    "truth": Arm(by_truth=True, beta=0.0),
 }
 
 
