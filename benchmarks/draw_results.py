@@ -10,6 +10,7 @@ A mark is a comment in Markdown, `<!-- table: NAME ARGUMENTS -->`, and ends with
 - `judges WORLD SEEDS ARM ...`: reward models of benchmarks/judge_lab.py, mean, spread and range over the seeds;
 - `policies WORLD SEEDS ARM ...`: policies of benchmarks/judge_lab.py, and the paired difference to the first arm;
 - `comparison WORLD SEEDS ARM ...`: policies of benchmarks/policy_comparison.py, see benchmarks/comparison_table.py;
+- `guard NAME`: benchmarks/judge_guard.py, of docs/results/judge_guard/NAME.json, at the guard's default settings;
 - `sets LAYOUT ...`: benchmarks/set_worlds.py, between the best separate and the best joint judge.
 
 SEEDS is `0-4`. A cell that is not there is left out, and the number of seeds is told.
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import judge_guard
 import set_worlds
 from bands import plot_bands
 from comparison_table import COLLAPSE, comparison, interval, seeds_of
@@ -123,7 +125,25 @@ def compared(world: str, seeds: str, *arms: str) -> list[list[str]]:
     return comparison(world, seeds_of(seeds), arms)
 
 
-TABLES = {"quickstart": quickstart, "judges": judges, "policies": policies, "comparison": compared, "sets": sets}
+def guard(name: str) -> list[list[str]]:
+    """What tells a collapse, and what the checkpoint is worth that is best by it."""
+    document = json.loads((RESULTS / "judge_guard" / f"{name}.json").read_text())
+    rows = [["watched", "collapses told", "false alarms", "truth of the kept checkpoint, less the last"]]
+    for watched, found in document["summary"].items():
+        kept = judge_guard.shown(found["kept"]) if found["kept"]["of"] else ""
+        told = (judge_guard.shown(found[key]) for key in ("recall", "false_alarms"))
+        rows.append([f"`{watched.removeprefix('eval_')}`", *told, kept])
+    return rows
+
+
+TABLES = {
+    "guard": guard,
+    "quickstart": quickstart,
+    "judges": judges,
+    "policies": policies,
+    "comparison": compared,
+    "sets": sets,
+}
 
 
 def drawn(text: str) -> str:

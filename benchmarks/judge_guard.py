@@ -9,10 +9,12 @@ of `benchmarks/judge_lab.py` (`--truth truth --judge score_mean --watched win_ra
 truth (`--truth`, the first of them that a run has) and the judge's score (`--judge`), and `eval_on_start: true`: the
 first evaluation has to be that of the policy before training.
 
-A run has *collapsed* if its truth ends more than `--collapse` below its first evaluation. Three things may tell it:
-the guard that watches the truth, the guard that watches another metric of `--watched`, such as the share above a
-reference, and the run's own `warning_signs`. *Recall* is the share of the collapsed runs with an alarm, a *false
-alarm* is one in another run. Shares have Wilson's 95 % intervals.
+A run has *collapsed* if its truth ends more than `--collapse` below its first evaluation; in a JSON file, if the
+greedy answers to the test end so (`end`, `start`). Three things may tell it: the guard that watches the truth, the
+guard that watches another metric of `--watched`, such as the share above a reference, and the run's own warning that
+the score rises while the truth falls, on the rollouts that it trains on (`warning_signs` has others too). *Recall* is
+the share of the collapsed runs with an alarm, a *false alarm* is one in another run. Shares have Wilson's 95 %
+intervals.
 
 *Kept* is the truth of the checkpoint that is best by the watched metric, less that of the last one, with the 95 %
 interval of the mean. Where the truth itself is watched this is flattered: the best of several noisy numbers is too
@@ -37,23 +39,25 @@ from scipy import stats
 from mr_reward.runs.judge_guard import replay_guard
 
 SIGNS = "warning_signs"
+FOOLED = "winning against the reward model"  # the sign that is one of this
 
 
-def histories(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The name and the logs of each run."""
+def histories(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]], float | None]]:
+    """The name and the logs of each run, and what it gained on the test, if that is known."""
     found = {path.parent for path in folder.rglob("validation.jsonl")}
     found |= {path.parent.parent for path in folder.rglob("checkpoint-*/trainer_state.json")}
     for run in sorted(found):
         name = run.relative_to(folder).as_posix()
         if (run / "validation.jsonl").is_file():
-            yield name, [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+            yield name, [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()], None
         else:
             states = run.glob("checkpoint-*/trainer_state.json")
             last = max(states, key=lambda path: int(path.parent.name.split("-")[-1]))
-            yield name, json.loads(last.read_text())["log_history"]
+            yield name, json.loads(last.read_text())["log_history"], None
     for cell in sorted(folder.rglob("*-seed*.json")):
         if "validation" in (record := json.loads(cell.read_text())):
-            yield cell.relative_to(folder).with_suffix("").as_posix(), record["validation"]
+            gain = record["end"] - record["start"]
+            yield cell.relative_to(folder).with_suffix("").as_posix(), record["validation"], gain
 
 
 def series(logs: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
@@ -67,7 +71,9 @@ def truth_of(logs: Sequence[dict[str, Any]], options: argparse.Namespace) -> str
     return next((name for name in options.truth if series(logs, name)), options.truth[0])
 
 
-def replay(name: str, logs: list[dict[str, Any]], options: argparse.Namespace, **guard: Any) -> dict[str, Any]:
+def replay(
+    name: str, logs: list[dict[str, Any]], gain: float | None, options: argparse.Namespace, **guard: Any
+) -> dict[str, Any]:
     """What happened in a run, and what each watcher makes of it."""
     truth = truth_of(logs, options)
     truths, average = series(logs, truth), series(logs, truth.replace("eval_", "eval_ema_", 1))
@@ -81,7 +87,8 @@ def replay(name: str, logs: list[dict[str, Any]], options: argparse.Namespace, *
             best = report.steps[report.best]
             watchers[metric] = {"alarms": list(report.alarms), "best_step": best, "kept": truths[best] - truths[last]}
     if any(SIGNS in log for log in logs):
-        watchers[SIGNS] = {"alarms": [log["step"] for log in logs if log.get(SIGNS)]}
+        told = [log["step"] for log in logs if any(FOOLED in sign for sign in log.get(SIGNS, []))]
+        watchers[SIGNS] = {"alarms": list(dict.fromkeys(told))}
     return {
         "name": name,
         "first": truths[first],
@@ -89,7 +96,7 @@ def replay(name: str, logs: list[dict[str, Any]], options: argparse.Namespace, *
         "last": truths[last],
         "last_step": last,
         "average": average[last] - truths[last] if last in average else None,
-        "collapsed": truths[last] < truths[first] - options.collapse,
+        "collapsed": (truths[last] - truths[first] if gain is None else gain) < -options.collapse,
         "watchers": watchers,
     }
 
@@ -176,12 +183,12 @@ def main() -> None:
     parser.add_argument("--collapse", type=float, default=0.05)
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
-    found = [(name, logs) for name, logs in histories(options.folder) if re.search(options.only, name)]
+    found = [run for run in histories(options.folder) if re.search(options.only, run[0])]
     # Runs of reward models leave checkpoints too.
     recorded = [
-        (name, logs)
-        for name, logs in found
-        if len(series(logs, truth_of(logs, options)).keys() & series(logs, options.judge).keys()) > 1
+        run
+        for run in found
+        if len(series(run[1], truth_of(run[1], options)).keys() & series(run[1], options.judge).keys()) > 1
     ]
     if not recorded:
         raise SystemExit(

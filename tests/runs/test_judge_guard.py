@@ -19,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from mr_reward import MultiResponseReward, MultiResponseRewardModel
 from mr_reward.errors import ConfigurationError
+from mr_reward.runs.callbacks import WarningSigns
 from mr_reward.runs.judge_guard import JudgeGuard, replay_guard, truth_metrics
 from mr_reward.worlds import tiny
 
@@ -306,6 +307,10 @@ def test_recorded_runs_are_counted(
         "gain": ([0.6, 0.7, 0.8, 0.9], rising, [0.8, 0.9, 0.6, 0.5]),
         "false": ([0.6, 0.9, 0.8, 0.8], rising, [0.5, 0.6, 0.7, 0.8]),
     }
+    signs_of = WarningSigns(window=1, truths=["truth"])
+    assert not signs_of.update({"mr_reward/score_mean": 1.0, "truth": 0.9})
+    fooled = signs_of.update({"mr_reward/score_mean": 2.0, "truth": 0.8})
+    assert len(fooled) == 1
     for number, (name, columns) in enumerate(runs.items()):
         logs: list[dict[str, Any]] = [
             {"step": 10 * i, truth: right, judge: score, above: share}
@@ -315,7 +320,8 @@ def test_recorded_runs_are_counted(
         folder.mkdir(parents=True)
         if number % 2:
             for log in logs:
-                log["warning_signs"] = ["longer"] * (name == "missed" and log["step"] == 20)
+                told = {10: ["longer"], 20: fooled if name == "missed" else []}
+                log["warning_signs"] = told.get(log["step"], [])
             logs[-1][truth.replace("eval_", "eval_ema_")] = logs[-1][truth] + 0.1
             (folder / "validation.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
         else:
@@ -326,7 +332,9 @@ def test_recorded_runs_are_counted(
     shapes = truth.replace("handwriting", "shapes")
     cell = [{"step": 25 * i, shapes: right, judge: float(i)} for i, right in enumerate([0.8, 0.7, 0.6])]
     (tmp_path / "runs" / "shapes").mkdir()
-    (tmp_path / "runs" / "shapes" / "recipe-seed1-rm0.json").write_text(json.dumps({"validation": cell}))
+    # The greedy answers to the test decide: no collapse.
+    record = {"validation": cell, "start": 0.8, "end": 0.76}
+    (tmp_path / "runs" / "shapes" / "recipe-seed1-rm0.json").write_text(json.dumps(record))
     (tmp_path / "runs" / "rm" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "runs" / "rm" / "checkpoint-5" / "trainer_state.json").write_text('{"log_history": [{"step": 5}]}')
     command = [BENCHMARK.name, str(tmp_path / "runs"), "--output", str(tmp_path / "guard.json"), "--watched", above]
@@ -353,7 +361,7 @@ def test_recorded_runs_are_counted(
         truth: [(1, 2), (1, 2)],
         above: [(0, 2), (1, 2)],
         "warning_signs": signs,
-        shapes: [(1, 1), (0, 0)],
+        shapes: [(0, 0), (1, 1)],
     }
     # of two coins with one head; Wilson's interval by hand: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)
     assert document["summary"][truth]["recall"]["interval"] == pytest.approx([0.0945, 0.9055], abs=1e-3)
