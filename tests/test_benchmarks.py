@@ -183,7 +183,8 @@ def test_policy_comparison_runs_goes_on_and_sums_up(tmp_path: Path) -> None:
     shown = tool_output([*command, "--arms", *arms])
     assert all(file.stat().st_mtime_ns == then for file, then in before.items()), "made once"
     made = {file.parent.name for file in tmp_path.rglob("seconds.json")}
-    models = {f"rm-{name}-{rm}" for name in ("set-best_of_n-mix", "isolated-bradley_terry-made-up") for rm in (0, 1)}
+    kinds = ("set-best_of_n-mix", "isolated-bradley_terry-made-up")
+    models = {f"rm-{kind}-2-{rm}" for kind in kinds for rm in (0, 1)}  # two epochs
     policies = {f"policy-{arm}-{rm}" for arm in arms for rm in (0, 1)} - {"policy-truth-1"}
     assert made == {"rollouts", *models, *policies}
     cells = {file.stem: json.loads(file.read_text()) for file in (results / world).glob("*.json")}
