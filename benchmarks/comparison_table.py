@@ -54,7 +54,7 @@ def sampled(run: dict[str, Any], world: str) -> list[float]:
 
 
 def sampled_gain(run: dict[str, Any], world: str) -> float:
-    """Of the policy, by sampled answers: what GRPO asks for. A policy that samples less wildly gains by that alone."""
+    """Of the policy, by sampled answers: what GRPO asks for. A policy that is surer gains by that alone."""
     first, *_, last = sampled(run, world)
     return last - first
 

@@ -9,6 +9,8 @@ A mark is a comment in Markdown, `<!-- table: NAME ARGUMENTS -->`, and ends with
 - `quickstart SEEDS`: `metrics.json` of `make quickstart`, a column for each seed;
 - `judges WORLD SEEDS ARM ...`: reward models of benchmarks/judge_lab.py, mean, spread and range over the seeds;
 - `policies WORLD SEEDS ARM ...`: policies of benchmarks/judge_lab.py, and the paired difference to the first arm;
+- `pairs WORLD SEEDS ARM/ARM ...`: policies of benchmarks/judge_lab.py, one less the other, and the mean of all pairs;
+- `limits WORLD SEEDS LIMIT ...`: their gains by right above wrong of their reward model;
 - `comparison WORLD SEEDS ARM ...`: policies of benchmarks/policy_comparison.py, see benchmarks/comparison_table.py;
 - `guard NAME`: benchmarks/judge_guard.py, of docs/results/judge_guard/NAME.json, at the guard's default settings;
 - `sets LAYOUT ...`: benchmarks/set_worlds.py, between the best separate and the best joint judge.
@@ -79,6 +81,43 @@ def policies(world: str, seeds: str, *arms: str) -> list[list[str]]:
     return rows
 
 
+def pairs(world: str, seeds: str, *given: str) -> list[list[str]]:
+    """What one arm gains more than another, pair by pair; the mean of all pairs counts a seed once."""
+    rows = [["policies", "seeds", "difference, mean [95 %]", "each seed"]]
+    every: dict[int, list[float]] = {}
+    for pair in given:
+        one, other = (cells("policy", world, seeds_of(seeds), arm) for arm in pair.split("/"))
+        gaps = {seed: one[seed]["end"] - other[seed]["end"] for seed in one if seed in other}
+        for seed, gap in gaps.items():
+            every.setdefault(seed, []).append(gap)
+        rows.append([f"`{pair.replace('/', '` minus `')}`", *_gaps(gaps)])
+    return [*rows, ["all of them", *_gaps({seed: statistics.fmean(own) for seed, own in sorted(every.items())})]]
+
+
+def _gaps(gaps: dict[int, float]) -> list[str]:
+    values = list(gaps.values())
+    return [str(len(values)), interval(values), " ".join(f"{gap:+.3f}".replace("0.", ".") for gap in values)]
+
+
+def limits(world: str, seeds: str, *given: str) -> list[list[str]]:
+    """What policies gain, by right above wrong of the reward model; those alone whose only reward it is, as it is."""
+    found = []
+    for seed in seeds_of(seeds):
+        for path in sorted((RESULTS / "judge_lab" / world).glob(f"policy-*-seed{seed}.json")):
+            judge = path.with_name(path.name.replace("policy-", "rm-", 1))
+            if judge.is_file():
+                run, model = json.loads(path.read_text()), json.loads(judge.read_text())
+                found.append((model["rollouts"]["right_above_wrong"], run["end"] - run["start"]))
+    rows = [["right above wrong", "runs", "gain, mean (smallest to largest)", "ended below the start"]]
+    edges = [0.0, *map(float, given), 1.0]
+    for low, high in zip(edges, edges[1:], strict=False):
+        gains = [gain for right, gain in found if low <= right < high]
+        if gains:
+            shown = f"{statistics.fmean(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
+            rows.append([f"{low:g} to {high:g}", str(len(gains)), shown, str(sum(gain < 0 for gain in gains))])
+    return rows
+
+
 def sets(*layouts: str) -> list[list[str]]:
     """Best of N in worlds with known bounds, and which share of the way from the separate to the joint one that is."""
     found = set_worlds.cells(json.loads(path.read_text()) for path in sorted((RESULTS / "set_worlds").glob("*.json")))
@@ -141,6 +180,8 @@ TABLES = {
     "quickstart": quickstart,
     "judges": judges,
     "policies": policies,
+    "pairs": pairs,
+    "limits": limits,
     "comparison": compared,
     "sets": sets,
 }

@@ -39,7 +39,7 @@ from scipy import stats
 from mr_reward.runs.judge_guard import replay_guard
 
 SIGNS = "warning_signs"
-FOOLED = "winning against the reward model"  # the sign that is one of this
+FOOLED = "winning against the reward model"  # of the text of that warning, see mr_reward.runs.WarningSigns
 
 
 def histories(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]], float | None]]:
@@ -88,7 +88,7 @@ def replay(
             watchers[metric] = {"alarms": list(report.alarms), "best_step": best, "kept": truths[best] - truths[last]}
     if any(SIGNS in log for log in logs):
         told = [log["step"] for log in logs if any(FOOLED in sign for sign in log.get(SIGNS, []))]
-        watchers[SIGNS] = {"alarms": list(dict.fromkeys(told))}
+        watchers[SIGNS] = {"alarms": list(dict.fromkeys(told))}  # the average is evaluated at the same step again
     return {
         "name": name,
         "first": truths[first],
@@ -186,9 +186,9 @@ def main() -> None:
     found = [run for run in histories(options.folder) if re.search(options.only, run[0])]
     # Runs of reward models leave checkpoints too.
     recorded = [
-        run
-        for run in found
-        if len(series(run[1], truth_of(run[1], options)).keys() & series(run[1], options.judge).keys()) > 1
+        (name, logs, gain)
+        for name, logs, gain in found
+        if len(series(logs, truth_of(logs, options)).keys() & series(logs, options.judge).keys()) > 1
     ]
     if not recorded:
         raise SystemExit(

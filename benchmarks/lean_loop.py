@@ -383,8 +383,7 @@ def grpo(
     order = random.Random(seed).sample(range(len(tasks)), len(tasks))
     first = greedy_answers(reader, policy, validation)
 
-    def evaluate(step: int) -> dict[str, float]:
-        answers = greedy_answers(reader, policy, validation)
+    def evaluate(step: int, answers: Sequence[str]) -> dict[str, float]:
         entry = {"step": step, "truth": share_right(validation, answers)}
         if judge is not None:
             scores = score(reader, judge, validation, [list(pair) for pair in zip(answers, first, strict=True)])
@@ -392,7 +391,7 @@ def grpo(
             entry["score_mean"] = statistics.fmean(own for own, _ in scores)
         return entry
 
-    log = [evaluate(0)]
+    log = [evaluate(0, first)]
     rollouts: list[float] = []
     for step in range(run.steps):
         factor = min(1.0, step / run.warmup)
@@ -415,7 +414,8 @@ def grpo(
             if value.is_floating_point():
                 averaged[name].lerp_(value, 1 - min(run.average, (1 + step) / (10 + step)))
         if (step + 1) % run.eval_steps == 0:
-            log.append(evaluate(step + 1) | {"rollouts": round(statistics.fmean(rollouts), 4)})
+            entry = evaluate(step + 1, greedy_answers(reader, policy, validation))
+            log.append(entry | {"rollouts": round(statistics.fmean(rollouts), 4)})
             rollouts = []
     return log, averaged
 

@@ -4,7 +4,7 @@
 
 Every field of TRL's `GRPOConfig` and `ModelConfig` can stand in the YAML file or on the command line. With
 `resume_from_checkpoint: true` the same command starts a run and resumes it after an interruption. The fields of the
-handwriting world come from `WorldPolicyArguments`; a data set of your own can come in the same way.
+worlds come from `WorldPolicyArguments`; a data set of your own can come in the same way.
 
 Before anything is loaded the run is checked, and does not start if something would fail. The same on any machine:
 

@@ -1,5 +1,6 @@
 """The lean loop of the benchmarks has the arithmetic of the trainers: TRL's step, the packer's rows, naive metrics."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,62 @@ def test_ties_below_the_floor() -> None:
     assert lean_loop.advantages([None, None]) == [0.0, 0.0]
     found = lean_loop.advantages([1.0, None, 3.0])
     assert found[1] == 0.0 and found[0] == -found[2] < 0
+
+
+def test_two_epochs_see_each_group_twice(
+    reader: lean_loop.Reader, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = reader.world.made_up("train", 4, SIZE, 0)
+    seen: list[str] = []
+    rows = reader.rows
+
+    def counted(model: Any, batch: Any) -> Any:
+        seen.extend(task.id for task, _ in batch)
+        return rows(model, batch)
+
+    monkeypatch.setattr(reader, "rows", counted)
+    model = MultiResponseRewardModel.from_backbone(str(folder), layout="set")
+    log = lean_loop.train_reward_model(reader, model, groups, lean_loop.Fit(batch=2, epochs=2, warmup=1), 0)
+    assert len(log["loss"]) == 4
+    for epoch in (seen[:4], seen[4:]):
+        assert sorted(epoch) == sorted(task.id for task, *_ in groups)
+
+
+def test_a_policy_that_does_not_move_is_level_with_its_start(reader: lean_loop.Reader, folder: Path) -> None:
+    """Its answers and those of the start are the same texts, which is half a win each."""
+    policy = AutoModelForImageTextToText.from_pretrained(folder)
+    model = MultiResponseRewardModel.from_backbone(str(folder), layout="set").eval()
+    run = lean_loop.Run(steps=1, eval_steps=1, prompts=2, count=2, rate=0.0)
+    tasks = reader.world.tasks("validation", 3, 0)
+
+    def reward(_: Any, texts: Any) -> Any:
+        return [[float(i) for i in range(len(own))] for own in texts]
+
+    log, _ = lean_loop.grpo(reader, policy, reward, run, 0, tasks, model)
+    assert [entry["win_rate"] for entry in log] == [0.5, 0.5] and log[0]["score_mean"] == log[1]["score_mean"]
+    bare, _ = lean_loop.grpo(reader, policy, reward, run, 0, tasks)
+    assert all("win_rate" not in entry for entry in bare)
+
+
+def test_pairs_count_a_seed_once_and_limits_cut_between_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import draw_results
+
+    place = tmp_path / "judge_lab" / "w"
+    place.mkdir(parents=True)
+    ends = {"a": {0: 0.6, 1: 0.7}, "b": {0: 0.5, 1: 0.4}, "c": {0: 0.8}, "d": {0: 0.5}}
+    for arm, seeds in ends.items():
+        for seed, end in seeds.items():
+            (place / f"policy-{arm}-seed{seed}.json").write_text(json.dumps({"start": 0.5, "end": end}))
+    for arm, right in (("a", 0.91), ("b", 0.9)):  # a limit belongs to the row above it
+        for seed in (0, 1):
+            judged = {"rollouts": {"right_above_wrong": right}}
+            (place / f"rm-{arm}-seed{seed}.json").write_text(json.dumps(judged))
+    monkeypatch.setattr(draw_results, "RESULTS", tmp_path)
+    _, first, second, every = draw_results.pairs("w", "0-1", "a/b", "c/d")
+    assert first[0] == "`a` minus `b`" and first[1] == "2" and first[3] == "+.100 +.300"
+    assert second[1:] == ["1", "+0.300", "+.300"]
+    assert every[1] == "2" and every[3] == "+.200 +.300"
+    assert draw_results.limits("w", "0-1", "0.91")[1:] == [
+        ["0 to 0.91", "2", "-0.050 (-0.100 to +0.000)", "1"],
+        ["0.91 to 1", "2", "+0.150 (+0.100 to +0.200)", "0"],
+    ]
